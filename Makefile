@@ -1,0 +1,45 @@
+# Every target makes .venv and installs what it needs if that is missing (.ci/venv.py), and nothing twice.
+PYTHON ?= python3
+PY := .venv/bin/python
+# Passed on to the command behind a target: make test ARGS="-k matmul"
+ARGS ?=
+
+define ready
+@command -v $(PYTHON) >/dev/null 2>&1 || { \
+  echo "treadle: no $(PYTHON) on the path; install Python 3.10 or newer." >&2; exit 1; }
+@$(PYTHON) .ci/venv.py $(1)
+endef
+
+.PHONY: help demo test quick test-all lint bench clean
+.DEFAULT_GOAL := help
+
+help:  ## This list.
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /: /'
+
+demo:  ## Train a small CNN on 5,000 MNIST digits, export it, run it elsewhere.
+	$(call ready,demo)
+	@$(PY) -m treadle demo $(ARGS)
+
+test:  ## The whole suite, without the live comparison with torch.
+	$(call ready,test demo)
+	@$(PY) -m pytest -m "not oracle" $(ARGS)
+
+quick:  ## The tests that take a few seconds each at most.
+	$(call ready,test)
+	@$(PY) -m pytest -m "not oracle and not slow" $(ARGS)
+
+test-all:  ## The whole suite, torch as a live second oracle included (installs torch).
+	$(call ready,test demo oracle)
+	@$(PY) -m pytest $(ARGS)
+
+lint:  ## ruff, and mypy over the package.
+	$(call ready,test)
+	@$(PY) -m ruff check .
+	@cd .venv/names && ../bin/python -m mypy --config-file ../../pyproject.toml -p treadle
+
+bench:  ## Speed and memory beside torch eager, torch.compile and JAX (installs them).
+	$(call ready,bench)
+	@$(PY) benchmarks/run.py $(ARGS)
+
+clean:  ## Remove the environment and what the tools left.
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist out treadle.egg-info

@@ -1,0 +1,27 @@
+"""What every test shares: a compile cache of its own, passes verified after each step, tests that repeat exactly."""
+
+import importlib.util
+import os
+
+import hypothesis
+import pytest
+
+# Read when treadle is first imported, so they are set before any test imports it.
+os.environ.setdefault("TREADLE_VERIFY", "1")
+
+# Compilation makes single examples slow and the first one slower: the time is bounded by the number of examples.
+hypothesis.settings.register_profile(
+    "repeatable", deadline=None, derandomize=True, max_examples=25, print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `oracle` need torch, which `make test` does not install."""
+    if importlib.util.find_spec("torch") is not None:
+        return
+    skip = pytest.mark.skip(reason="needs the extra `oracle` (torch)")
+    for item in items:
+        if item.get_closest_marker("oracle"):
+            item.add_marker(skip)
