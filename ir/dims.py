@@ -2,7 +2,7 @@
 
 A `Dim` is a polynomial with integer coefficients over named sizes, kept in a canonical form, so that
 two expressions for the same size compare equal: `batch`, `2*seq + 1`, `batch*seq` (what a reshape
-makes). A floor division that does not come out even becomes an atom of its own, `(h + 1)//2`,
+makes). A floor division that does not come out even becomes an atom of its own, `((h+1)//2)`,
 which strided convolutions need. Arithmetic that comes out constant gives a plain `int`.
 """
 
@@ -27,7 +27,7 @@ class FloorDiv:
         self.numerator, self.divisor = numerator, divisor
 
     def __str__(self) -> str:
-        return f"({self.numerator})//{self.divisor}"
+        return f"(({self.numerator})//{self.divisor})"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, FloorDiv) and (self.numerator, self.divisor) == (other.numerator, other.divisor)
