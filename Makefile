@@ -1,4 +1,4 @@
-# Every target makes .venv and installs what it needs if that is missing (.ci/venv.py), and nothing twice.
+# Every target makes .venv and installs what it needs if that is missing (.ci/prepare.py), and nothing twice.
 PYTHON ?= python3
 PY := .venv/bin/python
 # Passed on to the command behind a target: make test ARGS="-k matmul"
@@ -7,7 +7,7 @@ ARGS ?=
 define ready
 @command -v $(PYTHON) >/dev/null 2>&1 || { \
   echo "treadle: no $(PYTHON) on the path; install Python 3.10 or newer." >&2; exit 1; }
-@$(PYTHON) .ci/venv.py $(1)
+@$(PYTHON) .ci/prepare.py $(1)
 endef
 
 .PHONY: help demo test quick test-all lint bench clean

@@ -20,7 +20,8 @@ NOT_SHIPPED = ("tests", "tutorials", "benchmarks", "docs")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy, so that setuptools leaves nothing behind in the checkout."""
     copy = tmp_path_factory.mktemp("source") / "treadle"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "out"))
+    left_out = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "out")
+    shutil.copytree(ROOT, copy, ignore=left_out)
     target = tmp_path_factory.mktemp("wheel")
     run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet",
         "--wheel-dir", str(target), str(copy))

@@ -1,6 +1,6 @@
 """Makes .venv and installs what the named extras of pyproject.toml ask for, once.
 
-    python3 .ci/venv.py [EXTRA ...]
+    python3 .ci/prepare.py [EXTRA ...]
 
 A stamp beside the environment holds a hash of pyproject.toml for each extra installed: with every stamp current
 nothing is run, so `make test` costs nothing to start; a changed pyproject.toml is noticed. Written for the standard
@@ -28,11 +28,17 @@ def give_up(sentence):
     sys.exit(1)
 
 
+def say(text):
+    """A line of progress."""
+    sys.stdout.write("treadle: " + text + "\n")
+    sys.stdout.flush()
+
+
 def use_a_newer_python():
     """Runs this script again with the newest python3.x on the path if this one is too old."""
     if sys.version_info[:2] >= OLDEST:
         return
-    for minor in range(19, OLDEST[1] - 1, -1):
+    for minor in range(19 if hasattr(shutil, "which") else 0, OLDEST[1] - 1, -1):
         newer = shutil.which("python3.%d" % minor)
         if newer and subprocess.call([newer, "-c", ""], stderr=subprocess.DEVNULL) == 0:
             os.execv(newer, [newer] + sys.argv)
@@ -53,8 +59,7 @@ def check_platform():
 def make_environment():
     """Creates .venv unless a working one is there."""
     if os.path.exists(PYTHON):
-        works = subprocess.call([PYTHON, "-m", "pip", "--version"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        if works == 0:
+        if subprocess.call([PYTHON, "-c", "import pip"], stderr=subprocess.DEVNULL) == 0:
             return
     try:
         import ensurepip  # noqa: F401  (Debian ships Python without it)
@@ -62,7 +67,7 @@ def make_environment():
     except ImportError:
         give_up("this Python lacks the modules venv and ensurepip, which make the environment: on Debian and Ubuntu, "
                 "`apt-get install python%d.%d-venv` brings them." % sys.version_info[:2])
-    print("treadle: making .venv with Python %s" % platform.python_version(), flush=True)
+    say("making .venv with Python %s" % platform.python_version())
     try:
         venv.create(VENV, with_pip=True, clear=os.path.exists(VENV))
     except (OSError, subprocess.CalledProcessError) as error:
@@ -87,7 +92,7 @@ def install(extras):
     make_environment()
     named = [extra for extra in missing if extra != "core"]
     target = ROOT + ("[%s]" % ",".join(named) if named else "")
-    print("treadle: installing %s" % (", ".join(missing)), flush=True)
+    say("installing %s" % ", ".join(missing))
     code = subprocess.call([PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
                             "--editable", target])
     if code:
