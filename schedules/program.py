@@ -24,6 +24,7 @@ What holds everywhere:
 * Kernels may assume no alignment beyond that of an element, and (tirx.noalias) that their arguments do not overlap.
 * Zero-size buffers are legal. A kernel or copy whose every written argument is empty is not run.
 """
+
 from __future__ import annotations
 
 import math
@@ -244,8 +245,8 @@ class Program:
 
     `inputs` in calling order. `outputs` are distinct buffers of kind `output`, each written by some step
     (a pass-through or constant or repeated output is a `Copy` that lowering adds); one that aliases an input
-    is returned as the caller's own array. `roles`, parallel to `inputs` ("data", "parameter", "state", "scalar"...), lets the
-    executable keep what rarely changes bound. `meta` is free JSON that travels with the saved file.
+    is returned as the caller's own array. `roles`, parallel to `inputs` ("data", "parameter", "state",
+    "scalar"...), and `meta` (free JSON) travel with the saved file.
     """
 
     inputs: list[Buffer]
