@@ -1,0 +1,325 @@
+"""A GEMM schedule as TIR: the loops of one product around its register tile (the idea: gemm.py).
+
+Vectors are written as `T.vectorized` loops over scalar expressions, so that the caller's loads and stores, which
+know only scalars, become vector code with them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script import builder as T
+
+from . import gemm_llvm
+from .gemm import FLOAT_BITS, GemmConfig, GemmHooks, GemmProblem, GemmTarget, dtype_bits
+
+Index = Any  # int or tirx.PrimExpr
+SMALL_BYTES = 2**31 - 1  # above this many elements in one buffer, indices are 64-bit
+
+
+def build_primfunc(problem: GemmProblem, config: GemmConfig | None, target: GemmTarget, name: str,
+                   hooks: GemmHooks | None) -> tirx.PrimFunc:
+    """See gemm.gemm_primfunc."""
+    hooks = hooks or default_hooks(problem)
+    config = config or propose_for(problem, target, hooks)
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_name(name)
+            T.func_attr({"global_symbol": name, "tirx.noalias": True})
+            for buffer in hooks.params:
+                T.arg(buffer.name, buffer)
+            emit_gemm(problem, config, target, hooks)
+    return builder.get()
+
+
+def propose_for(problem: GemmProblem, target: GemmTarget, hooks: GemmHooks) -> GemmConfig:
+    """The proposal, which reads an operand in place only where that is a plain load."""
+    from .gemm_propose import propose
+    return propose(problem, target, plain_a=hooks.load_a is None, plain_b=hooks.load_b is None)
+
+
+def default_hooks(problem: GemmProblem) -> GemmHooks:
+    a = tirx.decl_buffer(problem.shape_a, problem.dtype_a, name="A")
+    b = tirx.decl_buffer(problem.shape_b, problem.dtype_b, name="B")
+    c = tirx.decl_buffer(problem.shape_c, problem.out_dtype, name="C")
+    return GemmHooks(params=(a, b, c), a=a, b=b, store=store_into(c))
+
+
+def store_into(c: tirx.Buffer) -> Callable[..., None]:
+    def store(batch: Sequence[Index], i: Index, j: Index, value: Index) -> None:
+        T.buffer_store(c, convert(value, c.dtype), [*batch, i, j])
+    return store
+
+
+def convert(value: Any, dtype: str) -> Any:
+    return value if str(value.ty.dtype) == str(dtype) else T.cast(value, dtype)
+
+
+def emit_gemm(problem: GemmProblem, config: GemmConfig, target: GemmTarget, hooks: GemmHooks) -> None:
+    """Emit the product's loops into the current TIR frame."""
+    if config.swap:
+        problem, hooks = problem.swapped(), hooks.swapped()
+    if not math.prod(problem.shape_c):
+        T.evaluate(0)
+        return
+    if problem.folds and not config.swap:
+        hooks = fold_hooks(problem, hooks)
+        problem = problem.folded()
+    lanes = target.vector_bits // dtype_bits(problem.acc_dtype)
+    if problem.k == 0:
+        emit_zeros(problem, hooks)
+    elif config.kind == "dot":
+        from .gemm_dot import DotEmitter
+        DotEmitter(problem, config, hooks, lanes).emit()
+    else:
+        TileEmitter(problem, config, hooks, lanes).emit()
+
+
+def emit_zeros(problem: GemmProblem, hooks: GemmHooks) -> None:
+    with T.serial(math.prod(problem.batch)) as b, T.serial(problem.m) as i, T.serial(problem.n) as j:
+        hooks.store(unflatten(b, problem.batch), i, j, tirx.const(0, problem.acc_dtype))
+
+
+def unflatten(flat: Index, dims: Sequence[int]) -> tuple[Index, ...]:
+    """The multi-index of a row-major flat index."""
+    index: list[Index] = []
+    for dim in reversed(dims):
+        index.append(flat % dim if dim > 1 else 0)
+        flat = flat // dim
+    return tuple(reversed(index))
+
+
+def fold_hooks(problem: GemmProblem, hooks: GemmHooks) -> GemmHooks:
+    """Hooks of the folded problem: row i of it is row i % m of batch i // m."""
+    def split(i: Index) -> tuple[tuple[Index, ...], Index]:
+        return unflatten(i // problem.m, problem.batch), i % problem.m
+
+    def load_a(_: Any, i: Index, k: Index) -> Any:
+        batch, row = split(i)
+        return hooks.load_a(batch, row, k)
+
+    def load_b(_: Any, k: Index, j: Index) -> Any:
+        return hooks.load_b((0,) * len(problem.batch_b), k, j)
+
+    def store(_: Any, i: Index, j: Index, value: Any) -> None:
+        batch, row = split(i)
+        hooks.store(batch, row, j, value)
+
+    folded = problem.folded()
+    return replace(
+        hooks, store=store, load_a=hooks.load_a and load_a, load_b=hooks.load_b and load_b,
+        a=None if hooks.a is None else T.decl_buffer(folded.shape_a, problem.dtype_a, data=hooks.a.data, layout=None),
+        b=None if hooks.b is None else T.decl_buffer(folded.shape_b, problem.dtype_b, data=hooks.b.data, layout=None))
+
+
+@contextmanager
+def maybe(condition: Any):
+    """`if condition:` around what is emitted; nothing at all for True."""
+    if condition is True:
+        yield
+    else:
+        with T.If(condition), T.Then():
+            yield
+
+
+@dataclass
+class Where:
+    """The place of the current register tile. Row and column starts are those of full tiles moved inside C."""
+
+    batch: tuple[Index, ...]
+    tile: Index  # row tile number
+    row: Index  # its first row
+    panel: Index  # column panel number
+    col: Index  # its first column
+
+
+class Emitter:
+    """What tile and dot schedules share: operands as scalar loads, batches, tasks, tiles moved inside the edge."""
+
+    def __init__(self, problem: GemmProblem, config: GemmConfig, hooks: GemmHooks, lanes: int):
+        self.p, self.c, self.hooks, self.lanes = problem, config, hooks, lanes
+        self.acc_dtype = problem.acc_dtype
+        self.rows, self.cols = min(config.tile_rows, problem.m), config.tile_cols
+        self.tiles = -(-problem.m // self.rows)
+        self.panels = -(-problem.n // self.cols)
+        self.row_tiles = min(config.row_tiles, self.tiles)
+        self.col_panels = min(config.col_panels, self.panels)
+        self.row_blocks = -(-self.tiles // self.row_tiles)
+        self.col_blocks = -(-self.panels // self.col_panels)
+        largest = max(math.prod(shape) for shape in (problem.shape_a, problem.shape_b, problem.shape_c))
+        self.index_dtype = "int64" if largest > SMALL_BYTES else "int32"
+
+    # Loops
+
+    def extent(self, n: Index) -> Index:
+        return tirx.IntImm(self.index_dtype, n) if isinstance(n, int) else n
+
+    def serial(self, n: Index) -> Any:
+        return T.serial(self.extent(n))
+
+    def unroll(self, n: int) -> Any:
+        return T.unroll(self.extent(n))
+
+    def vector(self, n: int | None = None) -> Any:
+        return T.vectorized(self.extent(self.lanes if n is None else n))
+
+    def tasks(self) -> Any:
+        n = math.prod(self.p.batch) * self.col_blocks * self.row_blocks
+        return (T.parallel if self.c.parallel and n > 1 else T.serial)(self.extent(n))
+
+    def task(self, t: Index) -> tuple[tuple[Index, ...], Index, Index]:
+        """(batch, column block, row block) of a task; neighbours share the column block."""
+        blocks = self.col_blocks * self.row_blocks
+        return unflatten(t // blocks, self.p.batch), (t % blocks) // self.row_blocks, t % self.row_blocks
+
+    def tile_row(self, tile: Index) -> Index:
+        return tile * self.rows if self.p.m % self.rows == 0 else T.min(tile * self.rows, self.p.m - self.rows)
+
+    def panel_col(self, panel: Index) -> Index:
+        if self.p.n < self.cols:
+            return 0
+        return panel * self.cols if self.p.n % self.cols == 0 else T.min(panel * self.cols, self.p.n - self.cols)
+
+    # Operands
+
+    def a(self, batch: Sequence[Index], i: Index, k: Index) -> Any:
+        batch = broadcast_index(batch, self.p.batch_a)
+        if self.hooks.load_a:
+            return self.hooks.load_a(batch, i, k)
+        return self.hooks.a[(*batch, *((k, i) if self.p.transpose_a else (i, k)))]
+
+    def b(self, batch: Sequence[Index], k: Index, j: Index) -> Any:
+        batch = broadcast_index(batch, self.p.batch_b)
+        if self.hooks.load_b:
+            return self.hooks.load_b(batch, k, j)
+        return self.hooks.b[(*batch, *((j, k) if self.p.transpose_b else (k, j)))]
+
+    def acc(self, value: Any) -> Any:
+        return convert(value, self.acc_dtype)
+
+    def buffer(self, shape: Sequence[int], dtype: str, scope: str = "global") -> tirx.Buffer:
+        return T.alloc_buffer(tuple(shape), dtype, scope=scope, layout=None)
+
+    # Results
+
+    def write_tile(self, at: Where, result: tirx.Buffer, stack: tirx.Buffer) -> None:
+        """Store the elements of the tile `result` that it owns. `stack` holds the tile while its rows are stored
+        by a loop: an epilogue is then compiled once, not for each register."""
+        skip = self.panels * self.cols - self.p.n if self.p.n >= self.cols else 0
+        if not skip and self.p.n >= self.cols and self.hooks.store.__qualname__.startswith("store_into"):
+            self.write_columns(at, result, 0, self.cols, self.unroll)
+            return
+        with self.unroll(self.rows) as r, self.unroll(self.cols // self.lanes) as v, self.vector() as lane:
+            T.buffer_store(stack, result[r, v * self.lanes + lane], [r, v * self.lanes + lane])
+        if self.p.n < self.cols:
+            self.write_columns(at, stack, 0, self.p.n, self.serial)
+        elif not skip:
+            self.write_columns(at, stack, 0, self.cols, self.serial)
+        else:
+            with T.If(at.panel < self.panels - 1):
+                with T.Then():
+                    self.write_columns(at, stack, 0, self.cols, self.serial)
+                with T.Else():
+                    self.write_columns(at, stack, skip, self.cols, self.serial)
+
+    def write_columns(self, at: Where, tile: tirx.Buffer, low: int, high: int, rows: Callable[[int], Any]) -> None:
+        """Store columns low...high - 1 of the rows that the tile owns."""
+        owned = self.p.m % self.rows == 0
+        with rows(self.rows) as r, maybe(owned or at.row + r >= at.tile * self.rows):
+            for v in range(self.cols // self.lanes):
+                start, stop = max(low, v * self.lanes), min(high, (v + 1) * self.lanes)
+                if start >= stop:
+                    continue
+                whole = stop - start == self.lanes
+                with (self.vector() if whole else self.serial(stop - start)) as lane:
+                    self.hooks.store(at.batch, at.row + r, at.col + start + lane, tile[r, start + lane])
+
+
+def broadcast_index(batch: Sequence[Index], dims: Sequence[int]) -> tuple[Index, ...]:
+    """An operand's batch index from C's: right-aligned, 0 where the operand has one."""
+    own = batch[len(batch) - len(dims):]
+    return tuple(0 if dim == 1 else index for index, dim in zip(own, dims))
+
+
+class TileEmitter(Emitter):
+    """Register tiles of outer products over packed panels."""
+
+    def __init__(self, problem: GemmProblem, config: GemmConfig, hooks: GemmHooks, lanes: int):
+        from .gemm_pack import packing
+        super().__init__(problem, config, hooks, lanes)
+        self.k_blocks = -(-problem.k // min(config.k_block, problem.k))
+        self.k_block = problem.k if self.k_blocks == 1 else config.k_block
+        self.pack = packing(self)
+        assert config.tile_cols % lanes == 0, "tile_cols: a multiple of the vector length"
+        assert self.k_blocks == 1 or self.k_block % (2 * lanes) == 0, "k_block: a multiple of two vectors"
+
+    def emit(self) -> None:
+        with T.attr(0, "pragma_import_llvm", self.pack.llvm_ir()), self.tasks() as t:
+            batch, col_block, row_block = self.task(t)
+            self.pack.allocate()
+            part = None
+            if self.k_blocks > 1:
+                shape = (self.row_tiles, self.col_panels, self.rows, self.cols)
+                part = self.buffer(shape, self.acc_dtype)
+            first_tile, first_panel = row_block * self.row_tiles, col_block * self.col_panels
+            tiles = self.count(self.tiles, self.row_tiles, first_tile)
+            panels = self.count(self.panels, self.col_panels, first_panel)
+            with self.serial(self.k_blocks) as kb:
+                k0 = kb * self.k_block if self.k_blocks > 1 else 0
+                length = self.count(self.p.k, self.k_block, k0)
+                if self.c.pack_b:
+                    with self.serial(panels) as q:
+                        self.pack.pack_b(batch, q, self.panel_col(first_panel + q), k0, length)
+                self.emit_tiles(batch, (first_tile, tiles), (first_panel, panels), (kb, k0, length), part)
+
+    def count(self, total: int, block: int, first: Index) -> Index:
+        """How many of `total` things fall into the block that starts at `first`."""
+        return block if total % block == 0 else T.min(block, total - first)
+
+    def emit_tiles(self, batch: Any, tiles: Any, panels: Any, k: Any, part: tirx.Buffer | None) -> None:
+        (first_tile, n_tiles), (first_panel, n_panels) = tiles, panels
+
+        def place(mi: Index, q: Index) -> Where:
+            tile, panel = first_tile + mi, first_panel + q
+            return Where(batch, tile, self.tile_row(tile), panel, self.panel_col(panel))
+
+        if self.c.order == "rows" and not self.c.pack_a:
+            with self.serial(n_panels) as q, self.serial(n_tiles) as mi:
+                self.emit_tile(place(mi, q), mi, q, k, part)
+        else:
+            with self.serial(n_tiles) as mi:
+                if self.c.pack_a:
+                    self.pack.pack_a(batch, self.tile_row(first_tile + mi), k[1], k[2])
+                with self.serial(n_panels) as q:
+                    self.emit_tile(place(mi, q), mi, q, k, part)
+
+    def emit_tile(self, at: Where, mi: Index, q: Index, k: Any, part: tirx.Buffer | None) -> None:
+        kb, k0, length = k
+        lanes, shape = self.lanes, (self.rows, self.cols)
+        acc = self.buffer(shape, self.acc_dtype, "local")
+        stack = self.buffer(shape, self.acc_dtype, "local")
+        zero = tirx.const(0, self.acc_dtype)
+        with self.unroll(self.rows) as r, self.unroll(self.cols // lanes) as v, self.vector() as lane:
+            T.buffer_store(acc, zero, [r, v * lanes + lane])
+        self.pack.multiply(acc, at, q, k0, length)
+        if part is None:
+            self.write_tile(at, acc, stack)
+            return
+        with T.If(kb > 0), T.Then():
+            self.each(lambda r, c: T.buffer_store(acc, acc[r, c] + part[mi, q, r, c], [r, c]))
+        with T.If(kb < self.k_blocks - 1):
+            with T.Then():
+                self.each(lambda r, c: T.buffer_store(part, acc[r, c], [mi, q, r, c]))
+            with T.Else():
+                self.write_tile(at, acc, stack)
+
+    def each(self, body: Callable[[Index, Index], None]) -> None:
+        """Every element of the register tile, in vectors."""
+        with self.unroll(self.rows) as r, self.unroll(self.cols // self.lanes) as v, self.vector() as lane:
+            body(r, v * self.lanes + lane)
