@@ -1,0 +1,1 @@
+"""The main job on real input: a small CNN learns handwritten digits, compiled, and its export runs elsewhere."""
