@@ -1,0 +1,268 @@
+"""What a convolution is, and how the CPU schedules cut it up: `ConvProblem`, `ConvConfig`, `propose`.
+
+Forward convolution and its input gradient are one loop nest here.  Along one axis an output element `q` sums
+over taps, each reading the input at `q * in_stride + offset`:
+
+* forward: tap `k` reads `x[q * stride + k * dilation - pad]`;
+* input gradient: `dx[i]` gets `dy[(i + pad - k * dilation) / stride]` from those `k` for which the division is
+  exact.  Outputs with equal `i mod stride` (a *phase*) share their taps, and within a phase the loop is again a
+  convolution, of stride 1, with every `stride`-th tap.  No zeros are inserted and none are multiplied.
+
+Both `k` and `offset` run in arithmetic progressions, so that an `AxisTaps` of a few integers describes a phase.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+from ..ir.errors import AttributeValueError, DTypeError, ShapeError
+
+LAYOUTS = ("NCHW", "NHWC")
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+FORWARD, INPUT_GRAD, WEIGHT_GRAD = "conv", "conv_input_grad", "conv_weight_grad"
+
+
+@dataclass(frozen=True)
+class AxisTaps:
+    """The taps of one phase along one axis.
+
+    Output elements are `first + step * q` for `q` in `range(count)`; tap `j` in `range(taps)` multiplies weight
+    position `k0 + j * k_step` with input element `q * in_stride + offset0 + j * offset_step`, where that lies in
+    `range(in_extent)`.
+    """
+
+    first: int
+    step: int
+    count: int
+    in_extent: int
+    in_stride: int
+    taps: int
+    k0: int
+    k_step: int
+    offset0: int
+    offset_step: int
+
+    def offset(self, j: int) -> int:
+        return self.offset0 + j * self.offset_step
+
+    def valid(self, j: int) -> tuple[int, int]:
+        """The range of `q` for which tap `j` reads inside the input; empty ranges come out as (0, 0)."""
+        low = max(0, -(self.offset(j) // self.in_stride))
+        high = min(self.count, (self.in_extent - 1 - self.offset(j)) // self.in_stride + 1)
+        return (low, high) if low < high else (0, 0)
+
+    @property
+    def bounded(self) -> bool:
+        """True if no tap ever reads outside the input, so that no check is needed."""
+        return all(self.valid(j) == (0, self.count) for j in range(self.taps))
+
+
+@dataclass(frozen=True)
+class ConvProblem:
+    """One convolution `y = conv(x, w)`, whichever of its three products is to be computed.
+
+    x is (batch, in_channels, *spatial), w is (out_channels, in_channels / groups, *kernel), y is (batch,
+    out_channels, *out_spatial); 1 to 3 spatial axes.  `padding` holds a (low, high) pair for every axis and may be
+    negative (cropping).  `layout` says how x and dx lie in memory, `out_layout` (default: the same) how y and dy
+    do: "NCHW" channels first, "NHWC" channels last, for every rank.  Weights are always OI*, row-major.
+
+    Raises ShapeError, AttributeValueError or DTypeError when the sizes do not fit together.
+    """
+
+    batch: int
+    in_channels: int
+    out_channels: int
+    spatial: tuple[int, ...]
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...] = ()
+    padding: tuple[tuple[int, int], ...] = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+    dtype: str = "float32"
+    layout: str = "NCHW"
+    out_layout: str = ""
+
+    def __post_init__(self) -> None:
+        rank = len(self.spatial)
+        defaults = {"stride": (1,) * rank, "dilation": (1,) * rank, "padding": ((0, 0),) * rank}
+        for name, value in defaults.items():
+            object.__setattr__(self, name, tuple(getattr(self, name)) or value)
+        object.__setattr__(self, "out_layout", self.out_layout or self.layout)
+        if not 1 <= rank <= 3:
+            raise ShapeError(f"conv takes 1, 2 or 3 spatial axes, not {rank} (spatial {self.spatial})")
+        for name in ("kernel", "stride", "padding", "dilation"):
+            if len(getattr(self, name)) != rank:
+                raise ShapeError(f"conv: {name} {getattr(self, name)} needs one entry per spatial axis ({rank})")
+        if self.groups < 1 or self.in_channels % self.groups or self.out_channels % self.groups:
+            raise ShapeError(f"conv: groups={self.groups} must divide the {self.in_channels} input and the "
+                             f"{self.out_channels} output channels")
+        sizes = (self.batch, self.in_channels, self.out_channels, *self.spatial, *self.kernel)
+        if min(sizes) < 1 or min(self.stride + self.dilation) < 1:
+            raise AttributeValueError("conv: sizes, kernel, stride and dilation must all be at least 1")
+        if min(self.out_spatial) < 1:
+            raise ShapeError(f"conv: kernel {self.kernel} with dilation {self.dilation} does not fit into the padded "
+                             f"input (spatial {self.spatial}, padding {self.padding}); pad more or shrink the kernel")
+        if self.dtype not in DTYPES:
+            raise DTypeError(f"conv: no CPU kernel for {self.dtype}; cast to one of {', '.join(DTYPES)}")
+        if self.layout not in LAYOUTS or self.out_layout not in LAYOUTS:
+            raise AttributeValueError(f"conv: layout must be one of {LAYOUTS}")
+
+    @cached_property
+    def out_spatial(self) -> tuple[int, ...]:
+        return tuple((n + low + high - d * (k - 1) - 1) // s + 1 for n, k, s, (low, high), d
+                     in zip(self.spatial, self.kernel, self.stride, self.padding, self.dilation))
+
+    @property
+    def x_shape(self) -> tuple[int, ...]:
+        return _activation_shape(self.layout, self.batch, self.in_channels, self.spatial)
+
+    @property
+    def y_shape(self) -> tuple[int, ...]:
+        return _activation_shape(self.out_layout, self.batch, self.out_channels, self.out_spatial)
+
+    @property
+    def w_shape(self) -> tuple[int, ...]:
+        return (self.out_channels, self.in_channels // self.groups, *self.kernel)
+
+    @property
+    def acc_dtype(self) -> str:
+        return "float64" if self.dtype == "float64" else "float32"
+
+    @property
+    def is_depthwise(self) -> bool:
+        return self.groups > 1 and self.groups == self.in_channels == self.out_channels
+
+    @property
+    def flops(self) -> int:
+        """Two for each multiply-add, borders counted as if full: the usual figure, for all three products."""
+        taps = math.prod(self.kernel) * (self.in_channels // self.groups)
+        return 2 * self.batch * self.out_channels * math.prod(self.out_spatial) * taps
+
+
+def _activation_shape(layout: str, batch: int, channels: int, spatial: tuple[int, ...]) -> tuple[int, ...]:
+    return (batch, channels, *spatial) if layout == "NCHW" else (batch, *spatial, channels)
+
+
+def _axes(problem: ConvProblem) -> list[tuple[int, int, int, int, int, int]]:
+    """(in, out, kernel, stride, low padding, dilation) of exactly three axes, missing ones in front as size 1."""
+    rows = [(n, o, k, s, p[0], d) for n, o, k, s, p, d in zip(
+        problem.spatial, problem.out_spatial, problem.kernel, problem.stride, problem.padding, problem.dilation)]
+    return [(1, 1, 1, 1, 0, 1)] * (3 - len(rows)) + rows
+
+
+def forward_phases(problem: ConvProblem) -> list[list[AxisTaps]]:
+    """For each of the three axes its phases: forward has a single one."""
+    return [[AxisTaps(0, 1, o, n, s, k, 0, 1, -p, d)] for n, o, k, s, p, d in _axes(problem)]
+
+
+def input_grad_phases(problem: ConvProblem) -> list[list[AxisTaps]]:
+    """For each of the three axes its `stride` phases (fewer when the input is shorter than the stride)."""
+    result = []
+    for n, o, k, s, p, d in _axes(problem):
+        phases, jump = [], s // math.gcd(s, d)
+        for r in range(min(s, n)):
+            ks = [j for j in range(k) if (r + p - j * d) % s == 0]
+            k0 = ks[0] if ks else 0
+            phases.append(AxisTaps(r, s, -(-(n - r) // s), o, 1, len(ks), k0, jump, (r + p - k0 * d) // s,
+                                   -(jump * d) // s))
+        result.append(phases)
+    return result
+
+
+@dataclass(frozen=True)
+class ConvConfig:
+    """How a convolution is scheduled on a CPU.
+
+    `algorithm`: "direct" (register tile of pixels x output channels, all taps and input channels reduced in
+    registers), "depthwise" (vectors of channels), for the weight gradient "direct" or "depthwise" too.
+    `pixels` x `vectors`: the register tile; for the weight gradient `pixels` counts input channels instead.
+    `block`: input channels (weight gradient: output rows) that a tile sweeps before the next tap.
+    `flatten`: a 1x1 stride-1 convolution runs over one long row of all pixels.
+    `channels_outer`: tasks walk all rows of one block of output channels before the next block.
+    `chunks`: partial sums of the weight gradient over the batch (1: none).
+    """
+
+    algorithm: str = "direct"
+    pixels: int = 14
+    vectors: int = 2
+    block: int = 64
+    flatten: bool = False
+    channels_outer: bool = True
+    chunks: int = 1
+
+
+def lanes(dtype: str, vector_bits: int) -> int:
+    """Elements of `dtype` in one vector register."""
+    return vector_bits // (64 if dtype == "float64" else 32)
+
+
+def tile_limit(vectors: int, vector_bits: int) -> int:
+    """The most pixels a register tile may have: accumulators, one row of weights and a broadcast fit the file."""
+    registers = 32 if vector_bits == 512 else 16
+    return {1: registers - 4, 2: (registers - 3) // 2, 3: (registers - 4) // 3, 4: (registers - 4) // 4}[vectors]
+
+
+def split_row(width: int, limit: int) -> list[tuple[int, int]]:
+    """Cut a row of pixels into (start, size) tiles of at most `limit`, as even as can be."""
+    count = -(-width // limit)
+    size = -(-width // count)
+    return [(s, min(size, width - s)) for s in range(0, width, size)]
+
+
+def tile_cycles(pixels: int, vectors: int) -> float:
+    """Cycles of one reduction step of a register tile: two FMAs and two loads a cycle, FMA latency 4."""
+    return max(pixels * vectors / 2, (pixels + vectors) / 2, 4.0)
+
+
+def propose(problem: ConvProblem, target, op: str = FORWARD) -> ConvConfig:
+    """The configuration for `op` (FORWARD, INPUT_GRAD or WEIGHT_GRAD) from shapes and machine alone.
+
+    Minimises the cycles of one sweep over the output, given what the tiles waste at the ends of rows and channels.
+    """
+    if op == WEIGHT_GRAD:
+        return _propose_weight_grad(problem, target)
+    if problem.is_depthwise:
+        return ConvConfig("depthwise", pixels=8, vectors=1)
+    out = (problem.out_channels if op == FORWARD else problem.in_channels) // problem.groups
+    red = (problem.in_channels if op == FORWARD else problem.out_channels) // problem.groups
+    flatten = can_flatten(problem)
+    phases = forward_phases(problem)[2] if op == FORWARD else input_grad_phases(problem)[2]
+    widths = [problem.batch * math.prod(problem.spatial)] if flatten else [p.count for p in phases]
+    wide = lanes(problem.dtype, target.vector_bits)
+    best = None
+    for vectors in (2, 4, 3, 1):
+        limit = tile_limit(vectors, target.vector_bits)
+        blocks = -(-out // (vectors * wide))
+        cost = blocks * sum(tile_cycles(size, vectors) for w in widths for _, size in split_row(w, limit))
+        if best is None or cost < best[0] * 0.98:
+            best = (cost, vectors, limit)
+    assert best is not None
+    return ConvConfig("direct", best[2], best[1], min(64, red), flatten)
+
+
+def can_flatten(problem: ConvProblem) -> bool:
+    """True where pixels are independent (1x1, stride 1, no padding) and lie channel-last on both sides."""
+    return (set(problem.kernel) == {1} and set(problem.stride) == {1} and set(problem.padding) == {(0, 0)}
+            and problem.layout == problem.out_layout == "NHWC")
+
+
+def _propose_weight_grad(problem: ConvProblem, target) -> ConvConfig:
+    if problem.is_depthwise:
+        return ConvConfig("depthwise", vectors=1, chunks=1)
+    wide = lanes(problem.dtype, target.vector_bits)
+    red, out = problem.in_channels // problem.groups, problem.out_channels // problem.groups
+    best = None
+    for vectors in (2, 3, 4, 1):
+        limit = tile_limit(vectors, target.vector_bits)
+        cost = -(-out // (vectors * wide)) * sum(
+            tile_cycles(size, vectors) for _, size in split_row(red, min(limit, red)))
+        if best is None or cost < best[0] * 0.98:
+            best = (cost, vectors, limit)
+    assert best is not None
+    _, vectors, limit = best
+    tasks = problem.groups * -(-out // (vectors * wide))
+    rows = max(1, 256 // problem.out_spatial[-1])
+    chunks = 1 if tasks % target.threads == 0 or tasks >= 4 * target.threads else target.threads
+    return ConvConfig("direct", limit, vectors, rows, chunks=chunks)

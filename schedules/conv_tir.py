@@ -1,0 +1,279 @@
+"""Building blocks shared by the convolution kernels: guards, flat views, tile transposition, weight packing.
+
+Everything here emits into the current `tvm.script.ir_builder` frame.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+LLVM_TYPES = {"float32": "float", "float64": "double", "bfloat16": "bfloat", "float16": "half"}
+BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
+
+
+@contextmanager
+def when(condition) -> Iterator[None]:
+    """Emit the body under `condition`; None or True means always."""
+    if condition is None or condition is True:
+        yield
+    else:
+        with T.If(condition), T.Then():
+            yield
+
+
+def flat(buffer):
+    """The same memory as a vector, so that a kernel can do its own address arithmetic."""
+    return T.decl_buffer((math.prod(int(n) for n in buffer.shape),), buffer.dtype, data=buffer.data)
+
+
+def within(index, extent: int):
+    """0 <= index < extent, as one unsigned comparison would; an expression."""
+    return T.And(index >= 0, index < extent)
+
+
+@dataclass(frozen=True)
+class Transpose:
+    """dst[j, i] = cast(src[i, j]) for a `lanes` x `lanes` tile, as log2(lanes) rounds of two-source shuffles.
+
+    LLVM IR, because TIR has no such shuffle that its code generator keeps in registers.
+    """
+
+    lanes: int
+    src_dtype: str
+    dst_dtype: str
+
+    @property
+    def name(self) -> str:
+        return f"treadle_transpose_{self.lanes}_{LLVM_TYPES[self.src_dtype]}_{LLVM_TYPES[self.dst_dtype]}"
+
+    def llvm(self) -> str:
+        n, src, dst = self.lanes, LLVM_TYPES[self.src_dtype], LLVM_TYPES[self.dst_dtype]
+        lines, rows = [], []
+        for i in range(n):
+            lines += [f"%o{i} = mul i64 %ss, {i}", f"%p{i} = getelementptr {src}, ptr %src, i64 %o{i}",
+                      f"%l{i} = load <{n} x {src}>, ptr %p{i}, align {BYTES[self.src_dtype]}"]
+            if src != dst:
+                lines.append(f"%c{i} = fpext <{n} x {src}> %l{i} to <{n} x {dst}>")
+            rows.append(f"%l{i}" if src == dst else f"%c{i}")
+        distance = 1
+        while distance < n:
+            rows = _shuffle_round(rows, distance, dst, lines)
+            distance *= 2
+        for i in range(n):
+            lines += [f"%d{i} = mul i64 %ds, {i}", f"%q{i} = getelementptr {dst}, ptr %dst, i64 %d{i}",
+                      f"store <{n} x {dst}> {rows[i]}, ptr %q{i}, align {BYTES[self.dst_dtype]}"]
+        body = "\n".join(lines)
+        return f"define void @{self.name}(ptr %dst, i64 %ds, ptr %src, i64 %ss) alwaysinline {{\n{body}\nret void\n}}\n"
+
+    def emit(self, dst, dst_stride, src, src_stride) -> None:
+        """`dst`, `src`: buffer elements at the tiles' corners; strides in elements between rows."""
+        T.evaluate(T.call_extern("void", self.name, T.address_of(dst), T.int64(dst_stride), T.address_of(src),
+                                 T.int64(src_stride)))
+
+
+def _shuffle_round(rows: list[str], distance: int, element: str, lines: list[str]) -> list[str]:
+    """One butterfly round: rows `i` and `i + distance` exchange their off-diagonal blocks."""
+    n, result = len(rows), [""] * len(rows)
+    low = [k if not k & distance else n + (k ^ distance) for k in range(n)]
+    high = [(k | distance) if not k & distance else n + k for k in range(n)]
+    for i in range(n):
+        if i & distance:
+            continue
+        for tag, order, row in (("a", low, i), ("b", high, i | distance)):
+            name = f"%r{distance}_{row}{tag}"
+            mask = ", ".join(f"i32 {k}" for k in order)
+            lines.append(f"{name} = shufflevector <{n} x {element}> {rows[i]}, <{n} x {element}> "
+                         f"{rows[i | distance]}, <{n} x i32> <{mask}>")
+            result[row] = name
+    return result
+
+
+def import_llvm(*functions: Transpose):
+    """The frame that brings the LLVM functions into the kernel's module."""
+    text = "".join(f.llvm() for f in dict.fromkeys(functions))
+    return T.attr(0, "pragma_import_llvm", text)
+
+
+@dataclass(frozen=True)
+class WeightPack:
+    """Weights W[groups * outer, inner, taps] packed to P[groups, blocks, taps, reduction, tile].
+
+    `tile` lanes run over the kernel's output channels: the outer axis of W forward, the inner one (`swap`) for the
+    input gradient; the reduction runs over the other.  Lanes past the last channel are zero.
+    """
+
+    groups: int
+    outer: int
+    inner: int
+    taps: int
+    tile: int
+    lanes: int
+    swap: bool
+    dtype: str
+    packed_dtype: str
+
+    @property
+    def out(self) -> int:
+        return self.inner if self.swap else self.outer
+
+    @property
+    def red(self) -> int:
+        return self.outer if self.swap else self.inner
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.out // self.tile)
+
+    @property
+    def size(self) -> int:
+        return self.groups * self.blocks * self.taps * self.red * self.tile
+
+    @property
+    def transpose(self) -> Transpose:
+        return Transpose(self.lanes, self.dtype, self.packed_dtype)
+
+    def at(self, group, block, tap, red):
+        """Index of lane 0."""
+        return (((group * self.blocks + block) * self.taps + tap) * self.red + red) * self.tile
+
+    def emit(self, w, packed) -> None:
+        """Pack flat buffer `w` into flat buffer `packed`, in parallel over blocks of lanes and slices of W."""
+        vectors = self.blocks * self.tile // self.lanes
+        if self.swap:
+            with T.parallel(self.groups * vectors * self.red) as t:
+                self._columns(w, packed, t // self.red // vectors, t // self.red % vectors, t % self.red)
+        else:
+            columns = self.red * self.taps
+            slices = -(-columns // 256)
+            with T.parallel(self.groups * vectors * slices) as t:
+                with T.serial(16) as s:
+                    start = (t % slices) * 256 + s * 16
+                    with when(start < columns):
+                        self._rows(w, packed, t // slices // vectors, t // slices % vectors, start)
+
+    def _rows(self, w, packed, group, vector, start) -> None:
+        """Forward: 16 consecutive (reduction, tap) columns of `lanes` rows of W."""
+        n, columns = self.lanes, self.red * self.taps
+        tile = T.alloc_buffer((n * n,), self.packed_dtype, scope="local")
+        for part in range(0, 16, n):
+            first = start + part
+            base = (group * self.outer + vector * n) * columns + first
+            full = T.And(vector * n + n <= self.outer, first + n <= columns)
+            with T.If(full):
+                with T.Then():
+                    self.transpose.emit(tile[0], n, w[base], columns)
+                    with T.unroll(n) as j:
+                        dst = self._lane(group, vector, (first + j) % self.taps, (first + j) // self.taps)
+                        T.buffer_store(packed, tile[T.ramp(j * n, 1, n)], [T.ramp(dst, 1, n)])
+                with T.Else(), T.serial(n) as j, when(first + j < columns):
+                    dst = self._lane(group, vector, (first + j) % self.taps, (first + j) // self.taps)
+                    with T.serial(n) as i:
+                        inside = vector * n + i < self.outer
+                        self._element(packed, dst + i, inside, w, base + i * columns + j)
+
+    def _columns(self, w, packed, group, vector, red) -> None:
+        """Input gradient: all taps of `lanes` consecutive inner channels of one outer channel."""
+        n = self.lanes
+        tile = T.alloc_buffer((n * n,), self.packed_dtype, scope="local")
+        total = self.groups * self.outer * self.inner * self.taps
+        base = ((group * self.outer + red) * self.inner + vector * n) * self.taps
+        with T.serial(-(-self.taps // n)) as part:
+            last = base + (n - 1) * self.taps + part * n + n
+            with T.If(T.And(vector * n + n <= self.inner, last <= total)):
+                with T.Then():
+                    self.transpose.emit(tile[0], n, w[base + part * n], self.taps)
+                    with T.serial(T.min(self.taps - part * n, n)) as j:
+                        dst = self._lane(group, vector, part * n + j, red)
+                        T.buffer_store(packed, tile[T.ramp(j * n, 1, n)], [T.ramp(dst, 1, n)])
+                with T.Else(), T.serial(T.min(self.taps - part * n, n)) as j:
+                    dst = self._lane(group, vector, part * n + j, red)
+                    with T.serial(n) as i:
+                        inside = vector * n + i < self.inner
+                        self._element(packed, dst + i, inside, w, base + i * self.taps + part * n + j)
+
+    def _lane(self, group, vector, tap, red):
+        per_block = self.tile // self.lanes
+        return self.at(group, vector // per_block, tap, red) + vector % per_block * self.lanes
+
+    def _element(self, packed, dst, inside, w, src) -> None:
+        value = T.cast(w[src], self.packed_dtype)
+        T.buffer_store(packed, T.if_then_else(inside, value, tirx.const(0.0, self.packed_dtype)), [dst])
+
+
+def widen(source, dtype: str, chunk: int = 4096):
+    """`source` (flat) cast to `dtype` in scratch, in parallel; `source` itself if it has that dtype."""
+    if source.dtype == dtype:
+        return source
+    size = int(source.shape[0])
+    result = T.alloc_buffer((size,), dtype)
+    with T.parallel(-(-size // chunk)) as part, T.serial(T.min(chunk, size - part * chunk) // 16) as i:
+        with T.vectorized(16) as lane:
+            at = part * chunk + i * 16 + lane
+            T.buffer_store(result, T.cast(source[at], dtype), [at])
+    if size % 16:
+        with T.serial(size % 16) as i:
+            at = size - size % 16 + i
+            T.buffer_store(result, T.cast(source[at], dtype), [at])
+    return result
+
+
+@dataclass(frozen=True)
+class ChannelsLastPack:
+    """Activations of any layout to [batch, pixels, groups, padded] in scratch; channels past `channels` are zero.
+
+    For kernels whose vectors run over the channels of each group, where memory does not allow that as it is.
+    """
+
+    batch: int
+    pixels: int
+    groups: int
+    channels: int
+    padded: int
+    layout: str
+    lanes: int
+    dtype: str
+    packed_dtype: str
+
+    @property
+    def transpose(self) -> Transpose:
+        return Transpose(self.lanes, self.dtype, self.packed_dtype)
+
+    def emit(self, source):
+        result = T.alloc_buffer((self.batch * self.pixels * self.groups * self.padded,), self.packed_dtype)
+        emit = self._from_channels_first if self.layout == "NCHW" else self._from_channels_last
+        emit(source, result)
+        return result
+
+    def _from_channels_last(self, source, result) -> None:
+        wide = self.lanes
+        with T.parallel(self.batch * self.pixels) as p, T.serial(self.groups) as g:
+            src, dst = (p * self.groups + g) * self.channels, (p * self.groups + g) * self.padded
+            with T.serial(self.channels // wide) as v, T.vectorized(wide) as lane:
+                T.buffer_store(result, T.cast(source[src + v * wide + lane], self.packed_dtype),
+                               [dst + v * wide + lane])
+            done = self.channels // wide * wide
+            with T.serial(self.padded - done) as c:
+                value = T.if_then_else(c + done < self.channels, source[src + done + c],
+                                       tirx.const(0.0, self.dtype))
+                T.buffer_store(result, T.cast(value, self.packed_dtype), [dst + done + c])
+
+    def _from_channels_first(self, source, result) -> None:
+        wide, blocks = self.lanes, -(-self.pixels // self.lanes)
+        with T.parallel(self.batch * blocks) as t, T.serial(self.groups) as g, T.serial(self.padded // wide) as v:
+            n, p = t // blocks, t % blocks * wide
+            src = ((n * self.groups + g) * self.channels + v * wide) * self.pixels + p
+            dst = ((n * self.pixels + p) * self.groups + g) * self.padded + v * wide
+            row = self.groups * self.padded
+            with T.If(T.And(p + wide <= self.pixels, v * wide + wide <= self.channels)):
+                with T.Then():
+                    self.transpose.emit(result[dst], row, source[src], self.pixels)
+                with T.Else(), T.serial(T.min(self.pixels - p, wide)) as i, T.serial(wide) as c:
+                    value = T.if_then_else(v * wide + c < self.channels, source[src + c * self.pixels + i],
+                                           tirx.const(0.0, self.dtype))
+                    T.buffer_store(result, T.cast(value, self.packed_dtype), [dst + i * row + c])
