@@ -14,7 +14,6 @@ Conventions of every op:
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -181,11 +180,7 @@ def check_shape_attr(shape: Any, what: str = "shape") -> Shape:
 
 
 def check_dtype_attr(dtype: Any, what: str = "dtype") -> DType:
-    found = as_dtype(dtype)
-    if not isinstance(dtype, str) or dtype != found:
-        fail_attr(f"{what} is {dtype!r}; expected the canonical name {str(found)!r}")
-    return found
-
-
-def prod(sizes: Iterable[Size]) -> Any:
-    return math.prod(sizes)
+    """A `DType`: a plain string would print, compare and hash as another attribute."""
+    if not isinstance(dtype, DType):
+        fail_attr(f"{what} is {dtype!r}; expected a DType, as in {what}=as_dtype({str(as_dtype(dtype))!r})")
+    return dtype

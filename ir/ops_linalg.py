@@ -37,7 +37,7 @@ def accumulated_dtype(x: TensorType, y: TensorType, out_dtype: Any) -> DType:
         fail_dtype(f"cannot give {result} for {listing(x, y)}; out_dtype is at least as wide, of the same kind"
                    + ("" if out_dtype is not None else f": set out_dtype, e.g. {wider(x.dtype)}"))
     if result in ("float8_e4m3fn", "float8_e5m2"):
-        fail_dtype(f"does not accumulate in {result}; set out_dtype='float32' and cast the result")
+        fail_dtype(f"does not accumulate in {result}; set out_dtype=float32 and cast the result")
     return result
 
 
