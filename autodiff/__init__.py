@@ -3,7 +3,16 @@
 Importing the package fills the `vjp` slot of every op.
 """
 
-from . import vjp_elementwise, vjp_matmul, vjp_reduce, vjp_shape
+from . import (
+    vjp_conv,
+    vjp_elementwise,
+    vjp_index,
+    vjp_matmul,
+    vjp_reduce,
+    vjp_shape,
+)
 from .reverse import backward, grad_graph, vjp_graph
 
-__all__ = ["backward", "grad_graph", "vjp_elementwise", "vjp_graph", "vjp_matmul", "vjp_reduce", "vjp_shape"]
+RULES = (vjp_conv, vjp_elementwise, vjp_index, vjp_matmul, vjp_reduce, vjp_shape)
+
+__all__ = ["RULES", "backward", "grad_graph", "vjp_graph"]

@@ -15,27 +15,26 @@ from ..ir.graph import Value
 from .reverse import vjp
 
 
-def _product(x: Value, y: Value, tx: bool, ty: bool, like: Value) -> Value:
-    """A gradient in the dtype of its operand: accumulated wide, rounded once."""
-    x, y = _meet(x, y)
-    if like.dtype.bits < x.dtype.bits:  # 8-bit operands: their gradient is multiplied wide
-        return emit("cast", emit("matmul", x, y, transpose_x=tx, transpose_y=ty), dtype=like.dtype)
-    return emit("matmul", x, y, transpose_x=tx, transpose_y=ty, out_dtype=like.dtype)
+def contract(name: str, x: Value, y: Value, like: Value, **attrs: Any) -> Value:
+    """A contraction (matmul, conv...) that gives a gradient in the dtype of its operand `like`, rounded once.
 
-
-def _meet(x: Value, y: Value) -> tuple[Value, Value]:
-    """The factors in one dtype: the narrower of the two, but no storage format (8 bits) that would lose the cotangent.
-
-    They differ where the forward product has an `out_dtype`: 16-bit operands then make 16-bit gradients.
+    The factors differ in dtype where the forward op has an `out_dtype`: they meet in the narrower of the two, so that
+    16-bit operands make 16-bit gradients, but never in an 8-bit storage format, which would lose the cotangent.
     """
-    if x.dtype == y.dtype:
-        return x, y
-    dtype = min((v.dtype for v in (x, y) if v.dtype.bits >= 16), key=lambda d: d.bits)
-    return _cast(x, dtype), _cast(y, dtype)
+    if x.dtype != y.dtype:
+        dtype = min((v.dtype for v in (x, y) if v.dtype.bits >= 16), key=lambda d: d.bits)
+        x, y = cast(x, dtype), cast(y, dtype)
+    if like.dtype.bits < x.dtype.bits:
+        return cast(emit(name, x, y, **attrs), like.dtype)
+    return emit(name, x, y, out_dtype=like.dtype, **attrs)
 
 
-def _cast(x: Value, dtype: Any) -> Value:
+def cast(x: Value, dtype: Any) -> Value:
     return x if x.dtype == dtype else emit("cast", x, dtype=dtype)
+
+
+def _product(x: Value, y: Value, tx: bool, ty: bool, like: Value) -> Value:
+    return contract("matmul", x, y, like, transpose_x=tx, transpose_y=ty)
 
 
 def _matmul_x(ct: Value, out: Value, x: Value, y: Value, transpose_x: bool, transpose_y: bool,

@@ -60,7 +60,7 @@ def test_selection():
 
 
 def test_cast_between_floats():
-    check(lambda x: emit("cast", emit("sin", emit("cast", x, dtype="float64")), dtype="float64"), normal(3))
+    check(lambda x: emit("cast", emit("sin", emit("cast", x, dtype=float64)), dtype=float64), normal(3))
 
 
 @pytest.mark.parametrize("axes", [(0,), (1, 2), (0, 1, 2), ()], ids=str)
