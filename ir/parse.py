@@ -142,15 +142,17 @@ class _Parser:
         return types
 
     def _define(self, scope: dict[str, Value]) -> str:
+        position = self.tokens[self.at][2]
         name = self._next("value")[1:]
         if name in scope:
-            raise self._error(f"%{name} is defined twice")
+            raise self._error(f"%{name} is defined twice", position)
         return name
 
     def _use(self, scope: dict[str, Value]) -> Value:
+        position = self.tokens[self.at][2]
         name = self._next("value")[1:]
         if name not in scope:
-            raise self._error(f"%{name} is not defined")
+            raise self._error(f"%{name} is not defined", position)
         return scope[name]
 
     def _node(self, graph: Graph, scope: dict[str, Value]) -> None:

@@ -44,11 +44,13 @@ class _Names:
 
     def define(self, value: Value) -> str:
         name = "".join(c if c.isalnum() or c in "_." else "_" for c in value.name)
-        if not name or name.isdigit() or name in self.taken:
-            base = f"{name}_" if name and not name.isdigit() else ""
-            while (name := f"{base}{self.count}") in self.taken:
-                self.count += 1
+        if not name or name.isdigit():
+            name = str(self.count)
             self.count += 1
+        base, repeats = name, 0
+        while name in self.taken:
+            name = f"{base}_{repeats}"
+            repeats += 1
         self.taken.add(name)
         self.of[value] = name
         return f"%{name}"
