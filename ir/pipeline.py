@@ -104,7 +104,8 @@ class Pipeline:
             verify(result.graph)
             actual = run(result.graph, arrays)
             same = len(actual) == len(expected) and all(
-                a.shape == e.shape and np.allclose(a.astype(np.float64), e.astype(np.float64), rtol, atol, equal_nan=True)
+                a.shape == e.shape
+                and np.allclose(a.astype(np.float64), e.astype(np.float64), rtol, atol, equal_nan=True)
                 for a, e in zip(actual, expected, strict=True))
             if not same:
                 return Step(p.name, result, time.perf_counter() - started)

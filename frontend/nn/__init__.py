@@ -1,7 +1,12 @@
 """Neural-network modules. Names, weights and layouts follow torch.nn, so that models and checkpoints carry over."""
 
 from . import functional, init
-from .attention import MultiHeadAttention, TransformerDecoderLayer, TransformerEncoder, TransformerEncoderLayer
+from .attention import (
+    MultiHeadAttention,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
 from .conv import (
     AdaptiveAvgPool,
     AdaptiveAvgPool1d,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from ...ir.dtypes import promote
 from ...ir.errors import AttributeValueError, DTypeError, ShapeError

@@ -65,7 +65,9 @@ class Module:
     def __setattr__(self, name: str, value: Any) -> None:
         if "_parameters" not in self.__dict__:
             raise ArgumentsError(f"call super().__init__() first in {type(self).__name__}.__init__")
-        held_in_table = any([table.pop(name, None) is not None for table in self._tables()])
+        held_in_table = any(table.get(name) is not None for table in self._tables())
+        for table in self._tables():
+            table.pop(name, None)
         if isinstance(value, Parameter):
             self.register_parameter(name, value)
         elif isinstance(value, Module):

@@ -97,7 +97,8 @@ class _Recurrent(Module):
                 raise ShapeError(f"{type(self).__name__}: the initial state must be {shape}, got {part.shape}")
         return parts
 
-    def _run(self, x: Tensor, start: tuple[Tensor, ...], suffix: str, reverse: bool) -> tuple[tuple[Tensor, ...], Tensor]:
+    def _run(self, x: Tensor, start: tuple[Tensor, ...], suffix: str,
+             reverse: bool) -> tuple[tuple[Tensor, ...], Tensor]:
         weight = getattr(self, f"weight_hh_{suffix}")
         bias = getattr(self, f"bias_hh_{suffix}")
         projected = functional.linear(x, getattr(self, f"weight_ih_{suffix}"), getattr(self, f"bias_ih_{suffix}"))

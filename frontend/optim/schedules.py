@@ -13,11 +13,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Union
 
 from ...ir.errors import AttributeValueError
 
-Rate = Union[float, Callable[[int], float]]
+Rate = float | Callable[[int], float]
 
 
 class Schedule:

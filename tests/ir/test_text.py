@@ -4,6 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
+
 from treadle.ir import ops as _ops  # noqa: F401
 from treadle.ir.builder import GraphBuilder, emit
 from treadle.ir.dims import Dim
@@ -83,7 +84,7 @@ def test_names_are_unique_and_printable():
 
 
 @pytest.mark.parametrize("old, new, message", [
-    ("matmul(%x, %w)", "matmul(%x, %y)", "line 2, column 18: %y is not defined"),
+    ("matmul(%x, %w)", "matmul(%x, %y)", "line 2, column 19: %y is not defined"),
     ("%1 = reduce", "%0 = reduce", "%0 is defined twice"),
     ("matmul(", "matmol(", "there is no op 'matmol'"),
     ("axes=(1,)", "axes=(5,)", "line 3"),

@@ -1,6 +1,7 @@
 """The verifier finds each way of breaking a graph; the pipeline names and bisects the pass that did it."""
 
 import pytest
+
 from treadle.ir import ops as _ops  # noqa: F401
 from treadle.ir.builder import GraphBuilder, emit, make_node
 from treadle.ir.errors import ArgumentsError, AttributeValueError, ConfigError, ShapeError, VerifyError
@@ -86,7 +87,8 @@ def replace_node(name):
         with GraphBuilder(graph.name) as b:
             env = {v: b.input(v.type, v.name) for v in graph.inputs}
             for node in graph.nodes:
-                new = b.emit("sub" if node.op.name == name else node.op.name, [env[v] for v in node.operands], node.attrs)
+                op_name = "sub" if node.op.name == name else node.op.name
+                new = b.emit(op_name, [env[v] for v in node.operands], node.attrs)
                 env.update(zip(node.results, new))
             b.output(*(env[v] for v in graph.outputs))
         return PassResult(b.graph, True, {"replaced": name})
