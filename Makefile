@@ -35,7 +35,8 @@ test-all:  ## The whole suite, torch as a live second oracle included (installs 
 lint:  ## ruff, and mypy over the package.
 	$(call ready,test)
 	@$(PY) -m ruff check .
-	@cd .venv/names && ../bin/python -m mypy --config-file ../../pyproject.toml -p treadle
+	@cd .venv/names && ../bin/python -m mypy --config-file ../../pyproject.toml \
+	  -m treadle -p treadle.ir -p treadle.autodiff -p treadle.schedules -p treadle.frontend
 
 bench:  ## Speed and memory beside torch eager, torch.compile and JAX (installs them).
 	$(call ready,bench)

@@ -49,6 +49,18 @@ def parse(text: str) -> Graph:
     return graph
 
 
+def parse_type(text: str) -> TensorType:
+    """The tensor type that a text such as `f32[8,784]` describes.
+
+    Raises:
+        ParseError: it describes none.
+    """
+    parser = _Parser(text)
+    result = parser.type()
+    parser.expect_end()
+    return result
+
+
 class _Parser:
     def __init__(self, text: str):
         self.text = text
@@ -103,7 +115,7 @@ class _Parser:
         while not self._accept(")"):
             name = self._define(scope)
             self._expect(":")
-            value = Value(self._type(), name)
+            value = Value(self.type(), name)
             role = self._next("word")
             if role not in ROLES:
                 raise self._error(f"{role!r} is not a role; roles: {', '.join(ROLES)}")
@@ -137,7 +149,7 @@ class _Parser:
         types = []
         self._expect("(")
         while not self._accept(")"):
-            types.append(self._type())
+            types.append(self.type())
             self._accept(",")
         return types
 
@@ -173,9 +185,9 @@ class _Parser:
             while not self._accept("]"):
                 regions.append(self.graph())
         self._expect(":")
-        claimed = [self._type()]
+        claimed = [self.type()]
         while self._accept(","):
-            claimed.append(self._type())
+            claimed.append(self.type())
         line = self.text.count("\n", 0, start) + 1
         try:
             node = make_node(op(op_name), operands, attrs, regions, Loc("<text>", line))
@@ -240,7 +252,7 @@ class _Parser:
             raise self._error(f"{type} needs {type.size} elements, found {len(items)}")
         return np.array(items, dtype=type.dtype.np).reshape(type.shape)
 
-    def _type(self) -> TensorType:
+    def type(self) -> TensorType:
         return self._as_type(self._next("type"))
 
     def _as_type(self, text: str) -> TensorType:

@@ -1,13 +1,19 @@
 """What every test shares: a compile cache of its own, passes verified after each step, tests that repeat exactly."""
 
+import atexit
 import importlib.util
 import os
+import shutil
+import tempfile
 
 import hypothesis
 import pytest
 
 # Read when treadle is first imported, so they are set before any test imports it.
 os.environ.setdefault("TREADLE_VERIFY", "1")
+if "TREADLE_CACHE_DIR" not in os.environ:
+    os.environ["TREADLE_CACHE_DIR"] = tempfile.mkdtemp(prefix="treadle-test-cache-")
+    atexit.register(shutil.rmtree, os.environ["TREADLE_CACHE_DIR"], ignore_errors=True)
 
 # Compilation makes single examples slow and the first one slower: the time is bounded by the number of examples.
 hypothesis.settings.register_profile(

@@ -29,6 +29,8 @@ from rich.table import Table
 from ... import __version__
 from ...ir import config
 from ...ir.errors import TreadleError
+from ...schedules.cache import default_directory
+from ...schedules.link import linker
 from ...schedules.target import ISAS, Target, available_cpus
 
 WORKS, ABSENT, BROKEN = "works", "absent", "broken"
@@ -99,9 +101,7 @@ def _model_name() -> str:
 
 def cache() -> Iterator[Finding]:
     """The folder of compiled kernels."""
-    from ...schedules.cache import cache_dir
-
-    folder = Path(cache_dir())
+    folder = default_directory()
     limit = config.get("TREADLE_CACHE_BYTES")
     sizes = [p.stat().st_size for p in folder.rglob("*") if p.is_file()] if folder.is_dir() else []
     detail = f"{folder}: {len(sizes)} files, {sum(sizes) / 2**20:.1f} of at most {limit / 2**20:.0f} MiB"
@@ -122,7 +122,8 @@ def cache() -> Iterator[Finding]:
 
 
 def optional() -> Iterator[Finding]:
-    """MPI, CUDA, extras."""
+    """Linker, MPI, CUDA, extras."""
+    yield Finding("linker", WORKS if linker() else ABSENT, linker() or "none on the path: kernels are linked in memory")
     launcher = shutil.which("mpiexec") or shutil.which("mpirun")
     if importlib.util.find_spec("mpi4py") and launcher:
         yield Finding("MPI", WORKS, f"mpi4py {importlib.metadata.version('mpi4py')}, {launcher}")
@@ -160,6 +161,8 @@ def proof() -> Iterator[Finding]:
 GROUPS: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (
     ("versions", versions), ("machine", processor), ("cache", cache), ("optional", optional), ("proof", proof),
 )
+
+GROUPS_BY_NAME = dict(GROUPS)
 
 
 def examine() -> dict[str, list[Finding]]:
