@@ -35,8 +35,8 @@ def _options(
     pass
 
 
-@app.command()
-def demo(
+@app.command("demo")
+def run_demo(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the 4,000 training digits.")] = 20,
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint, the artifact and the picture.")] = Path("out"),
     threads: Annotated[int, typer.Option(min=0, help="Threads of a kernel; 0: all cores of this process.")] = 0,
@@ -48,8 +48,8 @@ def demo(
     mnist.run(Console(), out=out, epochs=epochs, threads=threads or None, seed=seed)
 
 
-@app.command()
-def doctor(
+@app.command("doctor")
+def run_doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Say what works on this machine and what does not: versions, CPU, threads, cache, MPI, CUDA compiler."""
@@ -60,7 +60,7 @@ def doctor(
 
 
 @app.command("inspect")
-def inspect_(
+def run_inspect(
     what: Annotated[str, typer.Argument(metavar="FILE.py:NAME", help="A function, or an nn.Module (class or object).")],
     inputs: Annotated[list[str], typer.Argument(metavar="TYPE...", help="Input types, such as f32[8,784] i64[8].")],
     grad: Annotated[bool, typer.Option(help="Inspect the gradient with respect to the first argument.")] = False,
