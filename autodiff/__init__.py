@@ -8,11 +8,12 @@ from . import (
     vjp_elementwise,
     vjp_index,
     vjp_matmul,
+    vjp_nn,
     vjp_reduce,
     vjp_shape,
 )
 from .reverse import backward, grad_graph, vjp_graph
 
-RULES = (vjp_conv, vjp_elementwise, vjp_index, vjp_matmul, vjp_reduce, vjp_shape)
+RULES = (vjp_conv, vjp_elementwise, vjp_index, vjp_matmul, vjp_nn, vjp_reduce, vjp_shape)
 
 __all__ = ["RULES", "backward", "grad_graph", "vjp_graph"]

@@ -21,13 +21,13 @@ from .reverse import Cotangents, filled, vjp, zeros_like
 from .vjp_elementwise import compare, where
 
 
-def _clamped(indices: Value, size: Any) -> Value:
+def clamped(indices: Value, size: Any) -> Value:
     """Indices as a gather along an axis of this size reads them."""
     most = int(np.iinfo(indices.dtype.np).max)
     return emit("clip", indices, lo=0, hi=max(min(size - 1, most), 0) if isinstance(size, int) else None)
 
 
-def _inside(indices: Value, size: Any) -> Value:
+def inside(indices: Value, size: Any) -> Value:
     """Whether a scatter along an axis of this size keeps an index."""
     positive = compare("ge", indices, 0)
     if not isinstance(size, int) or size > np.iinfo(indices.dtype.np).max:
@@ -39,21 +39,21 @@ def _inside(indices: Value, size: Any) -> Value:
 
 
 def _take(ct: Value, out: Value, x: Value, indices: Value, axis: int) -> Value:
-    return emit("scatter_add", zeros_like(x), _clamped(indices, x.shape[axis]), ct, axis=axis)
+    return emit("scatter_add", zeros_like(x), clamped(indices, x.shape[axis]), ct, axis=axis)
 
 
 def _scatter_add(ct: Value, out: Value, x: Value, indices: Value, updates: Value, axis: int) -> Value:
     after = updates.rank - axis - indices.rank
-    mask = emit("reshape", _inside(indices, x.shape[axis]), shape=(*indices.shape, *(1,) * after))
+    mask = emit("reshape", inside(indices, x.shape[axis]), shape=(*indices.shape, *(1,) * after))
     return where(mask, emit("take", ct, indices, axis=axis), 0.0)
 
 
 def _take_along(ct: Value, out: Value, x: Value, indices: Value, axis: int) -> Value:
-    return emit("scatter_add_along_axis", zeros_like(x), _clamped(indices, x.shape[axis]), ct, axis=axis)
+    return emit("scatter_add_along_axis", zeros_like(x), clamped(indices, x.shape[axis]), ct, axis=axis)
 
 
 def _scatter_add_along(ct: Value, out: Value, x: Value, indices: Value, updates: Value, axis: int) -> Value:
-    return where(_inside(indices, x.shape[axis]), emit("take_along_axis", ct, indices, axis=axis), 0.0)
+    return where(inside(indices, x.shape[axis]), emit("take_along_axis", ct, indices, axis=axis), 0.0)
 
 
 def _passed(ct: Value, *rest: Value, **attrs: Any) -> Value:
