@@ -36,6 +36,8 @@ import ml_dtypes
 import numpy as np
 
 KINDS = ("input", "output", "temp", "constant")
+ENTRY = "treadle_main"  # the function that a compiled program exports
+PROFILE_HEADER = 4  # int64 words at the head of the profile slot: two timespecs
 
 
 def numpy_dtype(name: str) -> np.dtype:

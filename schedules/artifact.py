@@ -1,0 +1,187 @@
+"""Saved executables: one file that runs where no compiler is.
+
+The file is an uncompressed zip archive:
+
+    manifest.json           format version, signature, versions, SHA-256 of every other member
+    code/program.so         machine code (or code/*.o where there was no linker)
+    constants.safetensors   constant tensors, if any
+
+The archive's comment holds the SHA-256 of the manifest, so every byte that matters is covered. Nothing
+is unpickled and nothing is unpacked to a path named by the archive. (Checksums find damage, not malice: a saved
+program is machine code, so load it only from where you would run a program from.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import secrets
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..ir.errors import ArtifactError, TreadleError
+from .executable import Executable, Signature
+from .link import Library
+from .program import numpy_dtype
+
+log = logging.getLogger("treadle.artifact")
+
+FORMAT = 1
+_MANIFEST, _CONSTANTS, _CODE = "manifest.json", "constants.safetensors", "code/"
+_COMMENT = "treadle "
+_LIMIT = 64 << 20  # of the manifest
+_SAFETENSORS = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint64": "U64",
+    "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+
+
+def save(executable: Executable, path: Any) -> None:
+    """Write an executable to `path`, atomically: either the whole file is there or what was there before.
+
+    Raises:
+        ArtifactError: the file cannot be written.
+    """
+    path = Path(path)
+    members = {_CODE + name: data for name, data in executable.library.files.items()}
+    if executable.constants:
+        members[_CONSTANTS] = _write_constants(executable.constants)
+    manifest = {
+        "format": FORMAT,
+        "signature": executable.signature.to_json(),
+        "versions": _versions(),
+        "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in members.items()},
+    }
+    try:
+        members = {_MANIFEST: json.dumps(manifest, indent=1, sort_keys=True).encode(), **members}
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"the program's metadata cannot be saved as JSON: {error}") from error
+    temporary = path.with_name(f".{path.name}-{secrets.token_hex(6)}")
+    try:
+        try:
+            with open(temporary, "wb") as file:
+                with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+                    for name, data in members.items():
+                        archive.writestr(zipfile.ZipInfo(name), data)
+                    archive.comment = (_COMMENT + hashlib.sha256(members[_MANIFEST]).hexdigest()).encode()
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def load(path: Any) -> Executable:
+    """The executable in a file written by `save`. Neither traces nor compiles; needs no compiler.
+
+    Raises:
+        ArtifactError: no such file, not a saved program, damaged, or written by a newer version.
+        TargetError: this machine cannot execute its code.
+    """
+    path = Path(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _read(archive, path)
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror or error}") from error
+    except TreadleError:
+        raise
+    except (zipfile.BadZipFile, KeyError, TypeError, ValueError, IndexError, AttributeError, EOFError,
+            NotImplementedError, RuntimeError) as error:  # fmt: skip
+        raise ArtifactError(f"{path} is damaged or no saved program: {error}") from error
+
+
+def _read(archive: zipfile.ZipFile, path: Path) -> Executable:
+    names = [info.filename for info in archive.infolist()]
+    if (
+        len(set(names)) != len(names)
+        or _MANIFEST not in names
+        or archive.getinfo(_MANIFEST).file_size > _LIMIT
+    ):
+        raise ArtifactError(f"{path} is no saved program: it has no proper {_MANIFEST}")
+    text = archive.read(_MANIFEST)
+    if archive.comment.decode("ascii", "replace") != _COMMENT + hashlib.sha256(text).hexdigest():
+        raise ArtifactError(
+            f"{path} is damaged: the checksum of {_MANIFEST} does not match; save the program again"
+        )
+    manifest = json.loads(text)
+    if manifest["format"] > FORMAT:
+        raise ArtifactError(
+            f"{path} has format {manifest['format']}, this version reads up to {FORMAT} (it was written by "
+            f"treadle {manifest['versions'].get('treadle')}): install a newer treadle"
+        )
+    members = {}
+    for name, expected in manifest["sha256"].items():
+        _check_name(name, path)
+        if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
+            raise ArtifactError(f"{path} is damaged: member {name!r} is compressed")
+        members[name] = archive.read(name)
+        if hashlib.sha256(members[name]).hexdigest() != expected:
+            raise ArtifactError(
+                f"{path} is damaged: the checksum of {name} does not match; save the program again"
+            )
+    signature = Signature.from_json(manifest["signature"])
+    code = {name[len(_CODE) :]: data for name, data in members.items() if name.startswith(_CODE)}
+    values = _read_constants(members.get(_CONSTANTS), signature)
+    log.info("%s: %s, written by %s", path, signature.name, manifest["versions"])
+    return Executable(signature, Library(code), values)
+
+
+def _check_name(name: str, path: Path) -> None:
+    """Members are looked up by these names only, and never become paths; still, nothing odd gets further."""
+    base = name[len(_CODE) :] if name.startswith(_CODE) else ""
+    if name != _CONSTANTS and not (
+        base.endswith((".so", ".o")) and base.replace("_", "").replace(".", "").isalnum()
+    ):
+        raise ArtifactError(f"{path} is no saved program: it names a member {name!r}")
+
+
+def _write_constants(constants: dict[str, np.ndarray]) -> bytes:
+    import safetensors
+
+    described = {
+        name: {
+            # What safetensors has no name for (int4...) is stored as the bytes it takes in memory.
+            "dtype": _SAFETENSORS.get(array.dtype.name, "U8"),
+            "shape": list(array.shape),
+            "data": array.tobytes(),
+        }
+        for name, array in constants.items()
+    }
+    return safetensors.serialize(described)
+
+
+def _read_constants(data: bytes | None, signature: Signature) -> dict[str, np.ndarray]:
+    if data is None:
+        return {}
+    import safetensors
+
+    try:
+        stored = dict(safetensors.deserialize(data))
+    except safetensors.SafetensorError as error:
+        raise ArtifactError(f"the saved constants are damaged: {error}") from error
+    return {
+        info.name: np.frombuffer(stored[info.name]["data"], numpy_dtype(info.dtype)).reshape(info.shape)
+        for info in signature.constants
+    }
+
+
+def _versions() -> dict[str, str]:
+    """Versions of what made the file, for messages. Read from the installed packages: imports nothing."""
+    from importlib import metadata
+
+    found = {}
+    for name in ("treadle", "apache-tvm", "apache-tvm-ffi", "numpy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found

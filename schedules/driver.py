@@ -1,0 +1,241 @@
+"""The driver: one host function that runs a whole program by calling its kernels.
+
+    int __tvm_ffi_treadle_main(void* self, TVMFFIAny* args, int num_args, TVMFFIAny* result)
+
+It takes one argument, the address of a table of pointers (`Slots`): the arena, every input, every output
+that is not an input's storage, every constant. Python fills the table; a call then costs the same for
+three parameters or three hundred. Temps sit at fixed offsets of the arena (`plan.py`). Loops, whiles and branches of
+the program are loops, whiles and branches here; nothing is interpreted at run time.
+
+(A Relax VM executable was the first idea. Its bytecode has no loop but recursion, and it pays 0.2 us per
+kernel and per argument where a direct call pays a few ns.)
+
+With `profile=True` each kernel call is timed by the C library's monotonic clock, into one more slot.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tvm
+from tvm import tirx
+from tvm.ir import PrimType, Var
+from tvm.script import tirx as T
+from tvm.tirx import stmt as tir_stmt
+
+from .plan import MemoryPlan, Slots
+from .program import (
+    ENTRY,
+    PROFILE_HEADER,
+    Arg,
+    Branch,
+    Buffer,
+    Copy,
+    HostCall,
+    KernelCall,
+    Loop,
+    LoopVar,
+    Program,
+    Step,
+    View,
+    While,
+    buffer_of,
+    runs,
+)
+
+_ARG_VALUE = 15  # field of a TVMFFIAny: its value as a pointer
+_INT64_ELEMENT = 17  # element of an array of int64
+_CLOCK_MONOTONIC = 1
+
+
+def build_driver(
+    program: Program, plan: MemoryPlan, symbols: dict[int, str], profile: bool = False
+) -> tuple[tirx.PrimFunc, list[Step]]:
+    """The driver of a program as a TIR function in packed calling convention, and the steps it times, in the
+    order of their cells in the profile slot (after the header: nanoseconds and count of each; none without `profile`).
+
+    `symbols` maps the id of each kernel call's PrimFunc to the C symbol of its compiled form.
+    """
+    handle = T.handle().ty
+    params = [
+        Var("self", handle),
+        Var("args", handle),
+        Var("num_args", PrimType("int32")),
+        Var("result", handle),
+    ]
+    emitter = _Emitter(plan, Slots.of(program), symbols, params[1], profile)
+    body = tir_stmt.SeqStmt(
+        [
+            *emitter.prologue(),
+            *(emitter.step(step) for step in program.steps if runs(step)),
+            tir_stmt.Return(tirx.const(0, "int32")),
+        ]
+    )
+    function = tirx.PrimFunc(params, body, ret_type=PrimType("int32"))
+    function = function.with_attr("global_symbol", f"__tvm_ffi_{ENTRY}").with_attr("calling_conv", 1)
+    return function, emitter.timed
+
+
+def _int64(value: int) -> Any:
+    return tirx.const(value, "int64")
+
+
+def _sequence(statements: list[Any]) -> Any:
+    return (
+        tir_stmt.SeqStmt(statements) if len(statements) > 1 else statements[0] if statements else _nothing()
+    )
+
+
+def _nothing() -> Any:
+    return tir_stmt.Evaluate(tirx.const(0, "int32"))
+
+
+class _Emitter:
+    """Turns steps into TIR statements. Addresses are untyped handles: base pointer plus byte offset."""
+
+    def __init__(self, plan: MemoryPlan, slots: Slots, symbols: dict[int, str], args: Any, profile: bool):
+        self.plan, self.slots, self.symbols, self.args = plan, slots, symbols, args
+        handle = T.handle().ty
+        self.table, self.arena = Var("table", handle), Var("arena", handle)
+        self.counters: dict[int, Any] = {}  # id(LoopVar) -> the expression of its value
+        self.timed: list[Step] = []
+        self.times = None
+        if profile:
+            self.times = tirx.decl_buffer((1 << 30,), "int64", name="times")
+
+    def prologue(self) -> list[Any]:
+        handle = T.handle().ty
+        found = [
+            tir_stmt.Bind(self.table, T.tvm_struct_get(self.args, 0, _ARG_VALUE, handle)),
+            tir_stmt.Bind(self.arena, self.slot(0)),
+        ]
+        if self.times is not None:
+            found.append(
+                tir_stmt.DeclBuffer(self.times, data=self.typed(self.slot(self.slots.profile), "int64"))
+            )
+        return found
+
+    # -- addresses ----------------------------------------------------------------------------------------
+
+    def slot(self, index: int) -> Any:
+        address = T.tvm_struct_get(self.table, index, _INT64_ELEMENT, "int64")
+        return T.reinterpret(T.handle().ty, address)
+
+    def typed(self, address: Any, dtype: str) -> Any:
+        return T.reinterpret(tvm.ir.PointerType(PrimType(dtype), "global"), address)
+
+    def address(self, arg: Buffer | View) -> Any:
+        """The address of a buffer or view, as a handle expression."""
+        root = buffer_of(arg).root
+        slot = self.slots.index.get(id(root))
+        base = self.arena if slot is None else self.slot(slot)
+        offset = _int64(self.plan.offset(root) if slot is None else 0)
+        if isinstance(arg, View):
+            width = arg.buffer.itemsize
+            offset = offset + _int64(arg.offset * width)
+            for term in arg.terms:
+                count = self.counters[id(term.var)] + _int64(term.shift)
+                if term.modulo is not None:
+                    count = tirx.truncmod(count, _int64(term.modulo))
+                offset = offset + count * _int64(term.stride * width)
+        if isinstance(offset, tirx.IntImm) and offset.value == 0:
+            return base
+        return T.handle_add_byte_offset(base, offset)
+
+    def flag(self, buffer: Buffer) -> tuple[Any, Any]:
+        """(declaration, condition): the bool in `buffer` as a fresh load."""
+        cell = tirx.decl_buffer((1,), "uint8", name="flag")
+        declared = tir_stmt.DeclBuffer(cell, data=self.typed(self.address(buffer), "uint8"))
+        return declared, cell[0] != tirx.const(0, "uint8")
+
+    # -- steps --------------------------------------------------------------------------------------------
+
+    def steps(self, steps: list[Step]) -> Any:
+        return _sequence([self.step(step) for step in steps if runs(step)])
+
+    def step(self, step: Step) -> Any:
+        return getattr(self, f"emit_{type(step).__name__}")(step)
+
+    def emit_KernelCall(self, step: KernelCall) -> Any:
+        call = T.call_extern("int32", self.symbols[id(step.kernel)], *(self.value(arg) for arg in step.args))
+        failed = tir_stmt.Evaluate(T.tvm_throw_last_error())
+        return self.timing(step, tir_stmt.IfThenElse(call != tirx.const(0, "int32"), failed, None))
+
+    def value(self, arg: Arg) -> Any:
+        return self.counters[id(arg)] if isinstance(arg, LoopVar) else self.address(arg)
+
+    def emit_HostCall(self, step: HostCall) -> Any:
+        call = T.call_packed(step.function, *(self.tensor(arg) for arg in step.args))
+        # The device of the tensors that the builtin makes.
+        body = tir_stmt.AttrStmt("default", "device_type", tirx.const(1, "int32"), tir_stmt.Evaluate(call))
+        body = tir_stmt.AttrStmt("default", "device_id", tirx.const(0, "int32"), body)
+        return self.timing(step, body)
+
+    def tensor(self, arg: Arg) -> Any:
+        if isinstance(arg, LoopVar):
+            return self.counters[id(arg)]
+        shape = T.tvm_stack_make_shape(*(_int64(extent) for extent in arg.shape))
+        zero = tirx.const(0, arg.dtype)
+        return T.tvm_stack_make_array(self.address(arg), shape, 0, len(arg.shape), zero, 0)
+
+    def emit_Copy(self, step: Copy) -> Any:
+        source, target = self.address(step.src), self.address(step.dst)
+        if tvm.ir.structural_equal(source, target):
+            return _nothing()
+        call = T.call_extern("handle", "memcpy", target, source, _int64(step.dst.nbytes))
+        return self.timing(step, tir_stmt.Evaluate(call))
+
+    def emit_Loop(self, step: Loop) -> Any:
+        counter = Var(step.var.name, PrimType("int64"))
+        self.counters[id(step.var)] = counter
+        return tir_stmt.For(
+            counter, _int64(0), _int64(step.extent), tir_stmt.ForKind.SERIAL, self.steps(step.body)
+        )
+
+    def emit_While(self, step: While) -> Any:
+        """`cell = 0; condition; while pred: body; cell += 1; condition`: the condition is laid down twice, since TIR
+        tests at the head of the loop."""
+        cell = tirx.decl_buffer((1,), "int64", name=step.var.name, scope="local")
+        self.counters[id(step.var)] = cell[0]
+        declared, holds = self.flag(step.pred)
+        advance = tir_stmt.BufferStore(cell, cell[0] + _int64(1), [0])
+        body = _sequence([self.steps(step.body), advance, self.steps(step.condition)])
+        return tir_stmt.SeqStmt(
+            [
+                tir_stmt.AllocBuffer(cell),
+                tir_stmt.BufferStore(cell, _int64(0), [0]),
+                self.steps(step.condition),
+                declared,
+                tir_stmt.While(holds, body),
+            ]
+        )
+
+    def emit_Branch(self, step: Branch) -> Any:
+        declared, holds = self.flag(step.pred)
+        orelse = self.steps(step.orelse) if step.orelse else None
+        return tir_stmt.SeqStmt([declared, tir_stmt.IfThenElse(holds, self.steps(step.then), orelse)])
+
+    # -- profile ------------------------------------------------------------------------------------------
+
+    def timing(self, step: Step, statement: Any) -> Any:
+        """In profile mode: the statement between two readings of the clock, added to the cell of its call site."""
+        if self.times is None:
+            return statement
+        cell = PROFILE_HEADER + 2 * len(self.timed)
+        self.timed.append(step)
+        times, base = self.times, self.slot(self.slots.profile)
+
+        def read(word: int) -> Any:
+            place = T.handle_add_byte_offset(base, _int64(8 * word)) if word else base
+            return tir_stmt.Evaluate(T.call_extern("int32", "clock_gettime", _CLOCK_MONOTONIC, place))
+
+        elapsed = (times[2] - times[0]) * _int64(1_000_000_000) + times[3] - times[1]
+        return tir_stmt.SeqStmt(
+            [
+                read(0),
+                statement,
+                read(2),
+                tir_stmt.BufferStore(times, times[cell] + elapsed, [cell]),
+                tir_stmt.BufferStore(times, times[cell + 1] + _int64(1), [cell + 1]),
+            ]
+        )

@@ -1,0 +1,361 @@
+"""A compiled program that can be called.
+
+A call fills a table of pointers and makes one call of the driver. An argument that is the very array of the last call
+(a parameter of a training step, say) is recognised by identity and costs next to nothing; only a new array is
+checked and entered. Results are new arrays that belong to the caller; their memory is taken up again once
+the caller has dropped every view of it, so a loop does not pay for fresh pages in each step.
+
+One call runs at a time (a lock), because temps live in one arena. The GIL is released while it runs.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..ir.errors import ArgumentsError, CompileError, DTypeError, ShapeError, TargetError
+from .link import Library, load
+from .plan import ALIGNMENT, MemoryPlan
+from .program import ENTRY, PROFILE_HEADER, numpy_dtype
+from .runtime import prepare_thread
+from .target import Target, host_features
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One input, output or constant. `alias`: the input whose storage an output takes over."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    role: str = ""
+    alias: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True)
+class KernelInfo:
+    """One kernel call of a program: its label and its cost in floating-point operations (0 if unknown)."""
+
+    label: str
+    flops: float
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """Time that one call site took in one run: how often it ran, and seconds in total."""
+
+    label: str
+    calls: int
+    seconds: float
+    flops: float
+
+    @property
+    def gflops(self) -> float:
+        """Billions of floating-point operations a second (0 if the kernel has no known cost)."""
+        return self.flops * self.calls / self.seconds / 1e9 if self.seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What is known about a compiled program without its code: plain data, saved as JSON."""
+
+    name: str
+    target: str
+    arch: str
+    features: list[str]
+    inputs: list[TensorInfo]
+    outputs: list[TensorInfo]
+    constants: list[TensorInfo]
+    arena_bytes: int
+    slots: int
+    kernels: list[KernelInfo] = field(default_factory=list)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON-ready data; `from_json` takes it back."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Signature:
+        """The signature that `to_json` wrote. Raises TypeError or KeyError for anything else."""
+        tensors = {
+            key: [TensorInfo(**{**t, "shape": tuple(int(n) for n in t["shape"])}) for t in data[key]]
+            for key in ("inputs", "outputs", "constants")
+        }
+        return Signature(**{**data, **tensors, "kernels": [KernelInfo(**k) for k in data["kernels"]]})
+
+
+def empty_aligned(shape: Sequence[int], dtype: Any) -> np.ndarray:
+    """An uninitialised array whose first byte lies on a 64-byte boundary: what kernels read fastest."""
+    dtype = np.dtype(dtype)
+    raw, offset, _ = _raw(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
+    return np.ndarray(tuple(shape), dtype, raw, offset)
+
+
+def _raw(nbytes: int) -> tuple[np.ndarray, int, int]:
+    """Bytes with an aligned place among them: (array, offset of the place, its address)."""
+    raw = np.empty(max(nbytes, 1) + ALIGNMENT, np.uint8)
+    address = raw.ctypes.data
+    offset = -address % ALIGNMENT
+    return raw, offset, address + offset
+
+
+class _Result:
+    """Where one output of each call goes: memory that is used again as soon as nobody holds a view of it."""
+
+    def __init__(self, info: TensorInfo, index: int):
+        self.shape, self.dtype, self.index = info.shape, numpy_dtype(info.dtype), index
+        self.nbytes = int(np.prod(info.shape, dtype=np.int64)) * self.dtype.itemsize
+        self.raw: np.ndarray | None = np.empty(0, np.uint8)
+        self.idle = sys.getrefcount(self.raw)  # references while no caller holds a view
+        self.raw = None
+
+    def array(self) -> np.ndarray:
+        """A fresh array; afterwards `address` is where its data lie."""
+        if self.raw is None or sys.getrefcount(self.raw) != self.idle:
+            self.raw, self.offset, self.address = _raw(self.nbytes)
+        return np.ndarray(self.shape, self.dtype, self.raw, self.offset)
+
+
+class Executable:
+    """A program ready to run: `outputs = executable.run(inputs)`.
+
+    `signature` lists inputs and outputs; `plan` is the memory plan (None for a loaded file), `stats` what the build
+    compiled (None for a loaded file).
+    """
+
+    def __init__(
+        self,
+        signature: Signature,
+        library: Library,
+        constants: dict[str, np.ndarray],
+        plan: MemoryPlan | None = None,
+    ):
+        _check_machine(signature)
+        self.signature, self.library, self.plan = signature, library, plan
+        self.stats: Any = None
+        self.profile_builder: Callable[[], tuple[Any, list[tuple[str, float]]]] | None = None
+        self._module = load(library)
+        self._entry = self._module[ENTRY]
+        self._lock = threading.Lock()
+        self._bound: list[Any] = [None] * len(signature.inputs)
+        self._dtypes = [numpy_dtype(info.dtype) for info in signature.inputs]
+        self._written = {o.alias for o in signature.outputs if o.alias is not None}
+        self._transient = [
+            i for i, info in enumerate(signature.inputs) if info.role in ("data", "scalar", "")
+        ]
+        self.constants = {info.name: _aligned_copy(constants[info.name]) for info in signature.constants}
+        self._in_place = np.array(sorted(self._written), np.intp)
+        self._ends = np.zeros(len(signature.inputs), np.int64)  # where each bound input ends, 0 if unbound
+        self._table = np.zeros(signature.slots, np.int64)
+        self._address = self._table.ctypes.data
+        self._arena: np.ndarray | None = None
+        first = 1 + len(signature.inputs)
+        fresh = [info for info in signature.outputs if info.alias is None]
+        self._results = [_Result(info, first + i) for i, info in enumerate(fresh)]
+        for i, info in enumerate(signature.constants):
+            self._table[first + len(fresh) + i] = self.constants[info.name].ctypes.data
+
+    def __repr__(self) -> str:
+        s = self.signature
+        ins, outs = ", ".join(f"{i.name}: {i}" for i in s.inputs), ", ".join(map(str, s.outputs))
+        return f"<Executable {s.name}({ins}) -> ({outs}) for {s.target}, {len(s.kernels)} kernels>"
+
+    # -- running ------------------------------------------------------------------------------------------
+
+    def run(self, arrays: Sequence[Any]) -> list[np.ndarray]:
+        """Run once.
+
+        `arrays` match `signature.inputs` in order, shape and dtype: NumPy arrays, anything with `__dlpack__` on the
+        CPU, or a Python number for a 0-d input. Non-contiguous data are copied first. An input that an output takes
+        over is updated in place, and that very array is the output; it has to be contiguous and writable.
+        Other outputs are new arrays.
+
+        Raises:
+            ArgumentsError: another number of inputs, or one that cannot be updated in place.
+            ShapeError, DTypeError: an input of another type than the program was compiled for.
+        """
+        with self._lock:
+            prepare_thread()
+            outputs = self._enter(arrays)
+            try:
+                self._entry(self._address)
+            finally:
+                self._leave()
+            return outputs
+
+    __call__ = run
+
+    def _enter(self, arrays: Sequence[Any]) -> list[np.ndarray]:
+        """Fill the table; the outputs of this call."""
+        bound = self._bound
+        if len(arrays) != len(bound):
+            names = ", ".join(info.name for info in self.signature.inputs)
+            raise ArgumentsError(
+                f"{self.signature.name} takes {len(bound)} inputs ({names}), got {len(arrays)}"
+            )
+        for i, array in enumerate(arrays):
+            if array is not bound[i]:
+                self._bind(i, array)
+        if self._arena is None:
+            self._arena, _, self._table[0] = _raw(self.signature.arena_bytes)
+        fresh = iter(self._results)
+        outputs = []
+        for info in self.signature.outputs:
+            if info.alias is not None:
+                outputs.append(bound[info.alias])
+                continue
+            result = next(fresh)
+            outputs.append(result.array())
+            self._table[result.index] = result.address
+        return outputs
+
+    def _leave(self) -> None:
+        """Let go of what the caller passes anew each time: a batch must not live until the next one comes."""
+        for i in self._transient:
+            self._bound[i] = None
+        if self._written:
+            self._ends[self._transient] = 0
+
+    def _bind(self, i: int, given: Any) -> None:
+        """Check input i and enter its address."""
+        info, dtype = self.signature.inputs[i], self._dtypes[i]
+        array = given
+        if type(array) is not np.ndarray:
+            array = _as_array(given, info, dtype)
+        if array.dtype != dtype:
+            raise DTypeError(
+                f"input {i} ({info.name!r}) of {self.signature.name}: expected {info}, got {_type(array)}"
+            )
+        if array.shape != info.shape:
+            raise ShapeError(
+                f"input {i} ({info.name!r}) of {self.signature.name}: expected {info}, got {_type(array)}"
+            )
+        flags = array.flags
+        if i in self._written:
+            if not (flags.c_contiguous and flags.aligned and flags.writeable):
+                raise ArgumentsError(
+                    f"input {i} ({info.name!r}) of {self.signature.name} is updated in place: it must be a "
+                    "contiguous, aligned, writable array (pass np.array(x, order='C'))"
+                )
+        elif not (flags.c_contiguous and flags.aligned):
+            array = _aligned_copy(array)
+        address = array.ctypes.data
+        self._table[1 + i] = address
+        self._bound[i] = array
+        if self._written:
+            self._ends[i] = 0
+            self._check_overlap(i, address, address + array.nbytes)
+            self._ends[i] = address + array.nbytes
+
+    def _check_overlap(self, i: int, start: int, end: int) -> None:
+        """Kernels assume that what they write overlaps nothing else they are given."""
+        others = slice(None) if i in self._written else self._in_place
+        starts, ends = self._table[1 : 1 + len(self._bound)][others], self._ends[others]
+        meeting = np.flatnonzero((starts < end) & (ends > start))
+        if len(meeting) and start < end:
+            j = int(meeting[0]) if i in self._written else int(self._in_place[meeting[0]])
+            self._bound[i] = None
+            first, second = (self.signature.inputs[k].name for k in sorted((i, j)))
+            raise ArgumentsError(
+                f"inputs {first!r} and {second!r} of {self.signature.name} share memory, and one of them is "
+                "updated in place: pass separate arrays"
+            )
+
+    # -- looking ------------------------------------------------------------------------------------------
+
+    def kernel_times(self, arrays: Sequence[Any], repeat: int = 10) -> list[KernelTime]:
+        """Time of each kernel call, in program order: the mean over `repeat` runs, after one to warm up.
+
+        The program really runs `repeat + 1` times: inputs that it updates in place are updated as often.
+
+        Raises:
+            CompileError: the executable was loaded from a file, which carries no profiling code.
+        """
+        if self.profile_builder is None:
+            raise CompileError(
+                "kernel times need the compiler: profile the program where it was compiled, not a loaded file"
+            )
+        entry, described = self.profile_builder()
+        cells = np.zeros(PROFILE_HEADER + 2 * len(described), np.int64)
+        with self._lock:
+            prepare_thread()
+            self._enter(arrays)
+            self._table[-1] = cells.ctypes.data
+            try:
+                entry(self._address)
+                cells[:] = 0
+                for _ in range(repeat):
+                    entry(self._address)
+            finally:
+                self._leave()
+        found = cells[PROFILE_HEADER:].reshape(-1, 2)
+        return [
+            KernelTime(label, int(count) // repeat, float(ns) * 1e-9 / repeat, flops)
+            for (ns, count), (label, flops) in zip(found, described)
+        ]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the executable holds between calls: arena, constants, code, spare results."""
+        held = self.signature.arena_bytes + sum(r.nbytes for r in self._results)
+        return (
+            held + sum(c.nbytes for c in self.constants.values()) + sum(map(len, self.library.files.values()))
+        )
+
+    def release(self) -> None:
+        """Free the arena, the spare results and the references to bound inputs. The next call takes them up again."""
+        with self._lock:
+            self._arena = None
+            self._bound = [None] * len(self._bound)
+            for result in self._results:
+                result.raw = None
+
+    def save(self, path: Any) -> None:
+        """Write the executable to one file (see artifact.py). `schedules.artifact.load` reads it back."""
+        from .artifact import save
+
+        save(self, path)
+
+
+def _check_machine(signature: Signature) -> None:
+    """Refuse code that this processor would trap on."""
+    lacking = sorted(set(signature.features) - host_features())
+    if signature.arch != Target.parse("cpu").arch:
+        lacking = [f"an {signature.arch} processor"]
+    if lacking:
+        raise TargetError(
+            f"{signature.name} was compiled for {signature.target!r}, and this machine lacks {', '.join(lacking)}: "
+            "compile it for a target that this machine has, e.g. target='cpu:avx2'"
+        )
+
+
+def _as_array(given: Any, info: TensorInfo, dtype: np.dtype) -> np.ndarray:
+    """A NumPy view of another library's tensor, or a Python number as a 0-d array."""
+    if isinstance(given, np.ndarray):
+        return given.view(np.ndarray)
+    if isinstance(given, np.generic):
+        return np.asarray(given)
+    if isinstance(given, (bool, int, float)) and not info.shape:
+        return np.asarray(given, dtype)
+    if hasattr(given, "__dlpack__"):
+        return np.from_dlpack(given)
+    raise ArgumentsError(f"input {info.name!r}: expected an array of {info}, got {type(given).__name__}")
+
+
+def _type(array: np.ndarray) -> str:
+    return f"{array.dtype.name}[{','.join(map(str, array.shape))}]"
+
+
+def _aligned_copy(array: np.ndarray) -> np.ndarray:
+    copy = empty_aligned(array.shape, array.dtype)
+    copy[...] = array
+    return copy

@@ -1,0 +1,249 @@
+"""The static memory plan: where in the arena each temporary lives.
+
+Every step has a position in program order. A temp is live from the first step that touches it to the last,
+both included; two temps may share bytes only if those intervals do not meet. A loop body runs many times, so:
+
+* a temp that each iteration first writes in full lives and dies within the iteration;
+* any other temp touched in a loop (a carry, a stack filled element by element, something that was made before
+  the loop) is live throughout the loop, and so on outwards for nested loops.
+
+Offsets are found greedily, the largest temp first, each in the smallest gap that holds it (Pisarchyk and Lee,
+"Efficient Memory Management for Deep Neural Net Inference", 2020, "greedy by size"), and once more in order of
+birth; the smaller arena wins.
+No plan can be below the largest sum of live temps (`lower_bound`).
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from dataclasses import dataclass, field
+
+from .program import (
+    Buffer,
+    Copy,
+    Loop,
+    Program,
+    Step,
+    While,
+    accesses,
+    buffer_of,
+    children,
+    runs,
+)
+
+ALIGNMENT = 64
+
+
+def aligned(nbytes: int) -> int:
+    """`nbytes` rounded up to a whole number of cache lines."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass
+class Interval:
+    """The life of one temp: positions of its first and last step, both included."""
+
+    buffer: Buffer
+    first: int
+    last: int
+
+    @property
+    def nbytes(self) -> int:
+        return aligned(self.buffer.nbytes)
+
+    def meets(self, other: Interval) -> bool:
+        """Whether the two are ever live at once."""
+        return self.first <= other.last and other.first <= self.last
+
+
+@dataclass
+class MemoryPlan:
+    """Arena offsets (bytes, multiples of 64) of the temps, and what the whole program needs.
+
+    `arena_bytes` is the arena's size, `lower_bound` what no plan can beat, `input_bytes`, `output_bytes` (without those
+    that take over an input) and `constant_bytes` what the caller and the executable own beside it.
+    """
+
+    offsets: dict[int, int] = field(repr=False)
+    intervals: list[Interval] = field(repr=False)
+    arena_bytes: int = 0
+    lower_bound: int = 0
+    input_bytes: int = 0
+    output_bytes: int = 0
+    constant_bytes: int = 0
+
+    def offset(self, buffer: Buffer) -> int:
+        """The arena offset of a temp's storage."""
+        return self.offsets[id(buffer.root)]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Everything that exists during a call."""
+        return self.arena_bytes + self.input_bytes + self.output_bytes + self.constant_bytes
+
+
+@dataclass(eq=False)
+class _Scope:
+    """A loop body or one arm of a branch: something whose steps may run several times, or not at all."""
+
+    is_loop: bool
+    first: int
+    last: int = -1
+
+
+@dataclass
+class _Use:
+    position: int
+    path: tuple[_Scope, ...]  # enclosing scopes, outermost first
+    defines: bool  # writes the whole storage and does not read it
+
+
+def plan_memory(program: Program) -> MemoryPlan:
+    """Plan the arena of a program.
+
+    The plan is deterministic: the same program gets the same offsets.
+    """
+    intervals = live_intervals(program)
+    best: tuple[int, dict[int, int]] | None = None
+    for order in (_by_size, _by_birth):
+        offsets = _pack(sorted(intervals, key=order))
+        size = max((offsets[id(i.buffer)] + i.nbytes for i in intervals), default=0)
+        if best is None or size < best[0]:
+            best = size, offsets
+    arena, offsets = best if best is not None else (0, {})
+    roots = {kind: [b for b in program.buffers if b.kind == kind] for kind in ("input", "output", "constant")}
+    return MemoryPlan(
+        offsets,
+        intervals,
+        arena,
+        lower_bound(intervals),
+        *(sum(b.nbytes for b in roots[kind]) for kind in ("input", "output", "constant")),
+    )
+
+
+def _by_size(interval: Interval) -> tuple[int, ...]:
+    return (-interval.nbytes, interval.first - interval.last, interval.first)
+
+
+def _by_birth(interval: Interval) -> tuple[int, ...]:
+    return (interval.first, -interval.nbytes)
+
+
+def lower_bound(intervals: list[Interval]) -> int:
+    """The largest sum of bytes that are live at one position."""
+    change: dict[int, int] = {}
+    for interval in intervals:
+        change[interval.first] = change.get(interval.first, 0) + interval.nbytes
+        change[interval.last + 1] = change.get(interval.last + 1, 0) - interval.nbytes
+    live = peak = 0
+    for position in sorted(change):
+        live += change[position]
+        peak = max(peak, live)
+    return peak
+
+
+def live_intervals(program: Program) -> list[Interval]:
+    """The life of every temp that has bytes, in order of birth."""
+    intervals = []
+    for buffer, uses in _collect(program.steps):
+        first, last = uses[0].position, uses[-1].position
+        for loop in {scope: None for use in uses for scope in use.path if scope.is_loop}:
+            inside = [use for use in uses if loop in use.path]
+            if not _made_anew(inside, inside[0].path.index(loop)):
+                first, last = min(first, loop.first), max(last, loop.last)
+        intervals.append(Interval(buffer, first, last))
+    return sorted(intervals, key=_by_birth)
+
+
+def _made_anew(uses: list[_Use], depth: int) -> bool:
+    """Whether each run of the scope at `depth` of the uses' paths writes the temp in full before it reads it."""
+    first = uses[0]
+    if len(first.path) == depth + 1:
+        return first.defines
+    inner = first.path[depth + 1]
+    return all(inner in use.path for use in uses) and _made_anew(uses, depth + 1)
+
+
+def _collect(steps: list[Step]) -> list[tuple[Buffer, list[_Use]]]:
+    """Every root temp that has bytes, with its uses in program order."""
+    uses: dict[int, tuple[Buffer, list[_Use]]] = {}
+    positions = itertools.count()
+
+    def note(step: Step, path: tuple[_Scope, ...]) -> None:
+        position = next(positions)
+        for buffer, mode in accesses(step):
+            root = buffer.root
+            if root.kind == "temp" and root.nbytes:
+                use = _Use(position, path, mode == "w" and _covers(step, root))
+                uses.setdefault(id(root), (root, []))[1].append(use)
+
+    def visit(steps: list[Step], path: tuple[_Scope, ...]) -> None:
+        for step in steps:
+            if isinstance(step, (Loop, While)):
+                scope = _Scope(True, next(positions))
+                if isinstance(step, While):
+                    visit(step.condition, (*path, scope))
+                    note(step, (*path, scope))
+                visit(step.body, (*path, scope))
+                scope.last = next(positions)
+            elif runs(step):
+                note(step, path)
+                for arm in children(step):
+                    visit(arm, (*path, _Scope(False, next(positions))))
+
+    visit(steps, ())
+    return list(uses.values())
+
+
+def _covers(step: Step, root: Buffer) -> bool:
+    """Whether the step's writes to a root fill all of it (and the step does not read it as well)."""
+    if isinstance(step, Copy):
+        written = [step.dst]
+    else:
+        if any(buffer.root is root and "r" in mode for buffer, mode in accesses(step)):
+            return False
+        written = [step.args[i] for i in step.writes]
+    return any(buffer_of(arg).root is root and arg.nbytes == root.nbytes for arg in written)
+
+
+def _pack(intervals: list[Interval]) -> dict[int, int]:
+    """Offsets for intervals in the given order: each goes into the smallest gap among those it meets, or on top."""
+    placed: list[tuple[int, Interval]] = []  # sorted by offset
+    offsets: dict[int, int] = {}
+    for interval in intervals:
+        best, best_gap, end = None, None, 0
+        for offset, other in placed:
+            if not interval.meets(other):
+                continue
+            gap = offset - end
+            if gap >= interval.nbytes and (best_gap is None or gap < best_gap):
+                best, best_gap = end, gap
+            end = max(end, offset + other.nbytes)
+        offset = end if best is None else best
+        offsets[id(interval.buffer)] = offset
+        bisect.insort(placed, (offset, interval), key=lambda entry: entry[0])
+    return offsets
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where the addresses stand in the pointer table: [arena, inputs, outputs, constants, profile]."""
+
+    index: dict[int, int]
+    count: int
+
+    @staticmethod
+    def of(program: Program) -> Slots:
+        inputs = {id(b) for b in program.inputs}
+        owned = [
+            *program.inputs,
+            *(b for b in program.outputs if id(b.root) not in inputs),
+            *program.constants,
+        ]
+        index = {id(b.root): 1 + i for i, b in enumerate(owned)}
+        return Slots(index, len(owned) + 2)
+
+    @property
+    def profile(self) -> int:
+        return self.count - 1
