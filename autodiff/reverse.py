@@ -49,7 +49,8 @@ def backward(outputs: Sequence[Value], cotangents: Sequence[Value | None],
 
     Raises:
         GradientError: an output or a value of `wrt` is not floating, a cotangent does not fit its output, or
-            a rule returned something else than one fitting cotangent per operand.
+            a rule returned something else than one fitting cotangent per operand, or an op on the way says that
+            it has no gradient (while_loop).
         MissingRuleError: an op on the way has no `vjp` rule; the message names the op and the user's line.
     """
     _check_request(outputs, cotangents, wrt)
@@ -118,6 +119,8 @@ def _active_nodes(outputs: Sequence[Value], active: set[Value]) -> list[Node]:
 
 
 def _apply(node: Node, arriving: Cotangents, needed: tuple[bool, ...]) -> Sequence[Value | None]:
+    if node.op.undifferentiable and "vjp" not in node.op.slots:
+        raise GradientError(f"{node.op.name} has no gradient: {node.op.undifferentiable}", node.loc)
     vjp: VjpRule = rule("vjp", node.op, node.loc)
     cotangents = vjp(node, arriving, needed)
     if len(cotangents) != len(node.operands):

@@ -25,7 +25,7 @@ from .location import Loc, user_location
 from .opdef import OpDef, op
 from .types import TensorType
 
-__all__ = ["Builder", "GraphBuilder", "as_value", "build", "copy_into", "emit", "make_node"]
+__all__ = ["Builder", "GraphBuilder", "as_value", "build", "copy_into", "emit", "make_node", "replay"]
 
 
 def make_node(record: OpDef, operands: Sequence[Value], attrs: Mapping[str, Any],
@@ -123,15 +123,19 @@ def copy_into(graph: Graph, operands: Sequence[Value], into: Builder | None = No
 
     Returns the values that stand for the graph's outputs.
     """
-    builder = into or context.current()
     mapping = dict(zip(graph.inputs, operands, strict=True))
-    for node in graph.nodes:
+    replay(graph.nodes, mapping, into or context.current())
+    return [mapping[v] for v in graph.outputs]
+
+
+def replay(nodes: Sequence[Node], mapping: dict[Value, Value], builder: Builder) -> None:
+    """Emits copies of nodes, their operands replaced by `mapping`, which receives their results."""
+    for node in nodes:
         with builder.at(node.loc):
             results = builder.emit(node.op.name, [mapping[v] for v in node.operands], node.attrs, node.regions)
         for old, new in zip(node.results, results, strict=True):
             new.name = new.name or old.name
             mapping[old] = new
-    return [mapping[v] for v in graph.outputs]
 
 
 def build(name: str, fn: Any, *types: TensorType) -> Graph:
