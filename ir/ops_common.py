@@ -27,8 +27,8 @@ from .types import Shape, TensorType, broadcast_shapes, shape_text
 
 __all__ = ["REQUIRED", "DType", "Shape", "Size", "TensorType", "as_dtype", "broadcast_shapes", "check_axes",
            "check_axis", "check_compute", "check_dtype_attr", "check_flag", "check_float", "check_index", "check_ints",
-           "check_rank", "check_same_dtype", "check_shape_attr", "define", "f32", "fail_attr", "fail_dtype",
-           "fail_shape", "in_f32", "is_narrow", "listing", "per_element", "result_size", "same_size", "shape_text"]
+           "check_rank", "check_same_dtype", "check_shape_attr", "contiguous", "define", "f32", "fail_attr",
+           "fail_dtype", "fail_shape", "in_f32", "is_narrow", "listing", "per_element", "result_size", "same_size", "shape_text"]
 
 f32 = np.float32
 NARROW = frozenset(as_dtype(d).np for d in ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"))
@@ -58,6 +58,11 @@ def _quiet(reference: Callable[..., Any]) -> Callable[..., Any]:
 def is_narrow(dtype: np.dtype) -> bool:
     """A float of fewer than 32 bits."""
     return dtype in NARROW
+
+
+def contiguous(x: np.ndarray) -> np.ndarray:
+    """Row-major in memory; unlike np.ascontiguousarray it leaves a scalar a scalar."""
+    return np.asarray(x, order="C")
 
 
 def in_f32(fn: Callable[..., Any]) -> Callable[..., Any]:

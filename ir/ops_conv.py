@@ -20,6 +20,7 @@ from .ops_common import (
     as_dtype,
     check_ints,
     check_shape_attr,
+    contiguous,
     define,
     fail_attr,
     fail_shape,
@@ -181,7 +182,7 @@ def conv_input_grad_reference(dy: Any, w: Any, input_spatial: Any, stride: Any, 
         for offsets in np.ndindex(*kernel):
             padded[part][placed(offsets, out, stride, dilation)] += spread[(slice(None), slice(None), *offsets)]
     inside = tuple(slice(lo, lo + n) for n, (lo, _) in zip(input_spatial, padding))
-    return np.ascontiguousarray(padded[(slice(None), slice(None), *inside)]).astype(out_type, copy=False)
+    return contiguous(padded[(slice(None), slice(None), *inside)]).astype(out_type, copy=False)
 
 
 def conv_weight_grad_reference(x: Any, dy: Any, kernel_spatial: Any, stride: Any, padding: Any, dilation: Any,

@@ -113,8 +113,7 @@ def scatter_add_infer(x: TensorType, indices: TensorType, updates: TensorType, a
 def scatter_add_reference(x: Any, indices: Any, updates: Any, axis: Any) -> Any:
     index = indices.astype(np.int64)
     lead = tuple(range(axis, axis + index.ndim))
-    rows = np.moveaxis(updates, lead, tuple(range(index.ndim))).reshape(*index.shape, *x.shape[:axis],
-                                                                        *x.shape[axis + 1:])
+    rows = np.moveaxis(updates, lead, tuple(range(index.ndim)))
     return np.moveaxis(_scatter_rows(np.moveaxis(x, axis, 0), rows, index=index), 0, axis)
 
 

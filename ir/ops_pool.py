@@ -16,6 +16,7 @@ from .ops_common import (
     check_flag,
     check_ints,
     check_shape_attr,
+    contiguous,
     define,
     fail_attr,
     fail_dtype,
@@ -162,7 +163,7 @@ def avg_pool_grad_reference(dy: Any, input_spatial: Any, window: Any, stride: An
     for offsets in np.ndindex(*window):
         padded[placed(offsets, dy.shape[2:], stride, unit(window))] += share
     inside = tuple(slice(lo, lo + n) for n, (lo, _) in zip(input_spatial, padding))
-    return np.ascontiguousarray(padded[(slice(None), slice(None), *inside)])
+    return contiguous(padded[(slice(None), slice(None), *inside)])
 
 
 define("avg_pool_grad", "dy", avg_pool_grad_infer, avg_pool_grad_reference,

@@ -20,6 +20,7 @@ from .ops_common import (
     check_axes,
     check_axis,
     check_flag,
+    contiguous,
     define,
     fail_shape,
     in_f32,
@@ -151,7 +152,7 @@ def cumulative(name: str, fn: Callable[..., Any], identity: int, doc: str) -> No
         if exclusive and x.shape[axis]:
             first = np.full_like(np.take(total, [0], axis), identity)
             total = np.concatenate([first, np.take(total, range(x.shape[axis] - 1), axis)], axis)
-        return np.ascontiguousarray(np.flip(total, axis)) if reverse else total
+        return contiguous(np.flip(total, axis)) if reverse else total
 
     define(name, "x", infer, in_f32(reference), doc, flops=operand_size(),
            attrs={"axis": REQUIRED, "exclusive": False, "reverse": False})

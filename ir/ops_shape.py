@@ -22,6 +22,7 @@ from .ops_common import (
     check_rank,
     check_same_dtype,
     check_shape_attr,
+    contiguous,
     define,
     fail_attr,
     fail_shape,
@@ -49,7 +50,7 @@ def transpose_infer(x: TensorType, perm: Any) -> TensorType:
     return x.with_shape(tuple(x.shape[p] for p in perm))
 
 
-define("transpose", "x", transpose_infer, lambda x, perm: np.ascontiguousarray(np.transpose(x, perm)),
+define("transpose", "x", transpose_infer, lambda x, perm: contiguous(np.transpose(x, perm)),
        "Axis i of the result is axis perm[i] of x.", attrs={"perm": REQUIRED}, traits=["view"])
 
 
@@ -110,7 +111,7 @@ def slice_infer(x: TensorType, starts: Any, limits: Any, strides: Any) -> Tensor
 def slice_reference(x: Any, starts: Any, limits: Any, strides: Any) -> Any:
     index = tuple(slice(start, None if limit < 0 else limit, stride)
                   for start, limit, stride in zip(starts, limits, strides))
-    return np.ascontiguousarray(x[index])
+    return contiguous(x[index])
 
 
 define("slice", "x", slice_infer, slice_reference,
@@ -142,7 +143,7 @@ def pad_reference(x: Any, low: Any, high: Any, interior: Any, value: Any) -> Any
     grow = [(max(lo, 0), max(hi, 0)) for lo, hi in zip(low, high)]
     padded = np.pad(spread, grow, constant_values=fill) if x.ndim else spread
     crop = tuple(slice(max(-lo, 0), n - max(-hi, 0)) for n, lo, hi in zip(padded.shape, low, high))
-    return np.ascontiguousarray(padded[crop])
+    return contiguous(padded[crop])
 
 
 define("pad", "x", pad_infer, pad_reference,
@@ -155,5 +156,5 @@ def reverse_infer(x: TensorType, axes: Any) -> TensorType:
     return x
 
 
-define("reverse", "x", reverse_infer, lambda x, axes: np.ascontiguousarray(np.flip(x, axes)),
+define("reverse", "x", reverse_infer, lambda x, axes: contiguous(np.flip(x, axes)),
        "x with the order along some axes reversed.", attrs={"axes": REQUIRED}, traits=["view"])

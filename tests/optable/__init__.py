@@ -1,0 +1,1 @@
+"""The op table: one row tests an op in every way there is. See table.py."""
