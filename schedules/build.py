@@ -18,7 +18,7 @@ from .check import check_program
 from .executable import Executable, KernelInfo, Signature, TensorInfo
 from .link import SHARED, Library, link, linker, load
 from .plan import MemoryPlan, Slots, plan_memory
-from .program import ENTRY, Program, Step
+from .program import ENTRY, HostCall, Program, Step, walk
 from .target import Target, available_cpus
 
 log = logging.getLogger("treadle.build")
@@ -177,6 +177,7 @@ def _signature(program: Program, plan: MemoryPlan, target: Target) -> Signature:
         constants=[TensorInfo(b.name, b.shape, b.dtype) for b in program.constants],
         arena_bytes=plan.arena_bytes,
         slots=slots.count,
+        host_functions=sorted({step.function for step in walk(program.steps) if isinstance(step, HostCall)}),
         kernels=[KernelInfo(call.label, call.flops) for call in program.kernel_calls],
         meta=program.meta,
     )

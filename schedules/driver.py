@@ -18,11 +18,13 @@ from __future__ import annotations
 from typing import Any
 
 import tvm
+import tvm_ffi
 from tvm import tirx
 from tvm.ir import PrimType, Var
 from tvm.script import tirx as T
 from tvm.tirx import stmt as tir_stmt
 
+from . import host
 from .plan import MemoryPlan, Slots
 from .program import (
     ENTRY,
@@ -71,6 +73,8 @@ def build_driver(
             tir_stmt.Return(tirx.const(0, "int32")),
         ]
     )
+    for key, value in (("device_type", 1), ("device_id", 0)):  # what TVM's builtins ask for: the CPU
+        body = tir_stmt.AttrStmt("default", key, tirx.const(value, "int32"), body)
     function = tirx.PrimFunc(params, body, ret_type=PrimType("int32"))
     function = function.with_attr("global_symbol", f"__tvm_ffi_{ENTRY}").with_attr("calling_conv", 1)
     return function, emitter.timed
@@ -165,22 +169,16 @@ class _Emitter:
         return self.counters[id(arg)] if isinstance(arg, LoopVar) else self.address(arg)
 
     def emit_HostCall(self, step: HostCall) -> Any:
-        call = T.call_packed(step.function, *(self.tensor(arg) for arg in step.args))
-        # The device of the tensors that the builtin makes.
-        body = tir_stmt.AttrStmt("default", "device_type", tirx.const(1, "int32"), tir_stmt.Evaluate(call))
-        body = tir_stmt.AttrStmt("default", "device_id", tirx.const(0, "int32"), body)
-        return self.timing(step, body)
-
-    def tensor(self, arg: Arg) -> Any:
-        if isinstance(arg, LoopVar):
-            return self.counters[id(arg)]
-        shape = T.tvm_stack_make_shape(*(_int64(extent) for extent in arg.shape))
-        zero = tirx.const(0, arg.dtype)
-        return T.tvm_stack_make_array(self.address(arg), shape, 0, len(arg.shape), zero, 0)
+        values = [self.value(arg) for arg in step.args]
+        numbers = [
+            v if isinstance(a, LoopVar) else T.reinterpret("int64", v) for a, v in zip(step.args, values)
+        ]
+        call = T.call_packed(host.PREFIX + step.function, host.describe(step), *numbers)
+        return self.timing(step, tir_stmt.Evaluate(call))
 
     def emit_Copy(self, step: Copy) -> Any:
         source, target = self.address(step.src), self.address(step.dst)
-        if tvm.ir.structural_equal(source, target):
+        if tvm_ffi.structural_equal(source, target):
             return _nothing()
         call = T.call_extern("handle", "memcpy", target, source, _int64(step.dst.nbytes))
         return self.timing(step, tir_stmt.Evaluate(call))

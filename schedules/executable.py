@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..ir.errors import ArgumentsError, CompileError, DTypeError, ShapeError, TargetError
+from .host import check_registered
 from .link import Library, load
 from .plan import ALIGNMENT, MemoryPlan
 from .program import ENTRY, PROFILE_HEADER, numpy_dtype
@@ -76,6 +77,7 @@ class Signature:
     constants: list[TensorInfo]
     arena_bytes: int
     slots: int
+    host_functions: list[str] = field(default_factory=list)
     kernels: list[KernelInfo] = field(default_factory=list)
     meta: dict[str, Any] = field(default_factory=dict)
 
@@ -140,6 +142,7 @@ class Executable:
         plan: MemoryPlan | None = None,
     ):
         _check_machine(signature)
+        check_registered(signature.host_functions)
         self.signature, self.library, self.plan = signature, library, plan
         self.stats: Any = None
         self.profile_builder: Callable[[], tuple[Any, list[tuple[str, float]]]] | None = None
@@ -318,12 +321,6 @@ class Executable:
             self._bound = [None] * len(self._bound)
             for result in self._results:
                 result.raw = None
-
-    def save(self, path: Any) -> None:
-        """Write the executable to one file (see artifact.py). `schedules.artifact.load` reads it back."""
-        from .artifact import save
-
-        save(self, path)
 
 
 def _check_machine(signature: Signature) -> None:

@@ -187,7 +187,7 @@ class KernelCall:
 
 @dataclass(eq=False)
 class HostCall:
-    """Call the packed function registered under `function` (tvm_ffi global registry) with tensors over the arguments.
+    """Call the Python function registered as `function` (host.register_host_function) with arrays over the arguments.
 
     For what is no kernel: a collective over MPI, a user's op written in Python. Positions as in `KernelCall`.
     """

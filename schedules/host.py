@@ -1,0 +1,80 @@
+"""Python functions that a compiled program calls: a user's op that is no kernel, a collective over MPI.
+
+A driver passes raw addresses and one string that describes them ("r:float32[4,2];w:float32[8];i"); the adapter
+below turns them into NumPy arrays over the program's own memory, without a copy.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ..ir.errors import RegistryError
+from .program import HostCall, LoopVar, numpy_dtype
+from .runtime import load_runtime
+
+PREFIX = "treadle.host."
+
+
+def register_host_function(name: str, function: Callable[..., Any]) -> None:
+    """Let programs call `function` by the name that a `HostCall` gives.
+
+    It receives the call's arguments in order: a NumPy array for each buffer (read-only unless the call writes it), an
+    int for a loop counter. The arrays are the program's memory and hold only until the function returns. An exception
+    that it raises ends the run and reaches the caller. Registering a name again replaces the function.
+    """
+
+    def adapter(description: str, *addresses: int) -> None:
+        function(*(value(address) for value, address in zip(_converters(description), addresses)))
+
+    load_runtime().register_global_func(PREFIX + name, adapter, override=True)
+
+
+def check_registered(names: list[str]) -> None:
+    """Raise RegistryError if a program needs host functions that this process has not registered."""
+    ffi = load_runtime()
+    missing = [name for name in names if ffi.get_global_func(PREFIX + name, allow_missing=True) is None]
+    if missing:
+        raise RegistryError(
+            f"the program calls host functions that are not registered here: {', '.join(missing)}; import what defines "
+            "them, or call register_host_function, before it is built or loaded"
+        )
+
+
+def describe(call: HostCall) -> str:
+    """The description of a call's arguments."""
+    parts = []
+    for i, arg in enumerate(call.args):
+        if isinstance(arg, LoopVar):
+            parts.append("i")
+        else:
+            parts.append(f"{'w' if i in call.writes else 'r'}:{arg.dtype}[{','.join(map(str, arg.shape))}]")
+    return ";".join(parts)
+
+
+@functools.lru_cache(maxsize=1024)
+def _converters(description: str) -> list[Callable[[int], Any]]:
+    return [_converter(part) for part in description.split(";") if part]
+
+
+def _converter(part: str) -> Callable[[int], Any]:
+    if part == "i":
+        return int
+    mode, _, described = part.partition(":")
+    name, _, extents = described.rstrip("]").partition("[")
+    dtype, shape = numpy_dtype(name), tuple(int(n) for n in extents.split(",") if n)
+    nbytes = math.prod(shape) * dtype.itemsize
+
+    def array(address: int) -> np.ndarray:
+        if not nbytes:
+            return np.empty(shape, dtype)
+        found = np.frombuffer((ctypes.c_char * nbytes).from_address(address), dtype).reshape(shape)
+        found.flags.writeable = mode == "w"
+        return found
+
+    return array
