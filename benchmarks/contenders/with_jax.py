@@ -101,22 +101,22 @@ def sgd(p, g, state):
 
 
 def training_step(problem):
-    model = MODELS[problem.name]
+    # the drawn weights must not live on in a closure: they would count as this framework's memory
+    model, sizes, adam = MODELS[problem.name], problem.sizes, problem.optimizer == "adamw"
 
     def loss_of(p, x, y):
-        logits = model(p, x, problem.sizes)
+        logits = model(p, x, sizes)
         chosen = jax.nn.log_softmax(logits.reshape(-1, logits.shape[-1]))
         return -jnp.take_along_axis(chosen, y.reshape(-1, 1), axis=1).mean()
 
     def whole(p, state, x, y):
         loss, g = jax.value_and_grad(loss_of)(p, x, y)
-        return loss, *(adamw if problem.optimizer == "adamw" else sgd)(p, g, state)
+        return loss, *(adamw if adam else sgd)(p, g, state)
 
     step = jax.jit(whole, donate_argnums=(0, 1))
     p = jax.tree.map(jnp.asarray, problem.weights)
     zeros = jax.tree.map(jnp.zeros_like, p)
-    state = (zeros, jax.tree.map(jnp.zeros_like, p), jnp.zeros((), jnp.float32)) \
-        if problem.optimizer == "adamw" else zeros
+    state = (zeros, jax.tree.map(jnp.zeros_like, p), jnp.zeros((), jnp.float32)) if adam else zeros
     x, y = (jnp.asarray(array) for array in problem.batch)
 
     def run():

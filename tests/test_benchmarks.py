@@ -1,0 +1,72 @@
+"""The benchmark's own machinery, with contenders made of nothing: turns, failures, unequal maths."""
+
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import harness
+import problems
+
+FAKE = """
+import sys
+sys.path.insert(0, {benchmarks!r})
+import contender
+
+def prepare(case, threads):
+    losses = iter({losses} + [0.0] * 1000)
+    print("frameworks chatter")
+    return lambda: next(losses)
+
+contender.main(prepare, 0.5, kernels=lambda step: [["add", 0.25]])
+"""
+
+
+def fake(tmp_path, name, losses, text=FAKE):
+    script = tmp_path / f"{name}.py"
+    script.write_text(textwrap.dedent(text).format(benchmarks=str(harness.HERE), losses=losses))
+    return harness.Contender(name, str(script), "sys")
+
+
+def test_contenders_take_turns(tmp_path):
+    turns = []
+    a, b = (fake(tmp_path, name, [3.0, 2.0, 1.0]) for name in "ab")
+    results = harness.compare("mlp", [a, b], threads=1, rounds=2, steps=3, progress=turns.append)
+    assert turns == ["a", "b", "a", "b", "a", "b"]  # the two starts, then the rounds
+    for result in results:
+        assert not result.failure
+        assert len(result.seconds) == 2 * 3 and result.median < 1
+        assert result.losses == [3.0, 2.0, 1.0]
+        assert result.kernels == [["add", 0.25]]
+        assert result.memory >= 0
+
+
+def test_unequal_maths_is_no_contest(tmp_path):
+    contenders = [fake(tmp_path, "a", [3.0, 2.0, 1.0]), fake(tmp_path, "b", [3.0, 2.0, 1.0]),
+                  fake(tmp_path, "c", [3.0, 2.1, 1.0])]
+    results = harness.compare("mlp", contenders, threads=1, rounds=1, steps=1)
+    assert [bool(r.failure) for r in results] == [False, False, True]
+
+
+def test_a_contender_that_dies_is_reported_and_the_rest_go_on(tmp_path):
+    good = fake(tmp_path, "good", [1.0, 1.0, 1.0])
+    bad = fake(tmp_path, "bad", [], "raise SystemExit('no such library')")
+    results = {r.name: r for r in harness.compare("mlp", [bad, good], threads=1, rounds=1, steps=1)}
+    assert "no such library" in results["bad"].failure and not results["bad"].seconds
+    assert not results["good"].failure
+
+
+def test_problems_are_the_same_for_everyone():
+    first, second = problems.mlp(), problems.mlp()
+    assert all(np.array_equal(first.weights[name], second.weights[name]) for name in first.weights)
+    assert first.weights["layers.0.weight"].shape == (1024, 784)
+    count = sum(w.size for w in problems.resnet18(32).weights.values())
+    assert count == 11_689_512  # torchvision's resnet18
+
+
+@pytest.mark.slow
+def test_gpt2_small_has_its_published_size():
+    assert sum(w.size for w in problems.gpt2().weights.values()) == 124_439_808
