@@ -23,12 +23,15 @@ from .dims import Size
 from .dtypes import DType, as_dtype
 from .errors import AttributeValueError, DTypeError, ShapeError
 from .opdef import REQUIRED, OpDef, register
-from .types import Shape, TensorType, broadcast_shapes, shape_text
+from .types import Shape, TensorType, as_shape, broadcast_shapes, shape_text
 
-__all__ = ["REQUIRED", "DType", "Shape", "Size", "TensorType", "as_dtype", "broadcast_shapes", "check_axes",
-           "check_axis", "check_compute", "check_dtype_attr", "check_flag", "check_float", "check_index", "check_ints",
-           "check_rank", "check_same_dtype", "check_shape_attr", "contiguous", "define", "f32", "fail_attr",
-           "fail_dtype", "fail_shape", "in_f32", "is_narrow", "listing", "per_element", "result_size", "same_size", "shape_text"]
+__all__ = [
+    "REQUIRED", "DType", "Shape", "Size", "TensorType", "as_dtype", "broadcast_shapes", "broadcasts_to",
+    "check_axes", "check_axis", "check_compute", "check_dtype_attr", "check_flag", "check_float",
+    "check_index", "check_ints", "check_rank", "check_same_dtype", "check_shape_attr", "contiguous", "define",
+    "f32", "fail_attr", "fail_dtype", "fail_shape", "in_f32", "is_narrow", "listing", "per_element",
+    "same_size", "shape_text",
+]
 
 f32 = np.float32
 NARROW = frozenset(as_dtype(d).np for d in ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"))
@@ -85,10 +88,6 @@ def per_element(operations: int = 1) -> Callable[[Any], Any]:
     return lambda node: operations * node.results[0].type.size
 
 
-def result_size(node: Any) -> Any:
-    return node.results[0].type.nbytes
-
-
 # Checks: each raises an error that says what came, and what to do --------------------------------------------------
 
 
@@ -139,6 +138,12 @@ def same_size(x: Size, y: Size) -> bool:
     return bool(x == y)
 
 
+def broadcasts_to(shape: Shape, target: Shape) -> bool:
+    """Whether NumPy's rules repeat `shape` to `target`."""
+    return len(shape) <= len(target) and all(
+        s == 1 or same_size(s, wanted) for s, wanted in zip(shape, target[len(target) - len(shape):]))
+
+
 def check_rank(t: TensorType, least: int, what: str) -> None:
     if t.rank < least:
         fail_shape(f"{what} needs at least {least} dimensions, got {t}")
@@ -181,7 +186,7 @@ def check_shape_attr(shape: Any, what: str = "shape") -> Shape:
     """A tuple of sizes, non-negative ints or symbolic."""
     if not isinstance(shape, tuple):
         fail_attr(f"{what} is {shape!r}; expected a tuple of sizes")
-    return TensorType(shape, "float32").shape
+    return as_shape(shape)
 
 
 def check_dtype_attr(dtype: Any, what: str = "dtype") -> DType:

@@ -8,6 +8,7 @@ the windows into a matrix (im2col) and multiply.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -54,14 +55,14 @@ def window_size(size: Size, window: Any, stride: int, padding: tuple[int, int], 
     return room // stride + 1
 
 
-def window_sizes(spatial: Shape, window: Shape, stride: Any, padding: Any, dilation: Any) -> Shape:
+def window_sizes(spatial: Shape, window: Any, stride: Any, padding: Any, dilation: Any) -> Shape:
     return tuple(map(window_size, spatial, window, stride, padding, dilation))
 
 
 def windows(x: Any, window: Any, stride: Any, padding: Any, dilation: Any, fill: Any = 0) -> Any:
     """A read-only view (N, C, *window, *out) of the padded x: every element of every window."""
     spatial = x.shape[2:]
-    out = window_sizes(spatial, window, stride, padding, dilation)
+    out: Any = window_sizes(spatial, window, stride, padding, dilation)
     if any(lo or hi for lo, hi in padding):
         x = np.pad(x, ((0, 0), (0, 0), *padding), constant_values=fill)
     steps = x.strides[2:]
@@ -70,10 +71,20 @@ def windows(x: Any, window: Any, stride: Any, padding: Any, dilation: Any, fill:
         strides=(*x.strides[:2], *(s * d for s, d in zip(steps, dilation)), *(s * t for s, t in zip(steps, stride))))
 
 
-def placed(offsets: Any, out: Any, stride: Any, dilation: Any) -> tuple[slice, ...]:
-    """Where, in the padded plane, the elements at one offset of all windows lie (leading axes: all)."""
-    return (slice(None), slice(None), *(slice(o * d, o * d + (n - 1) * s + 1 if n else o * d, s)
-                                        for o, n, s, d in zip(offsets, out, stride, dilation)))
+def placed(offsets: Any, out: Any, stride: Any, dilation: Any) -> tuple[Any, ...]:
+    """Where, in the padded plane, the elements at one offset of all windows lie."""
+    return planes(slice(o * d, o * d + (n - 1) * s + 1 if n else o * d, s)
+                  for o, n, s, d in zip(offsets, out, stride, dilation))
+
+
+def unpadded(spatial: Any, padding: Any) -> tuple[Any, ...]:
+    """Where, in the padded plane, the input lies."""
+    return planes(slice(lo, lo + n) for n, (lo, _) in zip(spatial, padding))
+
+
+def planes(spatial_index: Iterable[Any]) -> tuple[Any, ...]:
+    """An index into the spatial axes, for all images and channels."""
+    return (slice(None), slice(None), *spatial_index)
 
 
 def batches(size: int, elements_each: int) -> list[slice]:
@@ -180,9 +191,8 @@ def conv_input_grad_reference(dy: Any, w: Any, input_spatial: Any, stride: Any, 
         spread = np.matmul(rows, grouped[part])
         spread = spread.reshape(len(spread), channels, *kernel, *out)
         for offsets in np.ndindex(*kernel):
-            padded[part][placed(offsets, out, stride, dilation)] += spread[(slice(None), slice(None), *offsets)]
-    inside = tuple(slice(lo, lo + n) for n, (lo, _) in zip(input_spatial, padding))
-    return contiguous(padded[(slice(None), slice(None), *inside)]).astype(out_type, copy=False)
+            padded[part][placed(offsets, out, stride, dilation)] += spread[planes(offsets)]
+    return contiguous(padded[unpadded(input_spatial, padding)]).astype(out_type, copy=False)
 
 
 def conv_weight_grad_reference(x: Any, dy: Any, kernel_spatial: Any, stride: Any, padding: Any, dilation: Any,
@@ -197,7 +207,7 @@ def conv_weight_grad_reference(x: Any, dy: Any, kernel_spatial: Any, stride: Any
     for part in batches(x.shape[0], x.shape[1] * math.prod(kernel_spatial) * out):
         seen = columns(x[part], kernel_spatial, stride, padding, dilation, groups)
         total += np.matmul(grouped[part], seen.swapaxes(2, 3)).sum(0, dtype=inner)
-    shape = (dy.shape[1], x.shape[1] // groups, *kernel_spatial)
+    shape: tuple[int, ...] = (dy.shape[1], x.shape[1] // groups, *kernel_spatial)
     return total.reshape(shape).astype(out_type, copy=False)
 
 

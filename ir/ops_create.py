@@ -81,7 +81,7 @@ def random_bits_infer(state: TensorType, offset: Any, shape: Any) -> TensorType:
         fail_shape(f"the state is u64[2] (key, counter), got {state}")
     if isinstance(offset, bool) or not isinstance(offset, int) or not 0 <= offset < 2**63:
         fail_attr(f"offset is {offset!r}; expected an int in [0, 2**63)")
-    return TensorType(check_shape_attr(shape), "uint32")
+    return TensorType(check_shape_attr(shape), as_dtype("uint32"))
 
 
 def random_bits_reference(state: Any, offset: Any, shape: Any) -> Any:

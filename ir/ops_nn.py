@@ -16,6 +16,7 @@ from .ops_common import (
     TensorType,
     as_dtype,
     broadcast_shapes,
+    broadcasts_to,
     check_axis,
     check_flag,
     check_index,
@@ -212,7 +213,7 @@ def _check_mask(scores: Shape, q: TensorType, mask: tuple[TensorType, ...]) -> N
     for m in mask:
         if not m.dtype.is_bool and m.dtype != q.dtype:
             fail_dtype(f"the mask is {m}; expected bool (True: visible), or {q.dtype} to add to the scores")
-        if broadcast_shapes(m.shape, scores) != scores:
+        if not broadcasts_to(m.shape, scores):
             fail_shape(f"the mask {m} does not broadcast to the scores {shape_text(scores)}")
 
 

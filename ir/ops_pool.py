@@ -24,7 +24,7 @@ from .ops_common import (
     in_f32,
     listing,
 )
-from .ops_conv import check_spatial, check_window, placed, window_sizes
+from .ops_conv import check_spatial, check_window, placed, unpadded, window_sizes
 from .ops_elementwise import check_accepts
 from .ops_reduce import lowest
 
@@ -162,8 +162,7 @@ def avg_pool_grad_reference(dy: Any, input_spatial: Any, window: Any, stride: An
     padded = np.zeros((*dy.shape[:2], *(n + lo + hi for n, (lo, hi) in zip(input_spatial, padding))), dy.dtype)
     for offsets in np.ndindex(*window):
         padded[placed(offsets, dy.shape[2:], stride, unit(window))] += share
-    inside = tuple(slice(lo, lo + n) for n, (lo, _) in zip(input_spatial, padding))
-    return contiguous(padded[(slice(None), slice(None), *inside)])
+    return contiguous(padded[unpadded(input_spatial, padding)])
 
 
 define("avg_pool_grad", "dy", avg_pool_grad_infer, avg_pool_grad_reference,

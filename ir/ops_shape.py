@@ -15,7 +15,7 @@ from .ops_common import (
     REQUIRED,
     Size,
     TensorType,
-    broadcast_shapes,
+    broadcasts_to,
     check_axes,
     check_axis,
     check_ints,
@@ -56,7 +56,7 @@ define("transpose", "x", transpose_infer, lambda x, perm: contiguous(np.transpos
 
 def broadcast_to_infer(x: TensorType, shape: Any) -> TensorType:
     shape = check_shape_attr(shape)
-    if len(shape) < x.rank or broadcast_shapes(x.shape, shape) != shape:
+    if not broadcasts_to(x.shape, shape):
         fail_shape(f"{x} does not broadcast to the shape {shape_text(shape)}")
     return x.with_shape(shape)
 
