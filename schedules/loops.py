@@ -1,0 +1,261 @@
+"""Loop nests for elementwise groups.
+
+The iteration domain is the shape of the outputs. Axes that every access walks through as one are collapsed; the
+innermost is cut into vectors; what is outside runs in parallel when there is work enough. All outputs of an element
+are computed before the first is stored, so that an output may take over the memory of an input.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+
+from ..ir.graph import Node, Value
+from ..ir.opdef import rule
+from .loops_eval import Evaluator, Idx, InMemory, Recorder, count_uses
+from .loops_index import Axis, Index, Merged, flatten, opaque, unflatten
+from .lower_slots import Reduce, compute_dtype, let, storage_dtype
+
+SERIAL_WORK = 40_000  # element operations below which waking other threads costs more than it saves
+BLOCK = 4096          # elements per step of a parallel loop over one long axis
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The parameters of a kernel: inputs, then outputs; an output listed in `inplace` has its input's parameter."""
+
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    inplace: dict[Value, Value]
+
+    @property
+    def params(self) -> tuple[Value, ...]:
+        return (*self.inputs, *(v for v in self.outputs if v not in self.inplace))
+
+    def position(self, output: Value) -> int:
+        """The parameter an output is written to."""
+        return self.params.index(self.inplace.get(output, output))
+
+    @property
+    def wide(self) -> bool:
+        """Whether offsets need 64 bits."""
+        return any(v.type.size >= 1 << 31 for v in self.params)
+
+
+class KernelFrame:
+    """An open PrimFunc: declares the parameters, gives their places, returns the function at the end."""
+
+    def __init__(self, name: str, signature: Signature):
+        self.name, self.signature = name, signature
+        self.places: dict[Value, InMemory] = {}
+        self.function: Any = None
+
+    @contextmanager
+    def building(self) -> Iterator[KernelFrame]:
+        with IRBuilder() as builder:
+            with T.prim_func(s_tir=True):
+                T.func_name(self.name)
+                T.func_attr({"global_symbol": self.name, "tirx.noalias": True})
+                declared = [parameter(f"p{i}", v) for i, v in enumerate(self.signature.params)]
+                for v, buffer in zip(self.signature.params, declared):
+                    self.places[v] = InMemory(v, flat(buffer, v), self.signature.wide)
+                for output, source in self.signature.inplace.items():
+                    self.places[output] = InMemory(output, self.places[source].buffer, self.signature.wide)
+                yield self
+        self.function = builder.get()
+
+
+def parameter(name: str, v: Value) -> Any:
+    """Declares a kernel parameter. No alignment beyond an element's is assumed."""
+    dtype = storage_dtype(v.dtype)
+    return T.arg(name, tirx.decl_buffer(v.shape, dtype, name, data_alignment=v.dtype.itemsize))
+
+
+def flat(buffer: Any, v: Value) -> Any:
+    """The same memory as one row."""
+    if v.rank == 1:
+        return buffer
+    return T.decl_buffer((v.type.size,), buffer.dtype, data=buffer.data, align=v.dtype.itemsize)
+
+
+def lanes_for(values: Sequence[Value], vector_bits: int) -> int:
+    """Elements of a vector: by the widest float computed with, else by the widest integer."""
+    floats = [v.dtype for v in values if v.dtype.is_float]
+    bits = [64 if d == "float64" else 32 for d in floats] or [v.dtype.bits for v in values] or [32]
+    return max(vector_bits // max(bits), 1)
+
+
+def loop(extent: Any, kind: str = "serial") -> Any:
+    """A loop context giving its variable; a loop of one step gives 0 and no loop."""
+    if isinstance(extent, int) and extent == 1:
+        return nullcontext(0)
+    return getattr(T, kind)(extent)
+
+
+def work_per_element(nodes: Sequence[Node]) -> float:
+    """Rough operations per element of a group, to tell light kernels from heavy ones."""
+    total = 1.0
+    for node in nodes:
+        lowering = rule("lower", node.op, node.loc)
+        total += 1.0 if isinstance(lowering, Reduce) else lowering.cost
+    return total
+
+
+def collapse(axes: Sequence[Axis], strides: Sequence[dict[Axis, int]], fixed: frozenset[Axis],
+             may_join: Any = lambda a, b: True) -> list[Axis]:
+    """Axes with neighbours joined wherever every access goes through the two as through one."""
+    groups: list[list[Axis]] = []
+    for axis in axes:
+        if axis.extent == 1:
+            continue
+        last = groups[-1][-1] if groups else None
+        if last is not None and not fixed & {last, axis} and may_join(last, axis) and all(
+                s.get(last, 0) == s.get(axis, 0) * axis.extent for s in strides):
+            groups[-1].append(axis)
+        else:
+            groups.append([axis])
+    return [group[0] if len(group) == 1 else Merged(group) for group in groups]
+
+
+def linear(position: Index) -> tuple[dict[Axis, int], frozenset[Axis]]:
+    """The strides of a position in the axes, and the axes that it depends on in other ways."""
+    strides = {a: c for a, c in position.terms.items() if isinstance(a, Axis)}
+    other: frozenset[Axis] = frozenset().union(*(a.axes for a in position.terms if not isinstance(a, Axis)))
+    return strides, other
+
+
+@dataclass
+class Domain:
+    """Axes of an elementwise group, collapsed, and the index of each output."""
+
+    loops: list[Axis]
+    indices: dict[Value, Idx]
+    accesses: list[dict[Axis, int]]
+
+
+def domain_of(shape: Sequence[int], nodes: Sequence[Node], outputs: Sequence[Value]) -> Domain:
+    """The collapsed iteration domain over `shape` of a group without reductions."""
+    axes = [Axis(n, f"i{k}") for k, n in enumerate(shape)]
+    position = flatten([Index.of(a) for a in axes], shape)
+    indices = {v: unflatten(position, v.shape) for v in outputs}
+    recorder = Recorder(nodes, {})
+    for v in outputs:
+        recorder.value(v, indices[v])
+    seen = [linear(access.position) for access in recorder.accesses]
+    fixed = frozenset(recorder.exposed).union(*(other for _, other in seen))
+    strides = [s for s, _ in seen] + [linear(position)[0]]
+    return Domain(collapse(axes, strides, fixed), indices, [s for s, _ in seen])
+
+
+def refine(shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The coarsest shape that every given shape (all of one size) is a grouping of, or the first if there is none."""
+    cuts: set[int] = set()
+    total = math.prod(shapes[0])
+    if total == 0:
+        return tuple(shapes[0])
+    for shape in shapes:
+        step = 1
+        for size in reversed(shape):
+            step *= size
+            cuts.add(step)
+    ordered = sorted(cuts | {1, total})
+    if any(b % a for a, b in zip(ordered, ordered[1:])):
+        return tuple(shapes[0])
+    sizes = [b // a for a, b in zip(ordered, ordered[1:])]
+    return tuple(reversed(sizes))
+
+
+class ElementwiseKernel:
+    """Writes the kernel of an elementwise group; see `elementwise_kernel`."""
+
+    def __init__(self, frame: KernelFrame, nodes: Sequence[Node], outputs: Sequence[Value], target: Any):
+        self.outputs = outputs
+        self.evaluator = Evaluator(frozenset(nodes), dict(frame.places), count_uses(nodes, outputs))
+        self.sinks = {v: frame.places[v] for v in outputs}
+        for v in outputs:
+            self.evaluator.places.pop(v)
+        self.lanes = lanes_for([v for node in nodes for v in node.results], target.vector_bits)
+        self.domain = domain_of(refine([v.shape for v in outputs]), nodes, outputs)
+        self.parallel = target.threads > 1 and \
+            outputs[0].type.size * work_per_element(nodes) > SERIAL_WORK
+
+    def element(self) -> None:
+        """Computes every output at the current indices, then stores them."""
+        self.evaluator.fresh()
+        indices = self.domain.indices
+        values = [let(self.evaluator.value(v, indices[v])) for v in self.outputs]
+        for v, value in zip(self.outputs, values):
+            self.sinks[v].store(indices[v], value)
+
+    def vector(self, axis: Axis, start: Any, lanes: int) -> None:
+        with loop(lanes, "vectorized") as lane:
+            axis.bind(start + lane)
+            self.element()
+
+    def emit(self) -> None:
+        loops = self.domain.loops
+        if not loops:
+            self.element()
+        elif len(loops) == 1:
+            self.emit_flat(loops[0])
+        else:
+            self.emit_nest(loops)
+
+    def emit_flat(self, axis: Axis) -> None:
+        """One long axis: parallel blocks of vectors, and the tail."""
+        lanes = min(self.lanes, axis.extent)
+        vectors, tail = divmod(axis.extent, lanes)
+        per_block = max(BLOCK // lanes, 1)
+        blocks = -(-vectors // per_block) if self.parallel else 1
+        with loop(blocks, "parallel") as b:
+            count: Any = vectors if blocks == 1 else tirx.min(per_block, vectors - b * per_block)
+            if isinstance(count, int) or vectors % per_block == 0:
+                count = vectors if blocks == 1 else per_block
+            with loop(count) as j:
+                self.vector(axis, (b * per_block + j) * lanes, lanes)
+        if tail:
+            self.vector(axis, vectors * lanes, tail)
+
+    def emit_nest(self, loops: list[Axis]) -> None:
+        """Several axes: the outer ones as one parallel loop, the innermost in vectors."""
+        *outer, inner = loops
+        rows = math.prod(a.extent for a in outer)
+        with loop(rows, "parallel" if self.parallel else "serial") as row:
+            bind_flat(outer, row)
+            lanes = min(self.lanes, inner.extent)
+            vectors, tail = divmod(inner.extent, lanes)
+            if vectors:
+                with loop(vectors) as j:
+                    self.vector(inner, j * lanes, lanes)
+            if tail:
+                self.vector(inner, vectors * lanes, tail)
+
+
+def bind_flat(axes: Sequence[Axis], position: Any) -> None:
+    """Gives each axis its part of a row-major position."""
+    whole = math.prod(a.extent for a in axes)
+    index = Index({}, 0) if isinstance(position, int) else opaque(position, 0, whole - 1, ())
+    for axis, part in zip(axes, unflatten(index, [a.extent for a in axes])):
+        value = part.expr()
+        axis.bind(value if isinstance(value, int) else let(value))
+
+
+def elementwise_kernel(name: str, signature: Signature, nodes: Sequence[Node], target: Any) -> Any:
+    """The PrimFunc of a group of pointwise nodes whose outputs all have the same number of elements."""
+    frame = KernelFrame(name, signature)
+    with frame.building():
+        if signature.outputs[0].type.size:
+            ElementwiseKernel(frame, nodes, signature.outputs, target).emit()
+        else:
+            T.evaluate(0)
+    return frame.function
+
+
+__all__ = ["ElementwiseKernel", "KernelFrame", "Signature", "collapse", "compute_dtype", "elementwise_kernel"]

@@ -1,0 +1,288 @@
+"""Index arithmetic of generated loops.
+
+An `Index` is an affine form over *atoms*: loop axes, and opaque integer expressions (a gathered
+index, a division that does not come out even) with known bounds. Because bounds and divisibility
+are known, the indices that reshapes produce fold away: `(16*i + j) // 16` with `j < 16` is `i`. So the address of
+every load is affine in the loop axes wherever it can be, and its strides say how to vectorise, which axes to
+collapse and what is contiguous, without asking TVM's simplifier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Union
+
+from tvm import tirx
+
+Int = Union[int, "Index"]
+
+
+class Atom:
+    """An integer quantity in [lo, hi] that an index is affine in. `axes`: the loop axes that it depends on."""
+
+    __slots__ = ("lo", "hi", "_expr", "axes")
+
+    def __init__(self, lo: int, hi: int, expr: Any = None, axes: frozenset[Axis] = frozenset()):
+        self.lo, self.hi, self._expr, self.axes = lo, hi, expr, axes
+
+    def expr(self) -> Any:
+        return self._expr
+
+
+class Axis(Atom):
+    """One axis of an iteration domain. `part_of`: the merged axis (with the size of what is inside this one) that
+    loops over it, once neighbouring axes have been collapsed."""
+
+    __slots__ = ("extent", "part_of", "name")
+
+    def __init__(self, extent: int, name: str = "i"):
+        super().__init__(0, max(extent - 1, 0), tirx.Var(name, "int32"))
+        self.extent = extent
+        self.name = name
+        self.axes = frozenset({self})
+        self.part_of: tuple[Merged, int] | None = None
+
+    def bind(self, expr: Any) -> None:
+        """The loop variable expression that stands for this axis in the code being written."""
+        self._expr = expr
+
+    def expr(self) -> Any:
+        if self.part_of is None:
+            return self._expr
+        whole, inside = self.part_of
+        value = whole.expr()
+        if isinstance(value, int):
+            return value // inside % self.extent
+        value = value if inside == 1 else tirx.floordiv(value, inside)
+        return value if inside * self.extent == whole.extent else tirx.floormod(value, self.extent)
+
+    def __repr__(self) -> str:
+        return f"{self.name}<{self.extent}"
+
+
+class Merged(Axis):
+    """An axis that loops over several neighbouring axes at once."""
+
+    __slots__ = ("parts", "inside_sizes")
+
+    def __init__(self, parts: Sequence[Axis]):
+        extent = 1
+        self.parts = tuple(parts)
+        self.inside_sizes: set[int] = set()
+        for part in reversed(self.parts):
+            if part.extent != 1:
+                self.inside_sizes.add(extent)
+            part.part_of = (self, extent)
+            extent *= part.extent
+        super().__init__(extent, "f")
+
+    def release(self) -> None:
+        for part in self.parts:
+            part.part_of = None
+
+
+class Index:
+    """`const + sum(coefficient * atom)`. Immutable; use `affine` arithmetic: + - * // % with ints and each other."""
+
+    __slots__ = ("terms", "const")
+
+    def __init__(self, terms: dict[Atom, int], const: int = 0):
+        self.terms, self.const = terms, const
+
+    @staticmethod
+    def of(x: Any) -> Index:
+        if isinstance(x, Index):
+            return x
+        if isinstance(x, int):
+            return Index({}, x)
+        return Index({x: 1}) if x.lo != x.hi else Index({}, x.lo)
+
+    def __add__(self, other: Any) -> Index:
+        other = Index.of(other)
+        terms = dict(self.terms)
+        for atom, c in other.terms.items():
+            total = terms.get(atom, 0) + c
+            if total:
+                terms[atom] = total
+            else:
+                terms.pop(atom, None)
+        return Index(terms, self.const + other.const)
+
+    def __mul__(self, factor: int) -> Index:
+        return Index({a: c * factor for a, c in self.terms.items()} if factor else {}, self.const * factor)
+
+    def __sub__(self, other: Any) -> Index:
+        return self + Index.of(other) * -1
+
+    def __rsub__(self, other: Any) -> Index:
+        return Index.of(other) - self
+
+    def __neg__(self) -> Index:
+        return self * -1
+
+    __radd__ = __add__
+    __rmul__ = __mul__
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Index) and self.const == other.const and self.terms == other.terms
+
+    def __hash__(self) -> int:
+        return hash((self.const, frozenset(self.terms.items())))
+
+    @property
+    def lo(self) -> int:
+        return self.const + sum(c * (a.lo if c > 0 else a.hi) for a, c in self.terms.items())
+
+    @property
+    def hi(self) -> int:
+        return self.const + sum(c * (a.hi if c > 0 else a.lo) for a, c in self.terms.items())
+
+    @property
+    def axes(self) -> frozenset[Axis]:
+        """The loop axes that the index depends on."""
+        return frozenset().union(*(a.axes for a in self.terms))
+
+    def divided(self, divisor: int) -> tuple[Index, Index]:
+        """(floor quotient, remainder) by a positive constant, exact wherever bounds show it."""
+        if divisor == 1:
+            return self, Index({}, 0)
+        even = {a: c // divisor for a, c in self.terms.items() if c % divisor == 0}
+        rest = Index({a: c for a, c in self.terms.items() if c % divisor}, self.const % divisor)
+        whole = Index(even, self.const // divisor)
+        step = rest.lo // divisor
+        if rest.hi // divisor == step:
+            return whole + step, rest - step * divisor
+        return (whole + Index({Division(rest, divisor, False): 1}), Index({Division(rest, divisor, True): 1}))
+
+    def __floordiv__(self, divisor: int) -> Index:
+        return self.divided(divisor)[0]
+
+    def __mod__(self, divisor: int) -> Index:
+        return self.divided(divisor)[1]
+
+    def expr(self) -> Any:
+        """The TIR expression (or a Python int, if constant)."""
+        result: Any = None
+        for atom, c in _merged(self.terms).items():
+            value = atom.expr()
+            term = value if c == 1 else value * c
+            result = term if result is None else result + term
+        if result is None:
+            return self.const
+        return result + self.const if self.const else result
+
+    def __repr__(self) -> str:
+        return " + ".join([f"{c}*{a!r}" for a, c in self.terms.items()] + [str(self.const)])
+
+
+class Division(Atom):
+    """The quotient or remainder of a division that bounds do not decide. Equal divisions are equal atoms."""
+
+    __slots__ = ("of", "divisor", "remainder")
+
+    def __init__(self, of: Index, divisor: int, remainder: bool):
+        lo, hi = (0, divisor - 1) if remainder else (of.lo // divisor, of.hi // divisor)
+        super().__init__(lo, hi, None, of.axes)
+        self.of, self.divisor, self.remainder = of, divisor, remainder
+
+    def expr(self) -> Any:
+        """Written out when used, in terms of the loops of that moment."""
+        value = self.of.expr()
+        if isinstance(value, int):
+            return value % self.divisor if self.remainder else value // self.divisor
+        return (tirx.floormod if self.remainder else tirx.floordiv)(value, self.divisor)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Division) and (self.divisor, self.remainder, self.of) == (
+            other.divisor, other.remainder, other.of)
+
+    def __hash__(self) -> int:
+        return hash((self.of, self.divisor, self.remainder))
+
+
+def _merged(terms: dict[Atom, int]) -> dict[Atom, int]:
+    """Terms with collapsed axes joined: `12*i + j` with i, j parts of one axis f is `f`."""
+    groups: dict[Merged, dict[int, int]] = {}
+    result: dict[Atom, int] = {}
+    for atom, c in terms.items():
+        if isinstance(atom, Axis) and atom.part_of is not None:
+            groups.setdefault(atom.part_of[0], {})[atom.part_of[1]] = c
+        else:
+            result[atom] = c
+    for whole, parts in groups.items():
+        scale = whole_coefficient(whole, parts)
+        if scale is not None:
+            result[whole] = result.get(whole, 0) + scale
+        else:
+            result.update({a: c for a, c in terms.items() if isinstance(a, Axis) and a.part_of
+                           and a.part_of[0] is whole})
+    return result
+
+
+def whole_coefficient(whole: Merged, parts: dict[int, int]) -> int | None:
+    """The coefficient c with which the parts (size inside -> coefficient) add up to `c * whole`, if there is one."""
+    scale = parts.get(1)
+    if scale is None or any(c != scale * inside for inside, c in parts.items()):
+        return None
+    return scale if set(parts) == whole.inside_sizes else None
+
+
+def opaque(expr: Any, lo: int, hi: int, axes: Iterable[Axis]) -> Index:
+    """An index that only the running kernel knows (a gathered position), known to lie in [lo, hi]."""
+    return Index({Atom(lo, hi, expr, frozenset(axes)): 1}) if lo != hi else Index({}, lo)
+
+
+def clamp(index: Index, lo: int, hi: int) -> Index:
+    """The index moved into [lo, hi]; itself if it cannot lie outside."""
+    if index.lo >= lo and index.hi <= hi:
+        return index
+    if lo >= hi:
+        return Index({}, lo)
+    value = index.expr()
+    if isinstance(value, int):
+        return Index({}, min(max(value, lo), hi))
+    if index.lo < lo:
+        value = tirx.max(value, lo)
+    if index.hi > hi:
+        value = tirx.min(value, hi)
+    return opaque(value, lo, hi, index.axes)
+
+
+def within(index: Index, lo: int, hi: int) -> Any:
+    """The condition lo <= index <= hi: True or False where bounds decide, else a TIR expression."""
+    if index.lo >= lo and index.hi <= hi:
+        return True
+    if index.hi < lo or index.lo > hi:
+        return False
+    value = index.expr()
+    parts = ([value >= lo] if index.lo < lo else []) + ([value <= hi] if index.hi > hi else [])
+    return parts[0] if len(parts) == 1 else tirx.And(*parts)
+
+
+def strides_of(shape: Sequence[int]) -> tuple[int, ...]:
+    """Row-major strides in elements."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size
+    return tuple(reversed(strides))
+
+
+def flatten(index: Sequence[Index], shape: Sequence[int]) -> Index:
+    """The row-major position of an element."""
+    total = Index({}, 0)
+    for i, stride in zip(index, strides_of(shape)):
+        total = total + i * stride
+    return total
+
+
+def unflatten(position: Index, shape: Sequence[int]) -> tuple[Index, ...]:
+    """The index of the element at a row-major position."""
+    result: list[Index] = []
+    for size in reversed(shape):
+        if size == 1:
+            result.append(Index({}, 0))
+            continue
+        position, rest = position.divided(size)
+        result.append(rest)
+    return tuple(reversed(result))
