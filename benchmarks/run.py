@@ -2,7 +2,8 @@
 
     python benchmarks/run.py [CASE ...] [--threads N] [--rounds N] [--only NAME] [--json FILE]
 
-Cases: mlp, resnet18, gpt2 (training steps), call (what a call of a compiled function costs).
+Cases: mlp, resnet18, gpt2 (training steps), call (what a call of a compiled function costs); gemm, gemm-bf16 and conv
+(single kernels) are the scripts gemm.py and conv.py, which take more options when run by themselves.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import importlib.util
 import json
 import os
 import platform
+import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import harness  # noqa: E402
 import problems  # noqa: E402
 
-CASES = (*problems.PROBLEMS, "call")
+# Comparisons of single kernels have scripts of their own.
+SCRIPTS = {"gemm": ["gemm.py"], "gemm-bf16": ["gemm.py", "--dtype", "bfloat16"], "conv": ["conv.py"]}
+CASES = (*problems.PROBLEMS, "call", *SCRIPTS)
 ROUNDS = {"mlp": 7, "resnet18": 5, "gpt2": 5, "call": 7}
 STEPS = {"mlp": 20, "resnet18": 2, "gpt2": 2, "call": 2000}
 DESCRIBE = {"mlp": "MLP 784-1024-1024-10, batch 256, AdamW, f32", "resnet18": "ResNet-18, 8 x 3 x 224 x 224, SGD, f32",
@@ -81,6 +85,13 @@ def arguments() -> argparse.Namespace:
     return options
 
 
+def run_script(case: str, threads: int) -> bool:
+    """A comparison that is a script of its own; whether it ended well."""
+    script, *rest = SCRIPTS[case]
+    command = [sys.executable, str(harness.HERE / script), *rest, "--threads", str(threads)]
+    return subprocess.run(command, check=False).returncode == 0
+
+
 def main() -> int:
     """Runs the cases asked for; the exit code is 1 if Treadle failed in one of them."""
     options = arguments()
@@ -91,8 +102,11 @@ def main() -> int:
         console.print(f"{absent.name}: {absent.module} is not installed; `make bench` installs it")
     console.print(f"{platform.processor() or platform.machine()}, {options.threads} threads, medians of interleaved rounds; "
                   "x: the contender's figure over Treadle's")
-    report = {}
+    report, failed = {}, []
     for case in options.cases or CASES:
+        if case in SCRIPTS:
+            failed += [] if run_script(case, options.threads) else [case]
+            continue
         with console.status(case) as status:
             results = harness.compare(case, contenders, options.threads, options.rounds or ROUNDS[case], STEPS[case],
                                       lambda name, case=case: status.update(f"{case}: {name}"))
@@ -100,9 +114,10 @@ def main() -> int:
         if (kernels := kernels_of(results)) is not None:
             console.print(kernels)
         report[case] = [asdict(r) | {"median": r.median} for r in results]
+        failed += [r.failure for r in results if r.name == "treadle" and r.failure]
     if options.json:
         options.json.write_text(json.dumps(report, indent=1))
-    return int(any(r["failure"] for rows in report.values() for r in rows if r["name"] == "treadle"))
+    return int(bool(failed))
 
 
 if __name__ == "__main__":
