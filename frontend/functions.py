@@ -4,7 +4,6 @@ One namespace, as in the array API standard: `td.sum`, not `td.numpy.sum`, becau
 same names, and models mix them freely with `td.nn` and `td.grad`.
 """
 
-# ruff: noqa: F401 -- re-exported, all of them
 from __future__ import annotations
 
 from .functions_create import (
@@ -198,4 +197,25 @@ from .functions_shape import (
     vstack,
 )
 
-__all__ = sorted(name for name, value in list(globals().items()) if callable(value) and not name.startswith("_"))
+__all__ = [
+    "abs", "absolute", "acos", "acosh", "add", "all", "amax", "amin", "any", "arange", "arccos", "arccosh",
+    "arcsin", "arcsinh", "arctan", "arctan2", "arctanh", "argmax", "argmin", "argsort", "asarray", "asin",
+    "asinh", "astype", "atan", "atan2", "atanh", "attention", "avg_pool", "batch_norm", "bitwise_and",
+    "bitwise_not", "bitwise_or", "bitwise_xor", "broadcast_arrays", "broadcast_to", "cbrt", "ceil", "chunk",
+    "clip", "concat", "concatenate", "conv", "conv_transpose", "copysign", "cos", "cosh", "count_nonzero",
+    "cross_entropy", "cumprod", "cumsum", "diag", "divide", "dot", "dynamic_slice", "dynamic_update_slice",
+    "einsum", "empty", "empty_like", "equal", "erf", "erfc", "exp", "exp2", "expand_dims", "expm1", "eye",
+    "flatten", "flip", "floor", "floor_divide", "fmod", "full", "full_like", "gather", "gather_nd", "greater",
+    "greater_equal", "group_norm", "hstack", "hypot", "inner", "invert", "isclose", "isfinite", "isinf",
+    "isnan", "layer_norm", "left_shift", "less", "less_equal", "linspace", "log", "log10", "log1p", "log2",
+    "log_softmax", "logical_and", "logical_not", "logical_or", "logical_xor", "logsumexp", "matmul",
+    "matrix_transpose", "max", "max_pool", "maximum", "mean", "median", "meshgrid", "min", "minimum", "mod",
+    "moveaxis", "multiply", "nan_to_num", "negative", "nonzero", "norm", "not_equal", "one_hot", "ones",
+    "ones_like", "outer", "pad", "permute", "permute_dims", "positive", "pow", "power", "prod", "ptp", "ravel",
+    "reciprocal", "relu", "remainder", "repeat", "reshape", "right_shift", "rms_norm", "roll", "round", "rsqrt",
+    "scatter_add", "scatter_add_nd", "sigmoid", "sign", "sin", "sinh", "softmax", "softplus", "sort", "split",
+    "sqrt", "square", "squeeze", "stack", "std", "stop_gradient", "subtract", "sum", "swapaxes", "take",
+    "take_along_axis", "tan", "tanh", "tensor", "tensordot", "tile", "top_k", "trace_of", "transpose", "tri",
+    "tril", "triu", "true_divide", "trunc", "unsqueeze", "unstack", "var", "vdot", "vstack", "where", "zeros",
+    "zeros_like",
+]

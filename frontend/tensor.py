@@ -45,8 +45,7 @@ class Tensor:
     """
 
     __slots__ = ("__weakref__", "_baked", "_role", "_trace", "_value", "grad", "name")
-    __array_ufunc__ = None  # NumPy arrays leave `array + tensor` to this class
-    __array_priority__ = 100
+    __array_priority__ = 100  # NumPy arrays leave `array + tensor` to this class
 
     _value: Any
     _trace: Any
