@@ -4,6 +4,7 @@ Importing the package fills the `vjp` slot of every op.
 """
 
 from . import (
+    remat,
     vjp_control,
     vjp_conv,
     vjp_elementwise,
@@ -15,6 +16,6 @@ from . import (
 )
 from .reverse import backward, grad_graph, vjp_graph
 
-RULES = (vjp_control, vjp_conv, vjp_elementwise, vjp_index, vjp_matmul, vjp_nn, vjp_reduce, vjp_shape)
+RULES = (remat, vjp_control, vjp_conv, vjp_elementwise, vjp_index, vjp_matmul, vjp_nn, vjp_reduce, vjp_shape)
 
 __all__ = ["RULES", "backward", "grad_graph", "vjp_graph"]

@@ -13,9 +13,14 @@ from typing import Any
 from ..ir.context import emit
 from ..ir.graph import Node, Value
 from ..ir.opdef import fill
+from ..ir.ops_layout import spatial_sizes
 from .reverse import Cotangents, vjp
 from .vjp_elementwise import compare, where
 from .vjp_matmul import contract
+
+
+def spatial(x: Value, channels_last: bool) -> tuple[Any, ...]:
+    return spatial_sizes(x.shape, channels_last)
 
 
 def _forward(x: Value, w: Value, like: Value, window: dict[str, Any]) -> Value:
@@ -23,7 +28,7 @@ def _forward(x: Value, w: Value, like: Value, window: dict[str, Any]) -> Value:
 
 
 def _to_input(dy: Value, w: Value, x: Value, window: dict[str, Any]) -> Value:
-    return contract("conv_input_grad", dy, w, x, input_spatial=x.shape[2:], **window)
+    return contract("conv_input_grad", dy, w, x, input_spatial=spatial(x, window["channels_last"]), **window)
 
 
 def _to_weight(x: Value, dy: Value, w: Value, window: dict[str, Any]) -> Value:
@@ -42,18 +47,27 @@ vjp("conv_weight_grad",
 
 
 def _max_pool(node: Node, cotangents: Cotangents, needed: tuple[bool, ...]) -> list[Value | None]:
-    (x,), (_, indices), (ct, _) = node.operands, node.results, cotangents
-    return [None if ct is None else emit("max_pool_grad", ct, indices, input_spatial=x.shape[2:])]
+    (x,), (_, indices), (ct, _), last = node.operands, node.results, cotangents, node.attrs["channels_last"]
+    if ct is None:
+        return [None]
+    return [emit("max_pool_grad", ct, indices, input_spatial=spatial(x, last), channels_last=last)]
 
 
-def _max_pool_grad(ct: Value, out: Value, dy: Value, indices: Value, input_spatial: Any) -> Value:
-    plane = emit("reshape", ct, shape=(*ct.shape[:2], math.prod(ct.shape[2:])))
-    flat = emit("reshape", indices, shape=(*indices.shape[:2], math.prod(indices.shape[2:])))
-    found = emit("reshape", emit("take_along_axis", plane, flat, axis=2), shape=dy.shape)
+def _max_pool_grad(ct: Value, out: Value, dy: Value, indices: Value, input_spatial: Any, channels_last: bool) -> Value:
+    """The elements at the indices, in planes flattened as the indices count them."""
+    axis = 1 if channels_last else 2
+    flat, places = (emit("reshape", v, shape=_flat_plane(v, channels_last)) for v in (ct, indices))
+    found = emit("reshape", emit("take_along_axis", flat, places, axis=axis), shape=dy.shape)
     return where(compare("ge", indices, 0), found, 0.0)  # index -1: a window of padding alone
+
+
+def _flat_plane(x: Value, channels_last: bool) -> tuple[Any, ...]:
+    size = math.prod(spatial(x, channels_last))
+    return (x.shape[0], size, x.shape[-1]) if channels_last else (*x.shape[:2], size)
 
 
 fill("vjp", "max_pool", _max_pool)
 vjp("max_pool_grad", _max_pool_grad, None)
-vjp("avg_pool", lambda ct, out, x, **window: emit("avg_pool_grad", ct, input_spatial=x.shape[2:], **window))
+vjp("avg_pool", lambda ct, out, x, **window: emit(
+    "avg_pool_grad", ct, input_spatial=spatial(x, window["channels_last"]), **window))
 vjp("avg_pool_grad", lambda ct, out, dy, input_spatial, **window: emit("avg_pool", ct, **window))

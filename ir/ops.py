@@ -10,6 +10,7 @@ from . import (
     ops_nn,
     ops_pool,
     ops_reduce,
+    ops_remat,
     ops_shape,
 )
 
@@ -23,5 +24,6 @@ __all__ = [
     "ops_nn",
     "ops_pool",
     "ops_reduce",
+    "ops_remat",
     "ops_shape",
 ]

@@ -47,14 +47,17 @@ class Rewriter(GraphBuilder):
 
     def admit(self, node: Node) -> tuple[Value, ...]:
         """Takes a node in, or what replaces it."""
+        count = len(self.graph.nodes)
         found = self.replace(node)
         if found is None:
             self.take(node)
             return node.results
         if tuple(v.type for v in found) != tuple(v.type for v in node.results):
             raise VerifyError(f"a rewrite of {node_text(node)} gives other types: {list(found)}", node.loc)
+        made = set(self.graph.nodes[count:])  # values that stood there before keep their names
         for old, new in zip(node.results, found):
-            new.name = new.name or old.name
+            if new.producer in made:
+                new.name = new.name or old.name
         return tuple(found)
 
 
