@@ -52,7 +52,7 @@ class Running:
 
     def __init__(self, contender: Contender, case: str, threads: int, caches: Path):
         self.name = contender.name
-        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed with the process)
+        self.errors = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / "contenders" / contender.script), case, str(threads)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,

@@ -73,7 +73,7 @@ def resnet18(size: int = 224) -> Problem:
     conv("stem.conv", 64, 3, 7)
     draw.norm("stem.norm", 64)
     inner = 64
-    for stage, (width, stride) in enumerate(RESNET_STAGES):
+    for stage, (width, _) in enumerate(RESNET_STAGES):
         for block in range(2):
             name = f"stages.{stage}.{block}"
             conv(f"{name}.conv1", width, inner, 3)

@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import harness  # noqa: E402
-import problems  # noqa: E402
+import harness
+import problems
 
 # Comparisons of single kernels have scripts of their own.
 SCRIPTS = {"gemm": ["gemm.py"], "gemm-bf16": ["gemm.py", "--dtype", "bfloat16"], "conv": ["conv.py"]}
@@ -100,8 +100,8 @@ def main() -> int:
     contenders = [c for c in asked if importlib.util.find_spec(c.module) is not None]
     for absent in (c for c in asked if c not in contenders):
         console.print(f"{absent.name}: {absent.module} is not installed; `make bench` installs it")
-    console.print(f"{platform.processor() or platform.machine()}, {options.threads} threads, medians of interleaved rounds; "
-                  "x: the contender's figure over Treadle's")
+    console.print(f"{platform.processor() or platform.machine()}, {options.threads} threads, medians of "
+                  "interleaved rounds; x: the contender's figure over Treadle's")
     report, failed = {}, []
     for case in options.cases or CASES:
         if case in SCRIPTS:

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Trace and compile
 #
-# A function of tensors runs at once, like NumPy. The same function can be *traced* into a graph that you can read, and
-# *compiled* into machine code. Run this file, or step through its cells in an editor that knows `# %%`.
+# A function of tensors runs at once, like NumPy. The same function can be *traced* into a graph that you can read,
+# and *compiled* into machine code. Run this file, or step through its cells in an editor that knows `# %%`.
 
 # %%
 import numpy as np
@@ -27,8 +27,8 @@ at_once = layer(td.tensor(x), td.tensor(w), td.tensor(b))
 print(at_once.shape, at_once.dtype)
 
 # %% [markdown]
-# Traced: the function is called once with stand-ins that know a shape and a dtype but have no elements, and what it does
-# to them is written down. The text of a graph parses back to an equal graph.
+# Traced: the function is called once with stand-ins that know a shape and a dtype but have no elements, and what it
+# does to them is written down. The text of a graph parses back to an equal graph.
 
 # %%
 graph = td.trace(layer, td.spec((8, 784)), td.spec((784, 10)), td.spec((10,)))
@@ -36,8 +36,8 @@ print(graph)
 assert td.ir.parse(str(graph)) == graph
 
 # %% [markdown]
-# Python control flow over sizes and options runs while tracing and leaves no mark. Over *elements* it cannot, since there
-# are none yet; the error names the line and what to use instead.
+# Python control flow over sizes and options runs while tracing and leaves no mark. Over *elements* it cannot, since
+# there are none yet; the error names the line and what to use instead.
 
 # %%
 def clipped(x):
@@ -59,8 +59,8 @@ def clipped_by_cond(x):
 print(td.trace(clipped_by_cond, td.spec((8,))))
 
 # %% [markdown]
-# Compiled: the graph is simplified, fused into kernels and lowered to machine code the first time that the function is
-# called with some types of arguments. Later calls with the same types go straight to the code.
+# Compiled: the graph is simplified, fused into kernels and lowered to machine code the first time that the function
+# is called with some types of arguments. Later calls with the same types go straight to the code.
 
 # %%
 compiled = td.compile(layer)

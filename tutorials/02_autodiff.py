@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Autodiff
 #
-# Gradients are made by rewriting the graph: every op has a rule that says how a cotangent passes through it. So they can be
-# printed, compiled, and differentiated again.
+# Gradients are made by rewriting the graph: every op has a rule that says how a cotangent passes through it. So they
+# can be printed, compiled, and differentiated again.
 
 # %%
 import numpy as np
@@ -52,8 +52,8 @@ value, gradient = td.compile(td.value_and_grad(loss))(parameters, data, target)
 print(value.item(), {name: part.shape for name, part in gradient.items()})
 
 # %% [markdown]
-# `vjp` pulls cotangents back through a function of several results, `jvp` pushes tangents forward. Their dot products
-# agree: that is how the gradients of every op are tested.
+# `vjp` pulls cotangents back through a function of several results, `jvp` pushes tangents forward. Their dot
+# products agree: that is how the gradients of every op are tested.
 
 # %%
 def two(x):
@@ -69,8 +69,8 @@ left = sum((c * p.numpy()).sum() for c, p in zip(cotangents, pushed, strict=True
 np.testing.assert_allclose(left, (pulled.numpy() * v).sum())
 
 # %% [markdown]
-# For debugging there is the dynamic way: operations that run at once are recorded, and `backward()` walks the record with
-# the same rules.
+# For debugging there is the dynamic way: operations that run at once are recorded, and `backward()` walks the record
+# with the same rules.
 
 # %%
 w = td.tensor(np.ones(3), requires_grad=True)

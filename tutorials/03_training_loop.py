@@ -1,8 +1,8 @@
 # %% [markdown]
 # # A training loop
 #
-# A model is a class, a loss is a function, and `td.train_step` compiles forward pass, backward pass, clipping and optimizer
-# into one graph that updates the parameters in place.
+# A model is a class, a loss is a function, and `td.train_step` compiles forward pass, backward pass, clipping and
+# optimizer into one graph that updates the parameters in place.
 
 # %%
 import tempfile

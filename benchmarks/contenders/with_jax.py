@@ -32,8 +32,8 @@ def mlp(p, x, sizes):
 
 def conv(p, name, x, stride):
     w = p[f"{name}.weight"]
-    pad = w.shape[-1] // 2
-    return lax.conv_general_dilated(x, w, (stride, stride), [(pad, pad)] * 2, dimension_numbers=("NCHW", "OIHW", "NCHW"))
+    padding = [(w.shape[-1] // 2,) * 2] * 2
+    return lax.conv_general_dilated(x, w, (stride, stride), padding, dimension_numbers=("NCHW", "OIHW", "NCHW"))
 
 
 def batch_norm(p, name, x):

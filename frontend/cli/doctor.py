@@ -70,7 +70,8 @@ def versions() -> Iterator[Finding]:
             yield Finding(name, BROKEN, "not installed", f"pip install '{requirement}'")
             continue
         if pin and found != pin:
-            yield Finding(name, BROKEN, f"{found}, where the compiler's ABI needs {pin}", f"pip install '{name}=={pin}'")
+            yield Finding(name, BROKEN, f"{found}, where the compiler's ABI needs {pin}",
+                          f"pip install '{name}=={pin}'")
         else:
             yield Finding(name, WORKS, found)
 
@@ -85,8 +86,8 @@ def processor() -> Iterator[Finding]:
                   "" if named else "Treadle needs at least SSE4.2 or NEON")
     if named:
         yield Finding("targets that run here", WORKS, ", ".join(["cpu", *(f"cpu:{name}" for name in named)]))
-    yield Finding("threads", WORKS, f"{target.threads} used of {available_cpus()} available "
-                                    f"({os.cpu_count()} in the machine); set_num_threads or TREADLE_NUM_THREADS changes it")
+    yield Finding("threads", WORKS, f"{target.threads} used of {available_cpus()} available ({os.cpu_count()} in the "
+                                    "machine); set_num_threads or TREADLE_NUM_THREADS changes it")
     memory = psutil.virtual_memory()
     yield Finding("memory", WORKS, f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free")
 
@@ -128,7 +129,8 @@ def optional() -> Iterator[Finding]:
     if importlib.util.find_spec("mpi4py") and launcher:
         yield Finding("MPI", WORKS, f"mpi4py {importlib.metadata.version('mpi4py')}, {launcher}")
     else:
-        lacking = [what for what, there in (("mpi4py", importlib.util.find_spec("mpi4py")), ("mpiexec", launcher)) if not there]
+        parts = {"mpi4py": importlib.util.find_spec("mpi4py"), "mpiexec": launcher}
+        lacking = [name for name, there in parts.items() if not there]
         yield Finding("MPI", ABSENT, f"{' and '.join(lacking)} not found", "pip install 'treadle[mpi]'")
     nvcc = shutil.which("nvcc")
     nvrtc = importlib.util.find_spec("nvidia") is not None and ctypes.util.find_library("nvrtc") is not None
@@ -191,5 +193,6 @@ def report(console: Console, as_json: bool = False) -> bool:
         console.print(table)
     broken = [f.topic for findings in found.values() for f in findings if f.state == BROKEN]
     if not as_json:
-        console.print(f"[bold red]needs mending: {', '.join(broken)}[/]" if broken else "[green]all that is needed works[/]")
+        console.print(f"[bold red]needs mending: {', '.join(broken)}[/]" if broken
+                      else "[green]all that is needed works[/]")
     return not broken

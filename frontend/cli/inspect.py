@@ -1,4 +1,4 @@
-"""`treadle inspect FILE.py:NAME TYPE...`: a traced graph as text, before and after each pass, with the cost of every node.
+"""`treadle inspect FILE.py:NAME TYPE...`: a traced graph as text, before and after each pass, with every node's cost.
 
 NAME is a function of tensors, or an nn.Module (an object, or a class that needs no arguments). The types are those of
 the text form: `f32[8,784]`, `i64[8]`, `bf16[4,seq,64]`.
@@ -92,7 +92,8 @@ def printer(console: Console) -> Callable[[Step], None]:
         if not step.result.changed:
             console.print(Text(f"{step.name}: nothing to do ({1e3 * step.seconds:.1f} ms)", style="dim"))
             return
-        heading(console, f"after {step.name} ({1e3 * step.seconds:.1f} ms): {len(graph.nodes)} nodes{'; ' + said if said else ''}")
+        heading(console, f"after {step.name} ({1e3 * step.seconds:.1f} ms): {len(graph.nodes)} nodes"
+                         + (f"; {said}" if said else ""))
         console.print(str(graph), markup=False, highlight=False, soft_wrap=True)
 
     return show_step

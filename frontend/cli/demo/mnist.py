@@ -72,8 +72,8 @@ class Board:
             TextColumn("loss {task.fields[loss]:.4f}"), TextColumn("held-out accuracy {task.fields[accuracy]:.1%}"),
             TextColumn("{task.fields[speed]:,.0f} digits/s"), TimeElapsedColumn(),
             console=console, disable=not console.is_terminal)
-        self.task = self.bar.add_task("", total=epochs * batches, epoch=0, epochs=epochs, loss=float("nan"), accuracy=0.0,
-                                      speed=0.0)
+        self.task = self.bar.add_task("", total=epochs * batches, epoch=0, epochs=epochs, loss=float("nan"),
+                                      accuracy=0.0, speed=0.0)
 
     def step(self, epoch: int, loss: float, speed: float) -> None:
         self.bar.update(self.task, advance=1, epoch=epoch, loss=loss, speed=speed)
