@@ -29,6 +29,7 @@ from .ops_common import (
     same_size,
     shape_text,
 )
+from .ops_layout import either_layout, either_layout_type
 from .ops_linalg import accumulated_dtype, accumulator
 
 # Largest matrix of windows that a reference makes at once, in elements; it takes the batch in parts.
@@ -215,16 +216,20 @@ def _conv_flops(dy: Any, channels: Any, kernel: Any) -> Any:
     return 2 * dy.type.size * channels * math.prod(kernel)
 
 
-WINDOW_ATTRS = {"stride": REQUIRED, "padding": REQUIRED, "dilation": REQUIRED, "groups": 1, "out_dtype": None}
+WINDOW_ATTRS = {"stride": REQUIRED, "padding": REQUIRED, "dilation": REQUIRED, "groups": 1, "out_dtype": None,
+                "channels_last": False}
 
-define("conv", "x w", conv_infer, conv_reference, "Convolution (correlation, as in every deep-learning library) of x "
+define("conv", "x w", either_layout_type(conv_infer, (0,), (0,)),
+       either_layout(conv_reference, (0,), (0,)), "Convolution (correlation, as in every deep-learning library) of x "
        "(N, C, *spatial) with w (O, C / groups, *kernel).", attrs=WINDOW_ATTRS, traits=["contraction"],
        flops=lambda node: _conv_flops(node.result, node.operands[1].shape[1], node.operands[1].shape[2:]))
-define("conv_input_grad", "dy w", conv_input_grad_infer, conv_input_grad_reference,
+define("conv_input_grad", "dy w", either_layout_type(conv_input_grad_infer, (0,), (0,)),
+       either_layout(conv_input_grad_reference, (0,), (0,)),
        "Transpose of conv in x: a sum of kernels placed at the elements of dy (N, O, *out), cut to input_spatial. Also "
        "the transposed convolution.", attrs={"input_spatial": REQUIRED, **WINDOW_ATTRS}, traits=["contraction"],
        flops=lambda node: _conv_flops(node.operands[0], node.operands[1].shape[1], node.operands[1].shape[2:]))
-define("conv_weight_grad", "x dy", conv_weight_grad_infer, conv_weight_grad_reference,
+define("conv_weight_grad", "x dy", either_layout_type(conv_weight_grad_infer, (0, 1), ()),
+       either_layout(conv_weight_grad_reference, (0, 1), ()),
        "Transpose of conv in w: windows of x weighted with dy, of the shape (O, C / groups, *kernel_spatial).",
        attrs={"kernel_spatial": REQUIRED, **WINDOW_ATTRS}, traits=["contraction"],
        flops=lambda node: _conv_flops(node.operands[1], node.result.shape[1], node.result.shape[2:]))

@@ -26,6 +26,7 @@ from .ops_common import (
 )
 from .ops_conv import check_spatial, check_window, placed, unpadded, window_sizes
 from .ops_elementwise import check_accepts
+from .ops_layout import either_layout, either_layout_type
 from .ops_reduce import lowest
 
 INT32 = as_dtype("int32")
@@ -70,11 +71,13 @@ def max_pool_reference(x: Any, window: Any, stride: Any, padding: Any, dilation:
     return best, index
 
 
-define("max_pool", "x", max_pool_infer, max_pool_reference,
+define("max_pool", "x", either_layout_type(max_pool_infer, (0,), (0, 1)),
+       either_layout(max_pool_reference, (0,), (0, 1)),
        "(y, i32 indices): the largest of each window (NaN if there is one), and where it lies in the flattened, "
        "unpadded spatial axes: the first of equals, or the first NaN. Padding never wins; a window of padding alone "
        "gives the smallest value and index -1.",
-       attrs={"window": REQUIRED, "stride": REQUIRED, "padding": REQUIRED, "dilation": REQUIRED},
+       attrs={"window": REQUIRED, "stride": REQUIRED, "padding": REQUIRED, "dilation": REQUIRED,
+              "channels_last": False},
        flops=lambda node: node.results[0].type.size * math.prod(node.attrs["window"]))
 
 
@@ -101,9 +104,10 @@ def max_pool_grad_reference(dy: Any, indices: Any, input_spatial: Any) -> Any:
     return flat.reshape(*dy.shape[:2], *input_spatial)
 
 
-define("max_pool_grad", "dy indices", max_pool_grad_infer, max_pool_grad_reference,
+define("max_pool_grad", "dy indices", either_layout_type(max_pool_grad_infer, (0, 1), (0,)),
+       either_layout(max_pool_grad_reference, (0, 1), (0,)),
        "Transpose of max_pool: zeros of the input's shape with each dy added at its index; index -1 is dropped.",
-       attrs={"input_spatial": REQUIRED}, flops=lambda node: node.operands[0].type.size)
+       attrs={"input_spatial": REQUIRED, "channels_last": False}, flops=lambda node: node.operands[0].type.size)
 
 
 # Average ---------------------------------------------------------------------------------------------------------
@@ -137,9 +141,11 @@ def avg_pool_reference(x: Any, window: Any, stride: Any, padding: Any, count_inc
     return window_sum(x, window, stride, padding) / count
 
 
-AVERAGE_ATTRS = {"window": REQUIRED, "stride": REQUIRED, "padding": REQUIRED, "count_include_pad": True}
+AVERAGE_ATTRS = {"window": REQUIRED, "stride": REQUIRED, "padding": REQUIRED, "count_include_pad": True,
+                 "channels_last": False}
 
-define("avg_pool", "x", avg_pool_infer, avg_pool_reference,
+define("avg_pool", "x", either_layout_type(avg_pool_infer, (0,), (0,)),
+       either_layout(avg_pool_reference, (0,), (0,)),
        "Mean of each window; padding counts as zeros, or not at all (then a window of padding alone gives 0).",
        attrs=AVERAGE_ATTRS, flops=lambda node: node.result.type.size * math.prod(node.attrs["window"]))
 
@@ -165,7 +171,8 @@ def avg_pool_grad_reference(dy: Any, input_spatial: Any, window: Any, stride: An
     return contiguous(padded[unpadded(input_spatial, padding)])
 
 
-define("avg_pool_grad", "dy", avg_pool_grad_infer, avg_pool_grad_reference,
+define("avg_pool_grad", "dy", either_layout_type(avg_pool_grad_infer, (0,), (0,)),
+       either_layout(avg_pool_grad_reference, (0,), (0,)),
        "Transpose of avg_pool: each dy shared equally among the elements of its window.",
        attrs={"input_spatial": REQUIRED, **AVERAGE_ATTRS},
        flops=lambda node: node.operands[0].type.size * math.prod(node.attrs["window"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -169,7 +170,22 @@ def blocks(channels: int, outputs: int, groups: int) -> Any:
                slice(g * outputs // groups, (g + 1) * outputs // groups))
 
 
+def in_both_layouts(activations: Any, results: Any) -> Any:
+    """An oracle for both layouts from one for channels first."""
+    def decorate(first: Any) -> Any:
+        @functools.wraps(first)
+        def both(*args: Any, channels_last: bool = False, **attrs: Any) -> Any:
+            if not channels_last:
+                return first(*args, **attrs)
+            given = first(*(np.moveaxis(x, -1, 1) if i in activations else x for i, x in enumerate(args)), **attrs)
+            listed = given if isinstance(given, tuple) else (given,)
+            return tuple(np.moveaxis(y, 1, -1) if i in results else y for i, y in enumerate(listed))
+        return both
+    return decorate
+
+
 @oracle("conv")
+@in_both_layouts((0,), (0,))
 def conv(x: Any, w: Any, stride: Any, padding: Any, dilation: Any, groups: int, out_dtype: Any) -> Any:
     out = [(n + lo + hi - d * (k - 1) - 1) // s + 1
            for n, k, s, (lo, hi), d in zip(x.shape[2:], w.shape[2:], stride, padding, dilation)]
@@ -181,6 +197,7 @@ def conv(x: Any, w: Any, stride: Any, padding: Any, dilation: Any, groups: int, 
 
 
 @oracle("conv_input_grad")
+@in_both_layouts((0,), (0,))
 def conv_input_grad(dy: Any, w: Any, input_spatial: Any, stride: Any, padding: Any, dilation: Any, groups: int,
                     out_dtype: Any) -> Any:
     dx = np.zeros((dy.shape[0], w.shape[1] * groups, *input_spatial))
@@ -191,6 +208,7 @@ def conv_input_grad(dy: Any, w: Any, input_spatial: Any, stride: Any, padding: A
 
 
 @oracle("conv_weight_grad")
+@in_both_layouts((0, 1), ())
 def conv_weight_grad(x: Any, dy: Any, kernel_spatial: Any, stride: Any, padding: Any, dilation: Any, groups: int,
                      out_dtype: Any) -> Any:
     dw = np.zeros((dy.shape[1], x.shape[1] // groups, *kernel_spatial))
@@ -211,6 +229,7 @@ def pooled(x: Any, window: Any, stride: Any, padding: Any, dilation: Any) -> Any
 
 
 @oracle("max_pool")
+@in_both_layouts((0,), (0, 1))
 def max_pool(x: Any, window: Any, stride: Any, padding: Any, dilation: Any) -> Any:
     out, seen = pooled(x.shape[2:], window, stride, padding, dilation)
     lowest = -np.inf if x.dtype.kind == "f" else np.iinfo(x.dtype).min
@@ -227,6 +246,7 @@ def max_pool(x: Any, window: Any, stride: Any, padding: Any, dilation: Any) -> A
 
 
 @oracle("max_pool_grad")
+@in_both_layouts((0, 1), (0,))
 def max_pool_grad(dy: Any, indices: Any, input_spatial: Any) -> Any:
     dx = np.zeros((*dy.shape[:2], math.prod(input_spatial)), dy.dtype)
     for i in np.ndindex(*dy.shape):
@@ -236,6 +256,7 @@ def max_pool_grad(dy: Any, indices: Any, input_spatial: Any) -> Any:
 
 
 @oracle("avg_pool")
+@in_both_layouts((0,), (0,))
 def avg_pool(x: Any, window: Any, stride: Any, padding: Any, count_include_pad: bool) -> Any:
     out, seen = pooled(x.shape[2:], window, stride, padding, (1,) * len(window))
     y = np.zeros((*x.shape[:2], *out))
@@ -247,6 +268,7 @@ def avg_pool(x: Any, window: Any, stride: Any, padding: Any, count_include_pad: 
 
 
 @oracle("avg_pool_grad")
+@in_both_layouts((0,), (0,))
 def avg_pool_grad(dy: Any, input_spatial: Any, window: Any, stride: Any, padding: Any, count_include_pad: bool) -> Any:
     _, seen = pooled(input_spatial, window, stride, padding, (1,) * len(window))
     dx = np.zeros((*dy.shape[:2], *input_spatial))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,6 +50,21 @@ CONVS: list[tuple[Any, ...]] = [
 LARGE_CONV = (2, 16, 33, (17, 19), (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), 1)
 
 
+def in_both_layouts(*activations: int) -> Any:
+    """Repeats every sample channels last; `activations` are the operands that have channels."""
+    def decorate(samples: Any) -> Any:
+        @functools.wraps(samples)
+        def both(make: Maker) -> Iterator[Sample]:
+            for sample in samples(make):
+                yield sample
+                if "channels_last" not in sample.attrs:
+                    moved = tuple(np.moveaxis(x, 1, -1).copy() if i in activations else x
+                                  for i, x in enumerate(sample.args))
+                    yield dataclasses.replace(sample, args=moved, attrs={**sample.attrs, "channels_last": True})
+        return both
+    return decorate
+
+
 def conv_cases() -> Iterator[tuple[Any, ...]]:
     """Shapes of x, w and y and the attributes of every case."""
     for batch, channels, outputs, spatial, kernel, stride, padding, dilation, groups in [*CONVS, LARGE_CONV]:
@@ -57,16 +74,19 @@ def conv_cases() -> Iterator[tuple[Any, ...]]:
         yield (batch, channels, *spatial), (outputs, channels // groups, *kernel), (batch, outputs, *out), attrs
 
 
+@in_both_layouts(0,)
 def conv(make: Maker) -> Iterator[Sample]:
     for x, w, _, attrs in conv_cases():
         yield Sample((make(x, domain="small"), make(w, domain="small")), attrs)
 
 
+@in_both_layouts(0,)
 def conv_input_grad(make: Maker) -> Iterator[Sample]:
     for x, w, y, attrs in conv_cases():
         yield Sample((make(y, domain="small"), make(w, domain="small")), {"input_spatial": x[2:], **attrs})
 
 
+@in_both_layouts(0, 1)
 def conv_weight_grad(make: Maker) -> Iterator[Sample]:
     for x, w, y, attrs in conv_cases():
         yield Sample((make(x, domain="small"), make(y, domain="small")), {"kernel_spatial": w[2:], **attrs})
@@ -84,6 +104,7 @@ POOLS: list[tuple[Any, ...]] = [
 ]
 
 
+@in_both_layouts(0,)
 def max_pool(make: Maker) -> Iterator[Sample]:
     for shape, window, stride, padding, dilation in POOLS:
         attrs = {"window": window, "stride": stride, "padding": padding, "dilation": dilation}
@@ -95,10 +116,11 @@ def max_pool(make: Maker) -> Iterator[Sample]:
         yield Sample((x,), unit, "extremes", smooth=False)
 
 
+@in_both_layouts(0, 1)
 def max_pool_grad(make: Maker) -> Iterator[Sample]:
     from treadle.ir.opdef import op
     plain = Maker(make.rng, as_dtype("float32"), "real")
-    for sample in max_pool(plain):
+    for sample in max_pool.__wrapped__(plain):
         y, index = op("max_pool").reference(*sample.args, **sample.attrs)
         yield Sample((make(y.shape), index), {"input_spatial": sample.args[0].shape[2:]})
 
@@ -107,6 +129,7 @@ def _average(shape: Any, window: Any, stride: Any, padding: Any, include: bool) 
     return {"window": window, "stride": stride, "padding": padding, "count_include_pad": include}
 
 
+@in_both_layouts(0,)
 def avg_pool(make: Maker) -> Iterator[Sample]:
     for shape, window, stride, padding, _ in POOLS:
         for include in (False, True):
@@ -114,8 +137,9 @@ def avg_pool(make: Maker) -> Iterator[Sample]:
     yield Sample((make((1, 1, 3)),), _average((1, 1, 3), (2,), (2,), ((0, 4),), False), "windows of padding")
 
 
+@in_both_layouts(0,)
 def avg_pool_grad(make: Maker) -> Iterator[Sample]:
-    for sample in avg_pool(Maker(make.rng, as_dtype("float32"), "real")):
+    for sample in avg_pool.__wrapped__(Maker(make.rng, as_dtype("float32"), "real")):
         spatial = sample.args[0].shape[2:]
         out = sample.graph("avg_pool").outputs[0].shape
         yield Sample((make(out),), {"input_spatial": spatial, **sample.attrs})
