@@ -4,7 +4,7 @@
 
 `scan` becomes a scan in the other direction, whose carries are the cotangents. What its body needs of the forward
 step is kept: the forward scan is emitted once more with these residuals as further stacked results, and the pass
-`merge_scans` (ir/loops.py) replaces the first by it, so that a compiled forward pass runs once. Not kept is what the
+`merge_scans` (ir/loops.py) replaces both by one, so that a compiled forward pass runs once. Not kept is what the
 backward step can have for less: operands, what depends on constants only, views of something kept.
 
 `while_loop` has no gradient: how many steps it takes, and so what to keep, is not known.

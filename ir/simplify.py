@@ -7,7 +7,7 @@ in turn. So one walk settles most graphs, and a second confirms it.
 What a rule must keep: every finite result up to rounding of the last place, NaN and infinities (so `x - x` and
 `0 * x` stay), dtypes and shapes. What it need not keep is the sign of a zero, as in `x + 0`.
 
-simplify_views.py holds the rules of ops that move elements.
+simplify_views.py holds the rules of ops that move elements, loops.py those of loops.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from .builder import copy_into, emit
 from .dce import sweep
 from .dtypes import DType
 from .graph import Graph, Node, Value
+from .loops import LOOP_RULES
 from .pipeline import Pass, PassResult
 from .rewrite import Rewriter, rewrite
 from .simplify_match import Rule, constant_of, fill_like, like, made_by, scalar_like, spread, uniform
@@ -347,6 +348,7 @@ RULES = _table(
     {name: (reduce_twice,) for name in REDUCTIONS if name != "reduce_mean"},
     {"reduce_prod": (reduce_nothing,)},
     VIEW_RULES,
+    LOOP_RULES,
 )
 
 SIMPLIFY = Pass("simplify", simplify)

@@ -6,11 +6,17 @@ import numpy as np
 import pytest
 from gradcheck import check, graph_of
 
-from treadle.autodiff.reverse import vjp_graph
+from treadle.autodiff.reverse import grad_graph, vjp_graph
 from treadle.ir.builder import build
 from treadle.ir.context import emit
+from treadle.ir.cse import merge
+from treadle.ir.dce import sweep
 from treadle.ir.errors import GradientError
+from treadle.ir.interp import run
+from treadle.ir.loops import merge_scans
+from treadle.ir.simplify import simplify
 from treadle.ir.types import TensorType
+from treadle.ir.verify import verify
 
 rng = np.random.default_rng(5)
 
@@ -99,3 +105,27 @@ def test_while_loop_says_to_use_scan():
 
 def _number(x):
     return emit("constant", value=np.asarray(x))
+
+
+def test_the_forward_scan_runs_once_in_a_compiled_gradient():
+    """Merged and swept: one scan forward, one backward, and only what the backward steps read is stacked."""
+    def body(h, x, w):
+        out = emit("tanh", emit("matmul", h, w) + x)
+        return [out, out]
+    rnn = build("rnn", body, f64(2, 3), f64(2, 3), f64(3, 3))
+
+    def loss(h, x, w):
+        _, ys = emit("scan", h, x, w, regions=(rnn,), n_carry=1, n_xs=1, length=4)
+        return [emit("reduce_sum", ys * ys, axes=(0, 1, 2))]
+    arrays = normal(2, 3), normal(4, 2, 3), normal(3, 3)
+    graph = grad_graph(graph_of(loss, *arrays), [0, 1, 2])
+    result = graph
+    for p in (merge, merge_scans, simplify, sweep):
+        result = p(result).graph
+        verify(result)
+    forward, backward = (n for n in result.nodes if n.op.name == "scan")
+    assert not forward.attrs["reverse"] and backward.attrs["reverse"]
+    assert [n.op.name for n in forward.regions[0].nodes] == ["matmul", "add", "tanh"]
+    assert len(forward.regions[0].outputs) == 3  # the carry, the output, the carry before the step
+    for a, b in zip(run(graph, arrays), run(result, arrays)):
+        np.testing.assert_allclose(a, b)

@@ -13,6 +13,7 @@ from treadle.ir.dce import sweep
 from treadle.ir.decompose import decompose
 from treadle.ir.hashing import graph_hash
 from treadle.ir.interp import run
+from treadle.ir.loops import merge_scans
 from treadle.ir.parse import parse
 from treadle.ir.simplify import simplify
 from treadle.ir.types import TensorType
@@ -326,6 +327,43 @@ def test_dce_narrows_while_loop_and_cond():
                   TensorType((), "bool"), *[f32(2)] * 3)
     result = sweep(graph).graph
     assert len(result.nodes[-1].operands) == 2 and len(result.nodes[-1].regions[0].nodes) == 2
+    same_answers(graph, result)
+
+
+def test_equal_scans_merge_and_their_extra_results_join():
+    def first(h, x, w):
+        out = emit("tanh", h * w + x)
+        return [out, out]
+
+    def second(h, x, w):
+        scaled = w * h
+        out = emit("tanh", scaled + x)
+        return [out, scaled, out, h]
+
+    def other(h, x, w):
+        return [emit("sin", h * w + x), h]
+
+    def loops(h, x, w):
+        results = [emit("scan", h, x, w, regions=(build("b", f, *[f32(2)] * 3),), n_carry=1, n_xs=1, length=3)
+                   for f in (first, second, other)]
+        shifted = results[0][0] + 1.0
+        return [shifted, *results[0], *results[1], *results[2]]
+    graph = build("main", loops, f32(2), f32(3, 2), f32(2))
+    result = merge_scans(graph)
+    scans = [n for n in result.graph.nodes if n.op.name == "scan"]
+    assert result.stats == {"merged": 1} and len(scans) == 2
+    assert len(scans[0].results) == 4 and len(scans[0].regions[0].nodes) == 3
+    same_answers(graph, result.graph)
+    assert not merge_scans(result.graph).changed
+
+
+def test_fixed_carries_become_constants():
+    body = build("b", lambda h, w, x: [h * w + x, w, w], *[f32(2)] * 3)
+    graph = build("main", lambda h, w, x: list(emit("scan", h, w, x, regions=(body,), n_carry=2, n_xs=1, length=3)),
+                  f32(2), f32(2), f32(3, 2))
+    result = simplify(graph).graph
+    (scan,) = result.nodes
+    assert scan.attrs["n_carry"] == 1 and result.outputs[1] is result.inputs[1]
     same_answers(graph, result)
 
 
