@@ -19,8 +19,10 @@ from rich.text import Text
 from ...ir.errors import ArgumentsError
 from ...ir.graph import Graph
 from ...ir.parse import parse_type
-from ...ir.pipeline import Step
-from ...ir.types import TensorType
+from ...ir.pipeline import Pipeline, Step
+from .. import transforms
+from ..compile import passes
+from ..trace import Spec, trace
 
 
 def resolve(what: str) -> Any:
@@ -97,3 +99,25 @@ def printer(console: Console) -> Callable[[Step], None]:
         console.print(str(graph), markup=False, highlight=False, soft_wrap=True)
 
     return show_step
+
+
+def show(console: Console, what: str, types: list[str], grad: bool = False, amp: str | None = None,
+         every_pass: bool = True) -> Graph:
+    """Prints the traced graph, its costs, the graph after each pass, and the costs of what is lowered.
+
+    Raises:
+        ArgumentsError: there is no such function; ParseError: a type is not well formed.
+        TreadleError: from tracing it, or from a pass.
+    """
+    fn = resolve(what)
+    specs = [Spec(parse_type(text)) for text in types]
+    traced = trace(transforms.grad(fn) if grad else fn, *specs)
+    heading(console, f"traced: {len(traced.nodes)} nodes")
+    console.print(str(traced), markup=False, highlight=False, soft_wrap=True)
+    console.print(costs(traced))
+    final = Pipeline(passes(amp), observe=printer(console) if every_pass else None).run(traced)
+    if not every_pass:
+        heading(console, f"after all passes: {len(final.nodes)} nodes")
+        console.print(str(final), markup=False, highlight=False, soft_wrap=True)
+    console.print(costs(final))
+    return final
