@@ -94,12 +94,11 @@ def _library(
     store, name = cache(), f"{driver_key}.so"
     data = store.get(name) if linker() else None
     if data is not None:
-        return Library({SHARED: data}, store.file(name)), BuildStats(len(kernels), 0, True), timed
+        return Library({SHARED: data}), BuildStats(len(kernels), 0, True), timed
     objects, compiled = _objects(kernels, (f"d_{driver_key}", driver), target, store, progress)
     library = link(objects)
     if SHARED in library.files:
         store.put(name, library.files[SHARED])
-        library = Library(library.files, store.file(name))
     return library, BuildStats(len(kernels), compiled, False), timed
 
 

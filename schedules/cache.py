@@ -115,11 +115,6 @@ class Cache:
         if due:
             self.prune()
 
-    def file(self, name: str) -> Path | None:
-        """The path of a verified entry on disk, for a loader that needs a file; None if there is none."""
-        path = self.path(name)
-        return path if self._read(path) is not None else None
-
     def discard(self, name: str) -> None:
         """Forget an entry."""
         with self._lock:

@@ -7,7 +7,6 @@ objects and LLVM's ORC JIT (package apache-tvm-ffi-orcjit) links them in memory,
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import os
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..ir.errors import CompileError
+from .cache import default_directory
 from .runtime import load_runtime
 
 log = logging.getLogger("treadle.build")
@@ -30,10 +30,9 @@ SHARED = "program.so"
 
 @dataclass(frozen=True)
 class Library:
-    """Machine code as named files: one "program.so", or objects. `path` is a verified copy of the former on disk."""
+    """Machine code as named files: one "program.so", or objects."""
 
     files: dict[str, bytes]
-    path: Path | None = None
 
 
 @functools.cache
@@ -71,23 +70,32 @@ def load(library: Library) -> Any:
     try:
         if SHARED not in library.files:
             return _session().load_module(list(library.files.values()))
-        if library.path is not None:
-            with contextlib.suppress(RuntimeError, OSError):  # another process may just have pruned it
-                return ffi.load_module(str(library.path))
-        return _load_copy(ffi, library.files[SHARED])
+        return _load_shared(ffi, library.files[SHARED])
     except (RuntimeError, OSError, ValueError) as error:
         raise CompileError(f"the compiled program cannot be loaded: {error}") from error
 
 
-def _load_copy(ffi: Any, data: bytes) -> Any:
-    """Load a shared library from memory: through a file that is gone again at once (its mapping stays)."""
-    handle, path = tempfile.mkstemp(prefix="treadle-", suffix=".so")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        return ffi.load_module(path)
-    finally:
-        os.unlink(path)
+def _load_shared(ffi: Any, data: bytes) -> Any:
+    """Load a shared library from memory: through a file that is gone again at once (its mapping stays).
+
+    A file that others can reach is never mapped: truncating it would kill this process. And the name has to be
+    new each time, since the dynamic loader takes a known name for a known library.
+    """
+    folders = [tempfile.gettempdir(), str(default_directory())]  # the first may be mounted noexec
+    for folder in folders:
+        try:
+            handle, path = tempfile.mkstemp(prefix="treadle-", suffix=".so", dir=folder)
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(data)
+                return ffi.load_module(path)
+            finally:
+                os.unlink(path)
+        except (RuntimeError, OSError) as error:
+            if folder == folders[-1]:
+                raise
+            log.info("cannot load a library from %s (%s), trying %s", folder, error, folders[-1])
+    raise AssertionError("unreachable")
 
 
 @functools.cache

@@ -87,3 +87,12 @@ def chain(length: int = 3, shape=(8,)) -> Program:
         steps.append(call(add_one(shape), previous, target))
         previous = target
     return Program([x], [y], steps, name="chain")
+
+
+def many_kernels(count: int, shape=(64,)) -> Program:
+    """y = x + 1 + 1 ... by kernels that differ in an attribute, so that each is compiled for itself."""
+    buffers = [buffer("x", "input", shape), *(buffer(f"t{i}", shape=shape) for i in range(count - 1)),
+               buffer("y", "output", shape)]  # fmt: skip
+    kernels = [add_one(shape).with_attr("variant", i) for i in range(count)]
+    steps = [call(kernel, buffers[i], buffers[i + 1]) for i, kernel in enumerate(kernels)]
+    return Program([buffers[0]], [buffers[-1]], steps)
