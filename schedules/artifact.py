@@ -36,11 +36,6 @@ FORMAT = 1
 _MANIFEST, _CONSTANTS, _CODE = "manifest.json", "constants.safetensors", "code/"
 _COMMENT = "treadle "
 _LIMIT = 64 << 20  # of the manifest
-_SAFETENSORS = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint64": "U64",
-    "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
-}  # fmt: skip
 
 
 def save(executable: Executable, path: Any) -> None:
@@ -147,31 +142,30 @@ def _check_name(name: str, path: Path) -> None:
 
 
 def _write_constants(constants: dict[str, np.ndarray]) -> bytes:
-    import safetensors
+    """As safetensors. What NumPy itself has no dtype for (bfloat16, int4...) is stored as its bytes in memory."""
+    from safetensors.numpy import save as serialize
 
-    described = {
-        name: {
-            # What safetensors has no name for (int4...) is stored as the bytes it takes in memory.
-            "dtype": _SAFETENSORS.get(array.dtype.name, "U8"),
-            "shape": list(array.shape),
-            "data": array.tobytes(),
+    flat = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in constants.items()}
+    return serialize(
+        {
+            name: array if array.dtype.isbuiltin == 1 else array.reshape(-1).view(np.uint8)
+            for name, array in flat.items()
         }
-        for name, array in constants.items()
-    }
-    return safetensors.serialize(described)
+    )
 
 
 def _read_constants(data: bytes | None, signature: Signature) -> dict[str, np.ndarray]:
     if data is None:
         return {}
     import safetensors
+    from safetensors.numpy import load as deserialize
 
     try:
-        stored = dict(safetensors.deserialize(data))
+        stored = deserialize(data)
     except safetensors.SafetensorError as error:
         raise ArtifactError(f"the saved constants are damaged: {error}") from error
     return {
-        info.name: np.frombuffer(stored[info.name]["data"], numpy_dtype(info.dtype)).reshape(info.shape)
+        info.name: stored[info.name].reshape(-1).view(numpy_dtype(info.dtype)).reshape(info.shape)
         for info in signature.constants
     }
 

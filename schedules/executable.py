@@ -155,7 +155,9 @@ class Executable:
         self._transient = [
             i for i, info in enumerate(signature.inputs) if info.role in ("data", "scalar", "")
         ]
-        self.constants = {info.name: _aligned_copy(constants[info.name]) for info in signature.constants}
+        self.constants = {
+            info.name: _aligned_copy(constants[info.name], numpy_dtype(info.dtype)) for info in signature.constants
+        }
         self._in_place = np.array(sorted(self._written), np.intp)
         self._ends = np.zeros(len(signature.inputs), np.int64)  # where each bound input ends, 0 if unbound
         self._table = np.zeros(signature.slots, np.int64)
@@ -250,7 +252,7 @@ class Executable:
                     "contiguous, aligned, writable array (pass np.array(x, order='C'))"
                 )
         elif not (flags.c_contiguous and flags.aligned):
-            array = _aligned_copy(array)
+            array = _aligned_copy(array, dtype)
         address = array.ctypes.data
         self._table[1 + i] = address
         self._bound[i] = array
@@ -352,7 +354,7 @@ def _type(array: np.ndarray) -> str:
     return f"{array.dtype.name}[{','.join(map(str, array.shape))}]"
 
 
-def _aligned_copy(array: np.ndarray) -> np.ndarray:
-    copy = empty_aligned(array.shape, array.dtype)
+def _aligned_copy(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    copy = empty_aligned(array.shape, dtype)
     copy[...] = array
     return copy
