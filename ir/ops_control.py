@@ -32,6 +32,10 @@ def region_bytes(region: Any) -> Any:
     return sum(node.nbytes for node in region.nodes)
 
 
+# Why these ops have no kernel of their own.
+UNLOWERED = "control flow: the driver of a compiled program branches and loops over the kernels of its regions"
+
+
 def _types(types: Any) -> str:
     return "(" + ", ".join(map(str, types)) + ")"
 
@@ -69,7 +73,7 @@ def cond_reference(pred: Any, *operands: Any, regions: Any) -> Any:
 
 define("cond", "pred *operands", cond_infer, cond_reference,
        "The results of the region `then` if pred holds, else of `else`, both called with the operands.",
-       traits=["regions"], flops=lambda node: _larger(*map(region_flops, node.regions)),
+       traits=["regions"], unlowered=UNLOWERED, flops=lambda node: _larger(*map(region_flops, node.regions)),
        nbytes=lambda node: _larger(*map(region_bytes, node.regions)))
 
 
@@ -110,7 +114,7 @@ def while_reference(*operands: Any, n_carry: Any, regions: Any) -> Any:
 define("while_loop", "*operands", while_infer, while_reference,
        "Operands are carries (the first n_carry) and constants. While cond(carries, constants) holds, the carries "
        "become body(carries, constants). Gives the final carries.", attrs={"n_carry": REQUIRED}, traits=["regions"],
-       flops=lambda node: sum(map(region_flops, node.regions)),
+       unlowered=UNLOWERED, flops=lambda node: sum(map(region_flops, node.regions)),
        nbytes=lambda node: sum(map(region_bytes, node.regions)),
        undifferentiable="the number of steps, and so what to keep for the way back, is not known; use scan")
 
@@ -160,5 +164,5 @@ define("scan", "*operands", scan_infer, scan_reference,
        "with reverse) calls body(carries, x[i] of each, constants) -> (carries, y[i] of each). Gives the final carries "
        "and the stacked ys.",
        attrs={"n_carry": REQUIRED, "n_xs": REQUIRED, "length": REQUIRED, "reverse": False}, traits=["regions"],
-       flops=lambda node: region_flops(node.regions[0]) * node.attrs["length"],
+       unlowered=UNLOWERED, flops=lambda node: region_flops(node.regions[0]) * node.attrs["length"],
        nbytes=lambda node: region_bytes(node.regions[0]) * node.attrs["length"])

@@ -2,10 +2,12 @@
 
 import functools
 import importlib
+import pkgutil
 import warnings
 
 import pytest
 
+from treadle import autodiff, schedules
 from treadle.ir import decompose_rules as _decompositions  # noqa: F401
 from treadle.ir.opdef import SLOTS, all_ops
 
@@ -15,8 +17,10 @@ def matrix():
     """op -> slot -> how it is filled: a mark, a reason in words, or "" for nothing."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tvm deprecates its own names while it is imported
-        for package in ("autodiff", "schedules"):  # importing a package fills its slots
-            importlib.import_module(f"treadle.{package}")
+        for package in (autodiff, schedules):  # importing the modules of rules fills the slots
+            for module in pkgutil.iter_modules(package.__path__):
+                if module.name.startswith(("vjp_", "lower", "shard_", "amp")):
+                    importlib.import_module(f"{package.__name__}.{module.name}")
     table = {}
     for name, record in sorted(all_ops().items()):
         table[name] = {slot: "x" if slot in record.slots else "" for slot in SLOTS}

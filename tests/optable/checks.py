@@ -8,8 +8,11 @@ from typing import Any
 import numpy as np
 
 from treadle.ir import interp
+from treadle.ir.builder import GraphBuilder, copy_into
 from treadle.ir.graph import Graph
 from treadle.ir.types import TensorType
+
+from .samples import Sample
 
 STEP = 1e-5
 
@@ -67,3 +70,12 @@ def directional(graph: Graph, arrays: Sequence[Any], wrt: list[int], gradient: C
     if order > 1:
         chosen = [*wrt, *(len(arrays) + i for i in range(len(cts)))]
         directional(made, [*arrays, *cts], chosen, gradient, order - 1, tol * 10, rng)
+
+
+def joint_graph(op: str, samples: Sequence[Sample]) -> tuple[Graph, list[np.ndarray]]:
+    """All samples of an op side by side in one graph, which compiles in one go; and its arguments."""
+    with GraphBuilder(op) as builder:
+        for sample in samples:
+            graph = sample.graph(op)
+            builder.output(*copy_into(graph, [builder.input(t) for t in graph.input_types]))
+    return builder.graph, [a for sample in samples for a in sample.args]

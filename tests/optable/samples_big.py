@@ -328,6 +328,17 @@ def cond(make: Maker) -> Iterator[Sample]:
                 region(lambda a, b: (emit("sin", a) * b, a), x, y), region(lambda a, b: (a - b, b), x, y)))
 
 
+def remat(make: Maker) -> Iterator[Sample]:
+    for shape in [(), (3, 5), (0,)]:
+        x, y = make(shape), make(shape)
+        yield Sample((x, y), {}, regions=lambda x=x, y=y: (region(lambda a, b: (emit("sin", a) * b, a + b), x, y),))
+
+
+def barrier(make: Maker) -> Iterator[Sample]:
+    for shapes in [((),), ((3, 5), (0,)), ((7,), (2, 3), ())]:
+        yield Sample(tuple(make(s) for s in shapes))
+
+
 def while_loop(make: Maker) -> Iterator[Sample]:
     """x = sin(x) * c, n times: a run-time number of steps."""
     for steps, shape in [(0, (3,)), (1, ()), (5, (2, 3))]:

@@ -176,6 +176,8 @@ CREATION = [
 
 CONTROL = [
     Row("cond", b.cond, WIDE, tol=4, grad=2),
+    Row("remat", b.remat, WIDE, tol=4, grad=2),
+    Row("barrier", b.barrier, MOVED, grad=2),
     Row("while_loop", b.while_loop, WIDE, tol=4),
     Row("scan", b.scan, WIDE, tol=8, grad=2),
 ]
