@@ -1,9 +1,10 @@
 """Differentiation of the IR, mixed precision, recomputation: graph in, graph out.
 
-Importing the package fills the `vjp` slot of every op.
+Importing the package fills the slots `vjp` and `amp` of every op.
 """
 
 from . import (
+    amp,
     remat,
     vjp_control,
     vjp_conv,
@@ -16,6 +17,6 @@ from . import (
 )
 from .reverse import backward, grad_graph, vjp_graph
 
-RULES = (remat, vjp_control, vjp_conv, vjp_elementwise, vjp_index, vjp_matmul, vjp_nn, vjp_reduce, vjp_shape)
+RULES = (amp, remat, vjp_control, vjp_conv, vjp_elementwise, vjp_index, vjp_matmul, vjp_nn, vjp_reduce, vjp_shape)
 
 __all__ = ["RULES", "backward", "grad_graph", "vjp_graph"]

@@ -27,11 +27,11 @@ def attr_key(value: Any) -> Hashable:
     return (type(value).__name__, attr_text(value) if isinstance(value, float) else value)
 
 
-def node_key(node: Node, number: Callable[[Value], Hashable]) -> Hashable:
+def node_key(node: Node, number: Callable[[Value], int]) -> Hashable:
     """What a node computes, given a number for each of its operands: op, attributes, operands, regions."""
     operands = [number(v) for v in node.operands]
     if node.op.has("commutative"):
-        operands.sort()  # type: ignore[type-var]
+        operands.sort()
     attrs = tuple((k, attr_key(v)) for k, v in sorted(node.attrs.items()))
     return (node.op.name, tuple(operands), attrs, tuple(graph_hash(r) for r in node.regions))
 
