@@ -10,6 +10,7 @@ One call runs at a time (a lock), because temps live in one arena. The GIL is re
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -108,6 +109,14 @@ def _raw(nbytes: int) -> tuple[np.ndarray, int, int]:
     address = raw.ctypes.data
     offset = -address % ALIGNMENT
     return raw, offset, address + offset
+
+
+def _address(array: np.ndarray) -> int:
+    """Where the data of a contiguous array lie. (`array.ctypes.data` says the same in four times the time.)"""
+    try:
+        return ctypes.addressof(ctypes.c_char.from_buffer(array))
+    except (TypeError, ValueError, BufferError):  # read-only, empty, or a dtype that the buffer protocol lacks
+        return array.ctypes.data
 
 
 class _Result:
@@ -253,7 +262,7 @@ class Executable:
                 )
         elif not (flags.c_contiguous and flags.aligned):
             array = _aligned_copy(array, dtype)
-        address = array.ctypes.data
+        address = _address(array)
         self._table[1 + i] = address
         self._bound[i] = array
         if self._written:
