@@ -2,6 +2,47 @@
 
 A model is traced into Treadle's IR, differentiated and rewritten there, and lowered to kernels that Treadle
 schedules itself. This file holds the public names and nothing else.
+
+Functions of tensors are in one flat namespace under NumPy's (the array API standard's) names, `td.sum`, `td.where`,
+because a second one, `td.numpy`, would hold the same names once more.
 """
+
+from . import ir
+from .frontend import methods as _methods
+from .frontend import plugins, random
+from .frontend.checkpoint import load_checkpoint, save_checkpoint
+from .frontend.compile import Compiled, compile, load
+from .frontend.control import cond, scan, while_loop
+from .frontend.functions import *  # noqa: F403
+from .frontend.grad_mode import enable_grad, is_grad_enabled, no_grad, set_grad_enabled
+from .frontend.nn import Parameter
+from .frontend.tensor import Tensor
+from .frontend.trace import Spec, spec, trace
+from .frontend.train import TrainStep, train_step
+from .frontend.transforms import checkpoint, grad, jvp, value_and_grad, vjp
+from .frontend import nn, optim  # isort: skip
+from .ir.dims import Dim
+from .ir.dtypes import (
+    DType,
+    bfloat16,
+    bool_,
+    float8_e4m3fn,
+    float8_e5m2,
+    float16,
+    float32,
+    float64,
+    int4,
+    int8,
+    int16,
+    int32,
+    int64,
+    uint4,
+    uint8,
+    uint16,
+    uint32,
+    uint64,
+)
+from .ir.errors import TreadleError
+from .schedules.runtime import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"

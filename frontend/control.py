@@ -24,7 +24,7 @@ from .recording import Region, Trace, current_trace
 from .tensor import Tensor
 
 
-class _Body:
+class Body:
     """A function recorded as a region."""
 
     def __init__(self, name: str, parent: Trace, fn: Callable[..., Any], types: Sequence[Tensor],
@@ -83,7 +83,7 @@ def cond(pred: Any, then: Callable[..., Any], otherwise: Callable[..., Any], *op
         return (then if bool(pred) else otherwise)(*operands)
     leaves, structure = tree.flatten(operands)
     tensors = [as_tensor(leaf) for leaf in leaves]
-    bodies = [_Body(name, parent, fn, tensors, structure) for name, fn in (("then", then), ("else", otherwise))]
+    bodies = [Body(name, parent, fn, tensors, structure) for name, fn in (("then", then), ("else", otherwise))]
     _same_results(bodies[0], bodies[1])
     outside = {key: body.tensor(key) for body in bodies for key in body.captured}
     changed = {key: t for body in bodies for key, t in body.region.assigned.items()}
@@ -92,11 +92,11 @@ def cond(pred: Any, then: Callable[..., Any], otherwise: Callable[..., Any], *op
     for body in bodies:
         body.align(keys, {**outside, **changed})
         graphs.append(body.close([*body.results, *(body.present(k) for k in changed)]))
-    results = _emit(parent, "cond", [pred, *tensors], [{**outside, **changed}[k] for k in keys], graphs)
-    return _unpack(parent, results, bodies[0].structure, list(changed.values()))
+    results = emit_node("cond", [pred, *tensors], [{**outside, **changed}[k] for k in keys], graphs)
+    return unpack(parent, results, bodies[0].structure, list(changed.values()))
 
 
-def _same_results(then: _Body, otherwise: _Body) -> None:
+def _same_results(then: Body, otherwise: Body) -> None:
     if then.structure != otherwise.structure:
         raise ArgumentsError(f"cond: the branches return different trees: {then.structure} and {otherwise.structure}",
                              user_location())
@@ -105,13 +105,14 @@ def _same_results(then: _Body, otherwise: _Body) -> None:
             raise ShapeError(f"cond: the branches return different types: {a.type} and {b.type}", user_location())
 
 
-def _emit(parent: Trace, name: str, operands: Sequence[Tensor], captured: Sequence[Tensor], graphs: Sequence[Graph],
-          **attrs: Any) -> list[Tensor]:
+def emit_node(name: str, operands: Sequence[Tensor], captured: Sequence[Tensor], graphs: Sequence[Graph],
+              **attrs: Any) -> list[Tensor]:
+    """A node with regions; its results as a list."""
     results = apply(name, *operands, *captured, regions=graphs, **attrs)
     return list(results) if isinstance(results, tuple) else [results]
 
 
-def _unpack(parent: Trace, results: list[Tensor], structure: tree.Structure, changed: Sequence[Tensor]) -> Any:
+def unpack(parent: Trace, results: list[Tensor], structure: tree.Structure, changed: Sequence[Tensor]) -> Any:
     """The results proper; what the bodies assigned gets its new value."""
     count = structure.leaves
     for tensor, new in zip(changed, results[count:]):
@@ -141,8 +142,8 @@ def while_loop(cond_fn: Callable[[Any], Any], body_fn: Callable[[Any], Any], ini
             state = _checked("while_loop", body_fn(state), tensors, structure)
         return state
     one = tree.Structure("tuple", (0,), (structure,))
-    test = _Body("cond", parent, lambda s: as_bool(cond_fn(s)), tensors, one)
-    body = _Body("body", parent, body_fn, tensors, one)
+    test = Body("cond", parent, lambda s: as_bool(cond_fn(s)), tensors, one)
+    body = Body("body", parent, body_fn, tensors, one)
     if test.region.assigned:
         raise TraceError("while_loop: the condition must not assign state (or draw random numbers)", user_location())
     _check_carry("while_loop", body.structure, structure, [v.type for v in body.results], tensors)
@@ -152,9 +153,9 @@ def while_loop(cond_fn: Callable[[Any], Any], body_fn: Callable[[Any], Any], ini
     for b in (test, body):
         b.align(keys, {**outside, **changed})
     graphs = [test.close(test.results), body.close([*body.results, *(body.present(k) for k in changed)])]
-    results = _emit(parent, "while_loop", tensors, [{**outside, **changed}[k] for k in keys], graphs,
+    results = emit_node("while_loop", tensors, [{**outside, **changed}[k] for k in keys], graphs,
                     n_carry=len(tensors) + len(changed))
-    return _unpack(parent, results, structure, list(changed.values()))
+    return unpack(parent, results, structure, list(changed.values()))
 
 
 def _checked(name: str, state: Any, before: Sequence[Tensor], structure: tree.Structure) -> Any:
@@ -201,7 +202,7 @@ def scan(body: Callable[[Any, Any], tuple[Any, Any]], init: Any, xs: Any = None,
         return _scan_empty(body, init, xs, count, reverse)
     rows = [_row(x) for x in columns]
     both = tree.Structure("tuple", (0, 1), (carry_structure, x_structure))
-    recorded = _Body("body", parent, body, carries + rows, both)
+    recorded = Body("body", parent, body, carries + rows, both)
     if recorded.structure.kind != "tuple" or len(recorded.structure.children) != 2:
         raise ArgumentsError(f"scan: the body returns a pair (state, y), not {recorded.structure}", user_location())
     y_structure = recorded.structure.children[1]
@@ -216,7 +217,7 @@ def scan(body: Callable[[Any, Any], tuple[Any, Any]], init: Any, xs: Any = None,
     first, states = inputs[:n], inputs[n + len(rows):n + len(rows) + len(changed)]
     graph.inputs[:] = [*first, *states, *inputs[n:n + len(rows)], *inputs[n + len(rows) + len(changed):]]
     recorded.close([*recorded.results[:n], *(recorded.present(k) for k in changed), *recorded.results[n:]])
-    results = _emit(parent, "scan", [*carries, *changed.values(), *columns], [tensors[k] for k in consts], [graph],
+    results = emit_node("scan", [*carries, *changed.values(), *columns], [tensors[k] for k in consts], [graph],
                     n_carry=n + len(changed), n_xs=len(columns), length=count, reverse=bool(reverse))
     for tensor, new in zip(changed.values(), results[n:n + len(changed)]):
         parent.assign(tensor, new)

@@ -33,16 +33,25 @@ def apply(name: str, *operands: Any, regions: Sequence[Graph] = (), **attrs: Any
     Outside a trace the op runs at once.
     """
     builder = eager.builder()
-    if not hasattr(builder, "lift"):
-        raise TraceError("a plain GraphBuilder is open: tensors belong into td.trace; inside a rule use ir.emit",
-                         user_location())
-    results = builder.emit(name, [builder.lift(x) for x in operands], attrs, regions)
+    results = builder.emit(name, [lift_into(builder, x) for x in operands], attrs, regions)
     trace = builder if builder is not eager.eager_builder() else None
-    if trace is not None:
+    if trace is not None and hasattr(trace, "shielded"):
         results = trace.shielded(results)
     if len(results) == 1:
         return Tensor._of(results[0], trace)
     return tuple(Tensor._of(v, trace) for v in results)
+
+
+def lift_into(builder: Any, tensor: Tensor) -> Any:
+    """The value that stands for a tensor in a builder. One that is no trace (a pass's) takes its own and constants."""
+    if hasattr(builder, "lift"):
+        return builder.lift(tensor)
+    if tensor._trace is None:
+        return builder.emit("constant", (), {"value": tensor.numpy()})[0]
+    if tensor._trace is not builder:
+        raise TraceError(f"the traced tensor {tensor.type} does not belong to the graph that is being built",
+                         user_location())
+    return tensor._value
 
 
 def constant(value: Any, dtype: DType) -> Tensor:
@@ -94,7 +103,7 @@ def _from_data(x: Any, dtype: Any) -> Tensor:
     builder = eager.builder()
     if builder is eager.eager_builder():
         return Tensor._from_array(array)
-    if array.size <= CONSTANT_SIZE:
+    if array.size <= CONSTANT_SIZE or not hasattr(builder, "literal"):
         return constant(array.copy(), as_dtype(array.dtype))
     tensor: Tensor = builder.literal(x if isinstance(x, np.ndarray) else None, array)
     return tensor

@@ -101,7 +101,8 @@ def trace(fn: Callable[..., Any], *specs: Any, **keywords: Any) -> Graph:
 
 
 def record(fn: Callable[..., Any], args: Sequence[Any], keywords: Mapping[str, Any] | None = None) -> Graph:
-    """`trace`, with what compiling needs in `graph.meta`: captures, assigns, guards, in_structure, out_structure."""
+    """`trace`, with what compiling needs in `graph.meta`: captures, assigns, guards, static,
+    in_structure, out_structure."""
     leaves, structure = tree.flatten((tuple(args), dict(keywords or {})))
     names = _names(fn, structure)
     with Trace(_graph_name(fn)) as builder, enable_grad():
@@ -117,7 +118,8 @@ def record(fn: Callable[..., Any], args: Sequence[Any], keywords: Mapping[str, A
         result = fn(*call_args, **call_keywords)
         results, out_structure = _lift_results(builder, result)
         graph = builder.finish(results)
-    graph.meta.update(in_structure=structure, out_structure=out_structure, n_results=len(results))
+    static = {i: repr(leaf) for i, leaf in enumerate(leaves) if leaf_type(leaf) is None}
+    graph.meta.update(in_structure=structure, out_structure=out_structure, static=static)
     return graph
 
 

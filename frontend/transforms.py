@@ -20,11 +20,13 @@ from ..ir.errors import ArgumentsError, GradientError, TraceError
 from ..ir.graph import Value
 from ..ir.location import user_location
 from . import eager, tree
+from .control import Body, emit_node, unpack
 from .dispatch import as_tensor
 from .eager import Concrete
 from .grad_mode import enable_grad, is_grad_enabled, set_grad_enabled
 from .recording import current_trace
 from .tensor import Tensor, _hooks
+from .trace import leaf_type
 
 
 def grad(fn: Callable[..., Any], argnums: Any = 0, has_aux: bool = False) -> Callable[..., Any]:
@@ -136,6 +138,44 @@ def jvp(fn: Callable[..., Any], args: Sequence[Any], tangents: Sequence[Any]) ->
     return (tree.unflatten(structure, [_settled(o, fresh) for o in outputs]), tree.unflatten(structure, derivatives))
 
 
+def checkpoint(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that gives what `fn` gives and keeps only its arguments for the backward pass, which runs it again.
+
+    Trades a second forward run of `fn` for the memory of what it computes in between (Chen et al., "Training deep
+    nets with sublinear memory cost", 2016). Random numbers drawn inside come out the same again. Outside a trace it
+    just calls `fn`: what runs eagerly is kept anyway.
+    """
+
+    @functools.wraps(fn, assigned=("__name__", "__doc__"), updated=())
+    def recomputed(*args: Any, **keywords: Any) -> Any:
+        parent = current_trace()
+        if parent is None:
+            return fn(*args, **keywords)
+        leaves, structure = tree.flatten((args, keywords))
+        places = [i for i, leaf in enumerate(leaves) if leaf_type(leaf) is not None]
+        tensors = [as_tensor(leaves[i]) for i in places]
+
+        def inner(*given: Tensor) -> Any:
+            filled = list(leaves)
+            for i, tensor in zip(places, given):
+                filled[i] = tensor
+            call, named = tree.unflatten(structure, filled)
+            return fn(*call, **named)
+
+        flat = tree.Structure("tuple", tuple(range(len(tensors))), (tree.LEAF,) * len(tensors))
+        body = Body("checkpoint", parent, inner, tensors, flat)
+        outside = [body.tensor(k) for k in body.captured]
+        changed = dict(body.region.assigned)
+        body.align(body.captured, {})
+        graph = body.close([*body.results, *(body.present(k) for k in changed)])
+        if not graph.outputs:
+            return tree.unflatten(body.structure, [])
+        results = emit_node("remat", tensors, outside, [graph])
+        return unpack(parent, results, body.structure, list(changed.values()))
+
+    return recomputed
+
+
 def backward(tensor: Tensor, gradient: Any = None) -> None:
     """`Tensor.backward`: walks the record back and adds to `.grad` of the leaves that require one."""
     if tensor.is_tracer or current_trace() is not None:
@@ -158,6 +198,17 @@ def backward(tensor: Tensor, gradient: Any = None) -> None:
 
 
 _hooks["backward"] = backward
+
+
+def gradients(loss: Tensor, wrt: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients of a scalar with respect to tensors that it was computed from, in the open trace (or eagerly).
+
+    None where the loss does not depend on one. What `train_step` is made of; `grad` is for functions.
+    """
+    builder = eager.builder()
+    value = builder.lift(loss)
+    found = _run(builder, [value], [_one(builder, value)], [builder.lift(t) for t in wrt])
+    return [None if g is None else _wrap(builder, g) for g in found]
 
 
 # Parts ----------------------------------------------------------------------------------------------------------------

@@ -226,6 +226,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0, 
         weight: (classes,): weight of each class in sum and mean.
         reduction: "mean" (over the examples that count), "sum" or "none".
     """
+    logits, labels = F.asarray(logits), F.asarray(labels)
     if not labels.dtype.is_integer:
         return _soft_cross_entropy(logits, labels, label_smoothing, weight, reduction)
     if tuple(logits.shape[:-1]) != tuple(labels.shape):

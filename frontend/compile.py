@@ -1,0 +1,426 @@
+"""`compile`: functions of tensors as machine code.
+
+A compiled function is traced at its first call, and again for arguments of another kind: other containers, shapes,
+dtypes, other values of what is not a tensor, or another state of what the trace read besides (a module's training
+mode). Each trace goes through `passes`, is lowered and built, and is kept. Calls with known arguments find their
+program by a key and run it on the tensors' own memory: captured parameters are read where they lie, assigned state is
+updated in place.
+
+Compiled functions are not recorded: to train, compile the gradient (`td.compile(td.value_and_grad(fn))`, or
+`td.train_step`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..ir import config
+from ..ir.cse import CSE
+from ..ir.dce import DCE
+from ..ir.errors import ArgumentsError, CompileError, ShapeError
+from ..ir.graph import Graph
+from ..ir.location import user_location
+from ..ir.pipeline import Pass, Pipeline
+from ..ir.simplify import SIMPLIFY
+from ..ir.types import TensorType
+from . import tree
+from .eager import Concrete, array_type, builder, eager_builder, records
+from .grad_mode import is_grad_enabled
+from .recording import world
+from .signature import Description, Scanned, describe, difference, scan
+from .specialize import inline, specialize
+from .tensor import Tensor
+from .trace import record
+
+log = logging.getLogger("treadle.recompiles")
+
+VARIANTS = 8
+"""Programs kept for one signature, told apart by their guards."""
+
+
+def passes(amp: Any = None) -> list[Pass]:
+    """What a traced graph goes through before it is lowered.
+
+    Args:
+        amp: "bfloat16" (or "float16"): mixed precision; None: none.
+    """
+    tidy = [SIMPLIFY, CSE, DCE]
+    if amp is None:
+        return tidy
+    from ..autodiff.amp import amp_pass
+
+    return [*tidy, amp_pass(amp), *tidy]
+
+
+def build_executable(graph: Graph, target: str, amp: Any = None, meta: dict[str, Any] | None = None) -> Any:
+    """Passes, lowering, machine code: a graph with static shapes as an executable."""
+    from ..schedules.build import build  # importing TVM takes a second: only who compiles pays
+    from ..schedules.lower import lower
+    from .progress import Progress
+
+    program = lower(Pipeline(passes(amp)).run(graph), target)
+    program.meta = dict(meta or {})
+    with Progress() as progress:
+        return build(program, target, progress.update)
+
+
+def planned_bytes(graph: Graph, target: str, amp: Any = None) -> int:
+    """Bytes of the arena that a graph's program would take for values between its kernels."""
+    from ..schedules.lower import lower
+    from ..schedules.plan import plan_memory
+
+    return int(plan_memory(lower(Pipeline(passes(amp)).run(graph), target)).arena_bytes)
+
+
+@dataclass
+class Stats:
+    """What a compiled function did.
+
+    Attributes:
+        calls: how often it was called.
+        compiles: how many programs were made.
+        hits: calls that found their program.
+        kernels: distinct kernels of the last program made.
+        compiled_kernels: how many of them were compiled, not found in the cache on disk.
+        seconds: time spent tracing and compiling.
+        reasons: why each program was made.
+    """
+
+    calls: int = 0
+    compiles: int = 0
+    kernels: int = 0
+    compiled_kernels: int = 0
+    seconds: float = 0.0
+    reasons: list[str] = field(default_factory=list)
+
+    @property
+    def hits(self) -> int:
+        """Calls that found their program."""
+        return self.calls - self.compiles
+
+
+class Program:
+    """An executable with the tensors it is bound to."""
+
+    def __init__(self, executable: Any, captures: dict[int, Tensor], assigned: Sequence[Tensor],
+                 guards: Sequence[tuple[Callable[[], Any], Any]], out_structure: tree.Structure,
+                 out_types: Sequence[TensorType]):
+        self.executable = executable
+        self.run = executable.run
+        self.captures = captures
+        self.assigned = list(assigned)
+        self.guards = list(guards)
+        self.out_structure = out_structure
+        self.out_types = list(out_types)
+        self.single = out_structure is tree.LEAF or out_structure == tree.LEAF
+        self.checked = world.changes
+        self.records = records.leaves
+        first = min(captures, default=0)
+        if sorted(captures) != list(range(first, first + len(captures))):
+            raise CompileError("captured tensors must be the last inputs of a graph")
+        for tensor in self.assigned:
+            tensor.role = tensor.role or "state"
+        tensors = [captures[i] for i in sorted(captures)]
+        # Tensors with a role stay where they are; others may be given another array by assign().
+        self.bound = [t._pin() if t.role is not None else t._value.array for t in tensors]
+        self.loose = [(k, t) for k, t in enumerate(tensors) if t.role is None]
+
+    def valid(self) -> bool:
+        """Whether everything that the trace read besides its inputs is as it was."""
+        if self.checked == world.changes:
+            return True
+        now = world.changes
+        for read, then in self.guards:
+            if read() is not then and read() != then:
+                return False
+        self.checked = now
+        return True
+
+    def __call__(self, arrays: list[np.ndarray]) -> Any:
+        """Runs on the arrays of the arguments; gives the tree of tensors that the function returns."""
+        bound = self.bound
+        if self.loose:
+            for k, tensor in self.loose:
+                bound[k] = tensor._value.array
+        outputs = self.run(arrays + bound)
+        if self.assigned:
+            self._written()
+        if self.single:
+            return Tensor._of(Concrete(outputs[0], self.out_types[0]))
+        results = [Tensor._of(Concrete(a, t)) for a, t in zip(outputs, self.out_types)]
+        return tree.unflatten(self.out_structure, results)
+
+    def _written(self) -> None:
+        """Tells records that have read an updated tensor that its old elements are gone."""
+        if self.records == records.leaves:
+            return
+        self.records = records.leaves
+        for tensor in self.assigned:
+            if tensor._value.recorded:
+                tensor._renew(tensor._value.array)
+
+
+class Compiled:
+    """A compiled function; made by `compile`.
+
+    Attributes:
+        fn: the function (or graph) it was made from.
+        stats: see `Stats`.
+        target, amp: as given to `compile`.
+    """
+
+    def __init__(self, fn: Any, target: str = "cpu", amp: Any = None):
+        if not callable(fn) and not isinstance(fn, Graph):
+            raise ArgumentsError(f"compile takes a function, a module or a graph, not {fn!r}", user_location())
+        self.fn = fn
+        self.target = target
+        self.amp = amp
+        self.stats = Stats()
+        self._recordable = not isinstance(fn, Graph)
+        self._programs: dict[Any, list[Program]] = {}
+        self._last: Program | None = None
+        self._described: Description | None = None
+        self._lock = threading.RLock()
+        self.__name__ = getattr(fn, "__name__", None) or getattr(fn, "name", type(fn).__name__)
+        self.__doc__ = getattr(fn, "__doc__", None)
+
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        """Runs the program for these arguments, making it first if there is none.
+
+        Raises:
+            ArgumentsError: the function does not take such arguments.
+            TreadleError: from tracing or compiling.
+        """
+        found = scan(args, keywords)
+        if found.traced or builder() is not eager_builder():
+            return self._inline(args, keywords)
+        if found.tracked and self._recordable and is_grad_enabled():
+            return self._recorded(args, keywords)
+        for program in self._programs.get(found.key, ()):
+            if program.valid():
+                break
+        else:
+            program = self._make(found, args, keywords)
+        self.stats.calls += 1
+        self._last = program
+        return program(found.arrays)
+
+    def _inline(self, args: Sequence[Any], keywords: dict[str, Any]) -> Any:
+        """Inside a trace a compiled function is part of what is traced."""
+        if not isinstance(self.fn, Graph):
+            return self.fn(*args, **keywords)
+        return inline(self.fn, args, keywords)
+
+    def _recorded(self, args: Sequence[Any], keywords: dict[str, Any]) -> Any:
+        """Runs uncompiled, so that the gradient of an argument is recorded."""
+        log.warning("%s: called with a tensor that requires a gradient, so it runs uncompiled and is recorded; call it "
+                    "under td.no_grad(), or compile the gradient: td.compile(td.value_and_grad(fn))", self.__name__)
+        return self.fn(*args, **keywords)
+
+    def _make(self, found: Scanned, args: Sequence[Any], keywords: dict[str, Any]) -> Program:
+        with self._lock:
+            for program in self._programs.get(found.key, ()):  # another thread may have made it
+                if program.valid():
+                    return program
+            started = time.perf_counter()
+            self._check(args, keywords)
+            described = describe(self._names(len(args)), args, keywords)
+            reason = self._reason(found, described)
+            self._described = described
+            program = self._compile(args, keywords)
+            kept = self._programs.setdefault(found.key, [])
+            kept.append(program)
+            del kept[:-VARIANTS]
+            self.stats.compiles += 1
+            self.stats.seconds += time.perf_counter() - started
+            self.stats.reasons.append(reason)
+            _say(f"{self.__name__}: compiled in {time.perf_counter() - started:.2f} s: {reason}")
+            return program
+
+    def _reason(self, found: Scanned, described: Description) -> str:
+        if self._described is None:
+            return "first call"
+        if found.key in self._programs:
+            return "a module's mode or parts, or a captured scalar, changed"
+        return difference(self._described, described) or "other containers"
+
+    def _check(self, args: Sequence[Any], keywords: dict[str, Any]) -> None:
+        """That the function takes such arguments at all."""
+        if isinstance(self.fn, Graph):
+            return
+        try:
+            signature = inspect.signature(getattr(self.fn, "forward", self.fn))
+        except (TypeError, ValueError):
+            return
+        try:
+            signature.bind(*args, **keywords)
+        except TypeError as error:
+            raise ArgumentsError(f"{self.__name__}{signature} cannot be called so: {error}", user_location()) from None
+
+    def _names(self, count: int) -> list[str]:
+        if isinstance(self.fn, Graph):
+            return []
+        try:
+            return list(inspect.signature(getattr(self.fn, "forward", self.fn)).parameters)[:count]
+        except (TypeError, ValueError):
+            return []
+
+    def trace(self, *args: Any, **keywords: Any) -> Graph:
+        """The graph that a call with these arguments runs, before the passes."""
+        if not isinstance(self.fn, Graph):
+            return record(self.fn, args, keywords)
+        leaves, structure = tree.flatten((tuple(args), keywords))
+        declared = self.fn.meta.get("in_structure")
+        if declared is not None and declared != structure:
+            raise ArgumentsError(f"{self.__name__}: called with the arguments {structure}, but the graph was traced with "
+                                 f"{declared}", user_location())
+        return specialize(self.fn, [array_type(np.asarray(leaf)) for leaf in leaves])
+
+    def _compile(self, args: Sequence[Any], keywords: dict[str, Any]) -> Program:
+        graph = self.trace(*args, **keywords)
+        if graph.dims:
+            raise ShapeError(f"{self.__name__}: the sizes {', '.join(sorted(graph.dims))} are still symbolic")
+        meta = graph.meta
+        captures: dict[int, Tensor] = dict(meta.get("captures", {}))
+        assigns: dict[int, Tensor] = dict(meta.get("assigns", {}))
+        count = len(graph.outputs) - len(assigns)
+        out_structure = meta.get("out_structure") or _plain(count)
+        static = {str(i): text for i, text in meta.get("static", {}).items()}
+        header = {"static": static, "in_structure": tree.to_json(meta.get("in_structure") or _plain_arguments(graph, captures)),
+                  "out_structure": tree.to_json(out_structure), "results": count, "bound": len(captures)}
+        executable = build_executable(graph, self.target, self.amp, header)
+        made = getattr(executable, "stats", None)
+        if made is not None:
+            self.stats.kernels, self.stats.compiled_kernels = made.kernels, self.stats.compiled_kernels + made.compiled
+        return Program(executable, captures, [assigns[i] for i in sorted(assigns)], meta.get("guards", ()),
+                       out_structure, [v.type for v in graph.outputs[:count]])
+
+    def save(self, path: Any) -> None:
+        """Writes the program of the last call, with the tensors it is bound to, to one file that `load` reads.
+
+        Raises:
+            CompileError: the function was not called yet.
+            ArtifactError: the file cannot be written.
+        """
+        from ..schedules import artifact
+
+        if self._last is None:
+            raise CompileError(f"{self.__name__} was not compiled yet: call it once with the arguments it is to be "
+                               "saved for", user_location())
+        program = self._last
+        names = [info.name for info in program.executable.signature.inputs]
+        tensors = {names[i]: t.numpy() for i, t in program.captures.items()}
+        artifact.save(program.executable, path, tensors)
+
+    def __repr__(self) -> str:
+        return f"<compiled {self.__name__} for {self.target}: {self.stats.compiles} programs>"
+
+
+class Loaded:
+    """A compiled function read from a file: runs without tracing and compiling. Made by `load`.
+
+    Attributes:
+        executable: the program.
+        tensors: the captured tensors by name; what the program assigns is updated in them.
+    """
+
+    def __init__(self, executable: Any):
+        signature = executable.signature
+        header = signature.meta
+        self.executable = executable
+        self.__name__ = signature.name
+        self.in_structure = tree.from_json(header["in_structure"])
+        self.static = {int(i): text for i, text in header["static"].items()}
+        out_structure = tree.from_json(header["out_structure"])
+        first = len(signature.inputs) - header["bound"]
+        self.inputs = signature.inputs[:first]
+        self.tensors = {info.name: Tensor(executable.tensors[info.name], role="state")
+                        for info in signature.inputs[first:]}
+        types = [TensorType(info.shape, info.dtype) for info in signature.outputs[:header["results"]]]
+        self._program = Program(executable, {first + i: t for i, t in enumerate(self.tensors.values())}, [], [],
+                                out_structure, types)
+
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        """Runs the program.
+
+        Raises:
+            ArgumentsError: the arguments have another tree than the program was saved with.
+            ShapeError, DTypeError: an argument has another type.
+        """
+        leaves, structure = tree.flatten((tuple(args), keywords))
+        if structure != self.in_structure:
+            raise ArgumentsError(f"{self.__name__}: called with the arguments {structure}; the program was saved for "
+                                 f"{self.in_structure}", user_location())
+        arrays = []
+        for i, (leaf, path) in enumerate(zip(leaves, structure.paths())):
+            if i not in self.static:
+                arrays.append(leaf._elements("its memory", "the function itself") if isinstance(leaf, Tensor) else leaf)
+            elif repr(leaf) != self.static[i]:
+                raise ArgumentsError(f"{self.__name__}: the argument {path} was {self.static[i]} when the program was "
+                                     f"saved and is part of it; got {leaf!r}", user_location())
+        return self._program(arrays)
+
+    def __repr__(self) -> str:
+        return f"<loaded {self.__name__}({', '.join(f'{i.name}: {i}' for i in self.inputs)})>"
+
+
+def compile(fn: Any = None, *, target: str = "cpu", amp: Any = None) -> Any:
+    """Compiles a function of tensors, a module, or a graph. Also a decorator, with or without options.
+
+    Args:
+        fn: called with tensors or arrays, nested in tuples, lists and dicts; other arguments are part of the program.
+            A function may be called with arguments of any kind, each kind is compiled once; a graph takes its inputs,
+            in the tree it was traced with.
+        target: "cpu" (this machine), "cpu:avx2"...; see `schedules.target`.
+        amp: "bfloat16" computes matrix products and convolutions in that dtype.
+
+    Returns:
+        A `Compiled` function of the same arguments.
+
+    Raises:
+        TargetError: no such target, or this machine cannot run it.
+    """
+    if fn is None:
+        return lambda function: compile(function, target=target, amp=amp)
+    from ..schedules.target import Target
+
+    Target.parse(target)
+    return Compiled(fn, target, amp)
+
+
+def load(path: Any) -> Loaded:
+    """Reads a compiled function that `Compiled.save` wrote; needs no compiler.
+
+    Raises:
+        ArtifactError: the file is missing, damaged, or of a newer version.
+        TargetError: it was compiled for another machine.
+    """
+    from ..schedules import artifact
+
+    return Loaded(artifact.load(path))
+
+
+def _plain(count: int) -> tree.Structure:
+    """What a graph gives that was not traced from a function: a tensor, or a tuple of several."""
+    return tree.LEAF if count == 1 else tree.Structure("tuple", tuple(range(count)), (tree.LEAF,) * count)
+
+
+def _plain_arguments(graph: Graph, captures: dict[int, Tensor]) -> tree.Structure:
+    count = len(graph.inputs) - len(captures)
+    positional = tree.Structure("tuple", tuple(range(count)), (tree.LEAF,) * count)
+    return tree.Structure("tuple", (0, 1), (positional, tree.Structure("dict")))
+
+
+def _say(message: str) -> None:
+    log.info("%s", message)
+    if "recompiles" in config.get("TREADLE_LOG"):
+        print(f"treadle: {message}", file=sys.stderr)

@@ -1,0 +1,280 @@
+"""`train_step`: forward, backward, clipping and the optimizer's update as ONE compiled graph.
+
+Parameters, optimizer state, running statistics and the random state are inputs of the graph that outputs take over, so
+a step updates them where they lie. What changes from step to step (learning rate, bias corrections, clip norm, which
+parameters are frozen) enters as run-time scalars: none of it compiles anything again.
+
+The protocol of optimizers (base class `optim.Optimizer`):
+
+* `opt.params`: list of parameters; `opt.state`: for each a dict name -> tensor; `opt.steps`: steps taken so far;
+* `opt.hyperparameters(step) -> dict[str, float]`: every number of that step, computed on the host;
+* `opt.update(params, grads, state, hyper) -> (new_params, new_state)`: pure functions of tensors; `hyper` holds
+  scalar tensors under the names of `hyperparameters`, a gradient that is None means: leave this parameter alone;
+* `opt.groups` with `.options`, and `opt.static_options`: the options that shape the update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from ..ir.errors import ArgumentsError, AttributeValueError, CompileError, GradientError
+from ..ir.graph import Graph
+from ..ir.location import user_location
+from . import functions as F
+from . import tree
+from .compile import Compiled, planned_bytes
+from .control import scan
+from .optim.clip import clip_by_global_norm
+from .tensor import Tensor
+from .transforms import checkpoint, gradients
+
+CLIP, MASK = "clip_norm", "trainable"
+
+
+def train_step(model: Any, loss_fn: Callable[..., Any], opt: Any, amp: Any = None, clip_norm: float | None = None,
+               accumulate: int = 1, memory_budget: int | None = None, target: str = "cpu") -> TrainStep:
+    """A compiled training step.
+
+    Args:
+        model: what `loss_fn` gets first, usually an `nn.Module`.
+        loss_fn: `loss_fn(model, *batch)` returns a floating scalar, the mean over the batch, or (loss, aux).
+        opt: an optimizer over the parameters to train.
+        amp: "bfloat16": mixed precision with float32 master weights.
+        clip_norm: gradients whose global norm is larger are scaled down to it.
+        accumulate: run the batch in so many equal parts, adding up the gradients: the memory of a part, the step of the
+            whole. Every tensor of the batch is cut along its first axis.
+        memory_budget: bytes that values between forward and backward may take; blocks of the model are recomputed
+            in the backward pass until it is met.
+        target: as for `compile`.
+
+    Returns:
+        A function of the batch: the loss (and aux) before the update. `.stats` counts compilations.
+
+    Raises:
+        ArgumentsError, AttributeValueError: an argument outside its domain.
+    """
+    return TrainStep(model, loss_fn, opt, amp, clip_norm, accumulate, memory_budget, target)
+
+
+class TrainStep:
+    """A compiled training step; made by `train_step`.
+
+    Attributes:
+        clip_norm: may be changed between steps (not between a number and None: that compiles again).
+        stats: as of a compiled function.
+    """
+
+    def __init__(self, model: Any, loss_fn: Callable[..., Any], opt: Any, amp: Any, clip_norm: float | None,
+                 accumulate: int, memory_budget: int | None, target: str):
+        if not callable(loss_fn):
+            raise ArgumentsError(f"train_step: loss_fn(model, *batch) must be a function, got {loss_fn!r}",
+                                 user_location())
+        for name, number in (("accumulate", accumulate), ("memory_budget", memory_budget)):
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+                raise AttributeValueError(f"train_step: {name} is {number!r}; expected a whole number >= 1",
+                                          user_location())
+        if clip_norm is not None and not clip_norm > 0:
+            raise AttributeValueError(f"train_step: clip_norm is {clip_norm!r}; expected a number > 0", user_location())
+        self.model, self.loss_fn, self.opt = model, loss_fn, opt
+        self.clip_norm, self.accumulate, self.memory_budget = clip_norm, accumulate, memory_budget
+        _name_parts(model, opt)
+        self._masked = False
+        self._wide = np.float64 if any(p.dtype == "float64" for p in opt.params) else np.float32
+        self._numbers: dict[str, np.ndarray] = {}
+        self._compiled = _CompiledStep(self, target, amp)
+
+    @property
+    def stats(self) -> Any:
+        """Compilations, calls, kernels, reasons."""
+        return self._compiled.stats
+
+    @property
+    def executable(self) -> Any:
+        """The program of the last step; None before the first."""
+        return self._compiled._last.executable if self._compiled._last else None
+
+    def __call__(self, *batch: Any) -> Any:
+        """One step on a batch: updates model and optimizer in place, gives the loss (and aux) from before."""
+        opt = self.opt
+        result = self._compiled(batch, self._scalars(), self._structure())
+        opt.steps += 1
+        return result
+
+    def trace(self, *batch: Any) -> Graph:
+        """The graph that a step on such a batch runs, before the passes."""
+        return self._compiled.trace(batch, self._scalars(), self._structure())
+
+    def _scalars(self) -> dict[str, np.ndarray]:
+        numbers = self._numbers
+        given = self.opt.hyperparameters(self.opt.steps)
+        if self.clip_norm is not None:
+            given[CLIP] = self.clip_norm
+        if numbers.keys() - {MASK} != given.keys():
+            numbers = self._numbers = {name: np.zeros((), self._wide) for name in sorted(given)}
+        for name, value in given.items():
+            numbers[name][()] = value
+        trainable = [p.requires_grad for p in self.opt.params]
+        if self._masked or not all(trainable):
+            self._masked = True
+            numbers[MASK] = np.array(trainable)
+        return numbers
+
+    def _structure(self) -> tuple[Any, ...]:
+        names = self.opt.static_options
+        return tuple((len(g.params), *(g.options[n] for n in names)) for g in self.opt.groups)
+
+    # The function that is traced --------------------------------------------------------------------------------------
+
+    def step(self, batch: tuple[Any, ...], numbers: dict[str, Tensor], structure: tuple[Any, ...]) -> Any:
+        """Forward, backward, clipping, update, as tensor functions with assignments."""
+        params = list(self.opt.params)
+        result, grads = self._forward_backward(batch, params)
+        mask = numbers.get(MASK)
+        flags = [None if mask is None else mask[i] for i in range(len(params))]
+        grads = [g if g is None or f is None else F.where(f, g, F.zeros((), g.dtype)) for g, f in zip(grads, flags)]
+        if CLIP in numbers:
+            grads, _ = clip_by_global_norm(grads, numbers[CLIP].astype("float32"))
+        hyper = {name: value for name, value in numbers.items() if name not in (CLIP, MASK)}
+        new_params, new_state = self.opt.update(params, grads, self.opt.state, hyper)
+        for param, new, flag in zip(params, new_params, flags):
+            _replace(param, new, flag)
+        for slots, new_slots, flag in zip(self.opt.state, new_state, flags):
+            for name, new in new_slots.items():
+                _replace(slots[name], new, flag)
+        return result
+
+    def _forward_backward(self, batch: tuple[Any, ...], params: list[Tensor]) -> tuple[Any, list[Tensor | None]]:
+        if self.accumulate == 1:
+            return self._one_part(batch, params)
+        leaves, structure = tree.flatten(batch)
+        parts = tree.unflatten(structure, [_cut(leaf, self.accumulate) for leaf in leaves])
+        absent: list[bool] = []  # which parameters get no gradient: known once the body has been traced
+
+        def body(sums: list[Tensor], part: tuple[Any, ...]) -> tuple[list[Tensor], Any]:
+            result, grads = self._one_part(part, params)
+            absent[:] = [g is None for g in grads]
+            return [s if g is None else s + g.astype(s.dtype) for s, g in zip(sums, grads)], result
+
+        zeros = [F.zeros(p.shape, p.dtype if p.dtype.bits >= 32 else "float32") for p in params]
+        sums, results = scan(body, zeros, parts)
+        scale = 1.0 / self.accumulate
+        grads = [None if none else s * scale for s, none in zip(sums, absent)]
+        if isinstance(results, tuple):  # (loss, aux): aux keeps an axis of parts
+            return (F.mean(results[0], axis=0), *results[1:]), grads
+        return F.mean(results, axis=0), grads
+
+    def _one_part(self, batch: tuple[Any, ...], params: list[Tensor]) -> tuple[Any, list[Tensor | None]]:
+        result = self.loss_fn(self.model, *batch)
+        loss = result[0] if isinstance(result, tuple) else result
+        if not isinstance(loss, Tensor):
+            raise GradientError(f"train_step: loss_fn returned {loss!r}; it must return a scalar tensor, or (loss, aux)",
+                                user_location())
+        return result, gradients(loss, params)
+
+
+def _replace(tensor: Tensor, new: Tensor, flag: Tensor | None) -> None:
+    if new is not tensor:
+        new = new.astype(tensor.dtype)
+        tensor.assign(new if flag is None else F.where(flag, new, tensor))
+
+
+def _cut(leaf: Any, parts: int) -> Any:
+    if not isinstance(leaf, Tensor):
+        raise ArgumentsError(f"train_step: with accumulate the batch holds tensors only, got {leaf!r}", user_location())
+    if leaf.ndim == 0 or leaf.shape[0] % parts:
+        raise ArgumentsError(f"train_step: a tensor {leaf.type} of the batch does not divide into {parts} equal parts "
+                             "along its first axis (accumulate)", user_location())
+    return leaf.reshape((parts, leaf.shape[0] // parts, *leaf.shape[1:]))
+
+
+def _name_parts(model: Any, opt: Any) -> None:
+    """Names and roles for what the graph will show: parameters, buffers, optimizer state."""
+    for kind in ("named_parameters", "named_buffers"):
+        for name, tensor in getattr(model, kind, lambda: ())():
+            tensor.name = tensor.name or name
+    for i, (param, slots) in enumerate(zip(opt.params, opt.state)):
+        for name, tensor in slots.items():
+            tensor.role = "state"
+            tensor.name = tensor.name or f"{param.name or i}.{name}"
+
+
+class _CompiledStep(Compiled):
+    """The compiled function of (batch, numbers, structure)."""
+
+    def __init__(self, step: TrainStep, target: str, amp: Any):
+        super().__init__(step.step, target, amp)
+        self.step = step
+        self._recordable = False  # a batch that requires a gradient is still only data
+        self.__name__ = "train_step"
+
+    def trace(self, *args: Any, **keywords: Any) -> Graph:
+        """As for functions; the numbers get the role `scalar`."""
+        if self.step.memory_budget is None:
+            return self._traced(args)
+        return self._within(self.step.memory_budget, args)
+
+    def _traced(self, args: Sequence[Any]) -> Graph:
+        graph = super().trace(*args)
+        graph.name = "train_step"
+        first = sum(1 for leaf in tree.flatten(args[0])[0] if isinstance(leaf, (Tensor, np.ndarray, np.generic)))
+        for i, name in enumerate(sorted(args[1])):
+            graph.roles[first + i] = "scalar"
+            graph.inputs[first + i].name = name.replace(".", "_")
+        return graph
+
+    def _within(self, budget: int, args: Sequence[Any]) -> Graph:
+        """The graph that recomputes as few of the model's blocks as the budget allows."""
+        blocks = _blocks(self.step.model)
+        low, high = 0, len(blocks)
+        best: tuple[Graph, int] | None = None
+        count = low
+        while True:
+            with _recomputed(blocks[:count]):
+                graph = self._traced(args)
+            used = planned_bytes(graph, self.target, self.amp)
+            if used <= budget:
+                best, high = (graph, used), count
+            else:
+                low = count + 1
+                if count == len(blocks):
+                    raise CompileError(f"train_step: a step needs {used:,} bytes between forward and backward even with "
+                                       f"all {len(blocks)} blocks recomputed; the budget is {budget:,}. Use smaller "
+                                       "batches, or accumulate")
+            if best is not None and low >= high:
+                return best[0]
+            count = len(blocks) if best is None else (low + high) // 2
+
+
+def _blocks(model: Any) -> list[Any]:
+    """The parts of a model that may be recomputed: the members of its lists and sequences, or else its children."""
+    found: list[Any] = []
+
+    def visit(module: Any) -> None:
+        children = list(module.children())
+        if type(module).__name__ in ("Sequential", "ModuleList"):
+            found.extend(c for c in children if any(True for _ in c.parameters()))
+        else:
+            for child in children:
+                visit(child)
+
+    if hasattr(model, "children"):
+        visit(model)
+        return found or list(model.children())
+    return []
+
+
+@contextmanager
+def _recomputed(blocks: Sequence[Any]) -> Iterator[None]:
+    """Inside, these modules are recomputed in the backward pass."""
+    for block in blocks:
+        object.__setattr__(block, "forward", checkpoint(block.forward))
+    try:
+        yield
+    finally:
+        for block in blocks:
+            object.__delattr__(block, "forward")
+
