@@ -42,7 +42,24 @@ from .ir.dtypes import (
     uint32,
     uint64,
 )
-from .ir.errors import TreadleError
+from .ir.errors import (
+    ArgumentsError,
+    ArtifactError,
+    AttributeValueError,
+    CheckpointError,
+    CompileError,
+    ConfigError,
+    DTypeError,
+    GradientError,
+    MissingRuleError,
+    ParseError,
+    RegistryError,
+    ShapeError,
+    TargetError,
+    TraceError,
+    TreadleError,
+    VerifyError,
+)
 from .schedules.runtime import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
