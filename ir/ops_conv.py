@@ -33,7 +33,7 @@ from .ops_layout import either_layout, either_layout_type
 from .ops_linalg import accumulated_dtype, accumulator
 
 # Largest matrix of windows that a reference makes at once, in elements; it takes the batch in parts.
-COLUMN_ELEMENTS = 1 << 24
+COLUMN_ELEMENTS = 1 << 22
 
 
 # Windows: shared with pooling ------------------------------------------------------------------------------------

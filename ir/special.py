@@ -24,7 +24,7 @@ ERFC_LARGE = ((1.63153871373020978e-2, 3.05326634961232344e-1, 3.603448999498044
               (1.0, 2.56852019228982242e0, 1.87295284992346725e0, 5.27905102951428412e-1, 6.05183413124413191e-2,
                2.33520497626869185e-3))
 ONE_OVER_SQRT_PI = 5.6418958354775628695e-1
-SMALL, MIDDLE = 0.46875, 4.0
+SMALL, MIDDLE, UNDERFLOW = 0.46875, 4.0, 27.3
 
 
 def _ratio(coefficients: Any, x: Any) -> Any:
@@ -36,30 +36,43 @@ def _erf_small(x: Any) -> Any:
     return x * _ratio(ERF_SMALL, x * x)
 
 
-def _erfc_beyond(y: Any) -> Any:
-    """erfc for y > 0.46875."""
+def _gauss(y: Any) -> Any:
+    """exp(-y*y) in two exact parts: y*y alone would lose the last bits."""
+    head = np.trunc(y * 16) / 16
+    return np.exp(-head * head) * np.exp(-(y - head) * (y + head))
+
+
+def _erfc_middle(y: Any) -> Any:
+    return _gauss(y) * _ratio(ERFC_MIDDLE, y)
+
+
+def _erfc_large(y: Any) -> Any:
     z = 1 / (y * y)
-    scaled = np.where(y <= MIDDLE, _ratio(ERFC_MIDDLE, np.minimum(y, MIDDLE)),
-                      (ONE_OVER_SQRT_PI - z * _ratio(ERFC_LARGE, z)) / y)
-    head = np.trunc(y * 16) / 16  # exp(-y*y) in two exact parts: y*y alone would lose the last bits
-    return np.where(y > 27, 0.0, np.exp(-head * head) * np.exp(-(y - head) * (y + head)) * scaled)
+    return _gauss(y) * (ONE_OVER_SQRT_PI - z * _ratio(ERFC_LARGE, z)) / y
+
+
+def _piecewise(x: np.ndarray, small: Any, tail: Any) -> np.ndarray:
+    """`small(x)` near zero, else `tail(x, erfc(|x|))`; each approximation sees only the elements it is for."""
+    flat = x.astype(np.float64).ravel()
+    y = np.abs(flat)
+    beyond = np.where(np.isnan(flat), np.nan, 0.0)
+    for low, high, fn in ((SMALL, MIDDLE, _erfc_middle), (MIDDLE, UNDERFLOW, _erfc_large)):
+        (where,) = np.nonzero((y > low) & (y <= high))
+        beyond[where] = fn(y[where])
+    out = tail(flat, beyond)
+    (where,) = np.nonzero(y <= SMALL)
+    out[where] = small(flat[where])
+    return out.reshape(x.shape).astype(x.dtype)
 
 
 def erf(x: np.ndarray) -> np.ndarray:
     """Error function; any float array, computed in f64."""
-    wide = x.astype(np.float64)
-    y = np.abs(wide)
-    tail = np.copysign(1 - _erfc_beyond(np.maximum(y, SMALL)), wide)
-    return np.where(y <= SMALL, _erf_small(np.clip(wide, -SMALL, SMALL)), tail).astype(x.dtype)
+    return _piecewise(x, _erf_small, lambda x, beyond: np.copysign(1 - beyond, x))
 
 
 def erfc(x: np.ndarray) -> np.ndarray:
     """1 - erf(x) without cancellation; any float array, computed in f64."""
-    wide = x.astype(np.float64)
-    y = np.abs(wide)
-    tail = _erfc_beyond(np.maximum(y, SMALL))
-    return np.where(y <= SMALL, 1 - _erf_small(np.clip(wide, -SMALL, SMALL)),
-                    np.where(wide < 0, 2 - tail, tail)).astype(x.dtype)
+    return _piecewise(x, lambda x: 1 - _erf_small(x), lambda x, beyond: np.where(x < 0, 2 - beyond, beyond))
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
