@@ -68,6 +68,13 @@ class Decision:
         return f"{self.op}: {self.dtype.short} ({self.rule}: {self.reason})" + (f" at {self.loc}" if self.loc else "")
 
 
+class Decisions(tuple[Decision, ...]):
+    """The decisions of a run, in the order of the nodes. As text: one a line."""
+
+    def __str__(self) -> str:
+        return "".join(f"\n  {d}" for d in self)
+
+
 def mixed_precision(graph: Graph, dtype: Any = "bfloat16") -> PassResult:
     """The graph with contractions in a 16-bit dtype; `stats["decisions"]` lists a `Decision` per floating node.
 
@@ -81,7 +88,7 @@ def mixed_precision(graph: Graph, dtype: Any = "bfloat16") -> PassResult:
     result = _convert(graph, narrow, decisions)
     counts: Counter[str] = Counter(str(d.dtype) for d in decisions)
     changed = counts[str(narrow)] > 0
-    return PassResult(result if changed else graph, changed, {**counts, "decisions": decisions})
+    return PassResult(result if changed else graph, changed, {**counts, "decisions": Decisions(decisions)})
 
 
 def amp_pass(dtype: Any = "bfloat16") -> Pass:

@@ -51,6 +51,32 @@ def decompose(graph: Graph, predicate: Predicate = has_decomposition) -> PassRes
     return result_of(graph, rewrite(graph, decomposer), decomposer.stats)
 
 
-def decomposing(predicate: Predicate = has_decomposition) -> Pass:
+def decomposing(predicate: Predicate = has_decomposition, name: str = "decompose") -> Pass:
     """The pass that decomposes the nodes that the predicate names."""
-    return Pass("decompose", lambda graph: decompose(graph, predicate))
+    return Pass(name, lambda graph: decompose(graph, predicate))
+
+
+# Once gradients are taken, a recomputed region is ordinary code.
+INLINE = decomposing(lambda node: node.op.name == "remat", "inline")
+
+MARKERS = frozenset({"identity", "stop_gradient", "barrier"})
+
+
+class _Eraser(Rewriter):
+    def replace(self, node: Node) -> Sequence[Value] | None:
+        if node.op.name not in MARKERS:
+            return None
+        self.stats[node.op.name] += 1
+        return node.operands
+
+
+def erase(graph: Graph) -> PassResult:
+    """Removes ops that only mean something to earlier passes: stop_gradient, barrier, identity.
+
+    No pass that merges nodes may run afterwards: it would undo recomputations.
+    """
+    eraser = _Eraser(graph.name)
+    return result_of(graph, rewrite(graph, eraser), eraser.stats)
+
+
+ERASE = Pass("erase", erase)

@@ -36,4 +36,4 @@ fill("decompose", "remat", remat_decompose)
 
 define("barrier", "*xs", lambda *xs: tuple(xs), lambda *xs: tuple(xs),
        "Its operands, unchanged. Equal barriers are not merged, so neither is what is computed from their results.",
-       traits=["barrier"], nbytes=lambda node: 0)
+       traits=["barrier"], nbytes=lambda node: 0, unlowered="the pass `erase` removes it (ir/decompose.py)")

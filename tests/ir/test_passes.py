@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 from treadle.ir.builder import GraphBuilder, build, emit
 from treadle.ir.cse import merge
 from treadle.ir.dce import sweep
-from treadle.ir.decompose import decompose
+from treadle.ir.decompose import decompose, erase
 from treadle.ir.hashing import graph_hash
 from treadle.ir.interp import run
 from treadle.ir.loops import merge_scans
 from treadle.ir.parse import parse
+from treadle.ir.passes import FINISH, TIDY
+from treadle.ir.pipeline import Pipeline
 from treadle.ir.simplify import simplify
 from treadle.ir.types import TensorType
 from treadle.ir.verify import verify
@@ -372,6 +374,23 @@ def test_decompose_by_predicate():
     result = decompose(graph, lambda n: n.op.name == "log_softmax")
     assert "softmax" in {n.op.name for n in result.graph.nodes} and result.stats == {"log_softmax": 1}
     same_answers(graph, result.graph)
+
+
+def test_markers_are_erased_last():
+    graph = build("main", lambda x: [emit("stop_gradient", emit("exp", emit("barrier", x))), emit("exp", x)], f32(3))
+    assert len(merge(graph).graph.nodes) == 4
+    result = erase(graph)
+    assert [n.op.name for n in result.graph.nodes] == ["exp", "exp"]
+    assert result.stats == {"barrier": 1, "stop_gradient": 1}
+    same_answers(graph, result.graph)
+
+
+@given(graphs(max_nodes=20))
+@settings(max_examples=60)
+def test_the_standard_pipeline_keeps_the_answer(graph):
+    result = Pipeline([*TIDY, *FINISH]).run(graph)
+    same_answers(graph, result)
+    assert len(result.nodes) <= len(graph.nodes)
 
 
 def test_hashes():
