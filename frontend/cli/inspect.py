@@ -7,6 +7,7 @@ the text form: `f32[8,784]`, `i64[8]`, `bf16[4,seq,64]`.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ...ir.errors import ArgumentsError
-from ...ir.graph import Graph
+from ...ir.graph import Graph, Node
 from ...ir.parse import parse_type
 from ...ir.pipeline import Pipeline, Step
 from .. import transforms
@@ -52,6 +53,15 @@ def resolve(what: str) -> Any:
     return found() if isinstance(found, type) else found
 
 
+def check_arguments(what: str, fn: Any, specs: list[Spec]) -> None:
+    """Raises ArgumentsError if the function does not take so many tensors."""
+    signature = inspect.signature(getattr(fn, "forward", fn))
+    try:
+        signature.bind(*specs)
+    except TypeError as error:
+        raise ArgumentsError(f"{what}{signature}: {error}; give a type such as f32[8,784] for each tensor") from None
+
+
 def rounded(number: Any) -> str:
     """12.3M for 12,345,678; symbolic sizes as they are."""
     if not isinstance(number, (int, float)):
@@ -71,13 +81,19 @@ def costs(graph: Graph) -> Table:
     for node in graph.nodes:
         f, b = node.flops, node.nbytes
         intensity = f"{f / b:.2f}" if isinstance(f, int) and isinstance(b, int) and b else ""
-        where = f"{Path(node.loc.file).name}:{node.loc.line}" if node.loc else ""
-        results = ", ".join(str(v.type) for v in node.results)
-        table.add_row(node.op.name, results, rounded(f), rounded(b), intensity, where)
+        results = Text(", ".join(str(v.type) for v in node.results))
+        table.add_row(node.op.name, results, rounded(f), rounded(b), intensity, line_of(node))
         flops, nbytes = flops + f, nbytes + b
     table.add_section()
     table.add_row(f"{len(graph.nodes)} nodes", "", rounded(flops), rounded(nbytes), "", "")
     return table
+
+
+def line_of(node: Node) -> str:
+    """The user's line; nothing for a node made on behalf of no line of theirs, while this command calls their code."""
+    if node.loc is None or node.loc.file.startswith(sys.prefix):
+        return ""
+    return f"{Path(node.loc.file).name}:{node.loc.line}"
 
 
 def heading(console: Console, text: str) -> None:
@@ -94,8 +110,9 @@ def printer(console: Console) -> Callable[[Step], None]:
         if not step.result.changed:
             console.print(Text(f"{step.name}: nothing to do ({1e3 * step.seconds:.1f} ms)", style="dim"))
             return
-        heading(console, f"after {step.name} ({1e3 * step.seconds:.1f} ms): {len(graph.nodes)} nodes"
-                         + (f"; {said}" if said else ""))
+        heading(console, f"after {step.name} ({1e3 * step.seconds:.1f} ms): {len(graph.nodes)} nodes")
+        if said:
+            console.print(Text(said, style="dim"))
         console.print(str(graph), markup=False, highlight=False, soft_wrap=True)
 
     return show_step
@@ -111,6 +128,7 @@ def show(console: Console, what: str, types: list[str], grad: bool = False, amp:
     """
     fn = resolve(what)
     specs = [Spec(parse_type(text)) for text in types]
+    check_arguments(what, fn, specs)
     traced = trace(transforms.grad(fn) if grad else fn, *specs)
     heading(console, f"traced: {len(traced.nodes)} nodes")
     console.print(str(traced), markup=False, highlight=False, soft_wrap=True)
