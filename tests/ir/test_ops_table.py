@@ -9,6 +9,7 @@ from treadle.ir import interp
 from treadle.ir.decompose import decompose
 from treadle.ir.dtypes import as_dtype
 from treadle.ir.opdef import all_ops, op
+from treadle.ir.parse import parse
 from treadle.ir.verify import verify
 
 
@@ -47,3 +48,12 @@ def test_decomposition_against_reference(row, dtype):
         assert parts.output_types == whole.output_types
         for got, want, value in zip(interp.run(parts, sample.args), interp.run(whole, sample.args), whole.outputs):
             compare(got, want, value.type, 2 * row.tolerance(value.dtype), f"{row.op} {sample}")
+
+
+@pytest.mark.parametrize("row", TABLE, ids=case_id)
+def test_text_round_trip(row):
+    for sample in row.samples(as_dtype(row.dtypes[0])):
+        graph = sample.graph(row.op)
+        again = parse(str(graph))
+        assert again == graph
+        assert [node.attrs.keys() for node in again.nodes] == [node.attrs.keys() for node in graph.nodes]
