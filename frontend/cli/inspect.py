@@ -1,7 +1,7 @@
 """`treadle inspect FILE.py:NAME TYPE...`: a traced graph as text, before and after each pass, with every node's cost.
 
-NAME is a function of tensors, or an nn.Module (an object, or a class that needs no arguments). The types are those of
-the text form: `f32[8,784]`, `i64[8]`, `bf16[4,seq,64]`.
+NAME is a function of tensors, an nn.Module (an object, or a class that needs no arguments), a compiled function or a
+training step. The types are those of the text form: `f32[8,784]`, `i64[8]`, `bf16[4,seq,64]`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -21,9 +22,11 @@ from ...ir.errors import ArgumentsError
 from ...ir.graph import Graph, Node
 from ...ir.parse import parse_type
 from ...ir.pipeline import Pipeline, Step
+from ...ir.types import TensorType
 from .. import transforms
-from ..compile import passes
+from ..compile import Compiled, passes
 from ..trace import Spec, trace
+from ..train import TrainStep
 
 
 def resolve(what: str) -> Any:
@@ -60,6 +63,16 @@ def check_arguments(what: str, fn: Any, specs: list[Spec]) -> None:
         signature.bind(*specs)
     except TypeError as error:
         raise ArgumentsError(f"{what}{signature}: {error}; give a type such as f32[8,784] for each tensor") from None
+
+
+def graph_of(what: str, fn: Any, types: list[TensorType], grad: bool) -> Graph:
+    """The traced graph; a training step is traced on a batch of zeros, since it takes arrays only."""
+    if isinstance(fn, TrainStep):
+        return fn.trace(*(np.zeros(t.shape, t.dtype.np) for t in types))
+    fn = fn.fn if isinstance(fn, Compiled) else fn
+    specs = [Spec(t) for t in types]
+    check_arguments(what, fn, specs)
+    return trace(transforms.grad(fn) if grad else fn, *specs)
 
 
 def rounded(number: Any) -> str:
@@ -106,13 +119,14 @@ def printer(console: Console) -> Callable[[Step], None]:
 
     def show_step(step: Step) -> None:
         graph, stats = step.result.graph, dict(step.result.stats)
-        said = ", ".join(f"{name} {value}" for name, value in stats.items() if value)
+        listed = {name: str(value) for name, value in stats.items() if "\n" in str(value)}
+        said = ", ".join(f"{name} {value}" for name, value in stats.items() if value and name not in listed)
         if not step.result.changed:
             console.print(Text(f"{step.name}: nothing to do ({1e3 * step.seconds:.1f} ms)", style="dim"))
             return
         heading(console, f"after {step.name} ({1e3 * step.seconds:.1f} ms): {len(graph.nodes)} nodes")
-        if said:
-            console.print(Text(said, style="dim"))
+        for line in filter(None, [said, *(f"{name}:{text}" for name, text in listed.items())]):
+            console.print(Text(line, style="dim"), soft_wrap=True)
         console.print(str(graph), markup=False, highlight=False, soft_wrap=True)
 
     return show_step
@@ -127,9 +141,7 @@ def show(console: Console, what: str, types: list[str], grad: bool = False, amp:
         TreadleError: from tracing it, or from a pass.
     """
     fn = resolve(what)
-    specs = [Spec(parse_type(text)) for text in types]
-    check_arguments(what, fn, specs)
-    traced = trace(transforms.grad(fn) if grad else fn, *specs)
+    traced = graph_of(what, fn, [parse_type(text) for text in types], grad)
     heading(console, f"traced: {len(traced.nodes)} nodes")
     console.print(str(traced), markup=False, highlight=False, soft_wrap=True)
     console.print(costs(traced))

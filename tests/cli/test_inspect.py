@@ -25,6 +25,8 @@ class Net(nn.Module):
 def twice(x, w):
     return (td.tanh(x @ w) * td.tanh(x @ w)).sum()
 
+net = Net()
+step = td.train_step(net, lambda net, x, y: nn.functional.cross_entropy(net(x), y), td.optim.SGD(net.parameters(), 0.1))
 number = 3
 """
 
@@ -67,6 +69,16 @@ def test_a_module_class_is_instantiated_and_symbolic_sizes_stay(file):
 
 def test_the_gradient(file):
     assert "transpose_y=true" in inspect(f"{file}:twice", "f32[4,8]", "f32[8,3]", "--grad")
+
+
+def test_a_whole_training_step(file):
+    output = inspect(f"{file}:step", "f32[4,8]", "i64[4]", "--no-passes")
+    assert "scalar" in output and "-> %inner.weight" in output  # the parameter is updated in place
+
+
+def test_the_decisions_of_mixed_precision(file):
+    output = inspect(f"{file}:twice", "f32[4,8]", "f32[8,3]", "--amp", "bfloat16")
+    assert "matmul: bf16" in output and "reduce_sum: f32 (wide" in output and "cast(%x)" in output
 
 
 @pytest.mark.parametrize(("what", "types", "says"), [
