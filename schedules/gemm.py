@@ -162,7 +162,7 @@ class GemmHooks:
     """Where a kernel's numbers come from and go to; the buffers are the caller's (`tvm.tirx.decl_buffer`).
 
     params:  all buffers of the PrimFunc, in order
-    a, b:    the operands' buffers, of the problem's stored shapes; needed where there is no load hook
+    a, b, c: the buffers of operands and result, in the problem's stored shapes; needed where there is no hook
     load_a:  (batch, i, k) -> element of op(A); batch indexes A's own batch dimensions. All are scalars, also
              inside vector loops (along k, or along i if A is transposed)
     load_b:  (batch, k, j) -> element of op(B)
@@ -175,18 +175,10 @@ class GemmHooks:
     params: Sequence[Any]
     a: Any = None
     b: Any = None
+    c: Any = None
     load_a: Callable[..., Any] | None = None
     load_b: Callable[..., Any] | None = None
     store: Callable[..., None] | None = None
-
-    def swapped(self) -> GemmHooks:
-        la, lb, store = self.load_a, self.load_b, self.store
-        return replace(
-            self, a=self.b, b=self.a,
-            load_a=lb and (lambda batch, i, k: lb(batch, k, i)),
-            load_b=la and (lambda batch, k, j: la(batch, j, k)),
-            store=store and (lambda batch, i, j, value: store(batch, j, i, value)))
-
 
 def gemm_primfunc(problem: GemmProblem, config: GemmConfig | None, target: GemmTarget, name: str = "gemm",
                   hooks: GemmHooks | None = None) -> Any:

@@ -22,15 +22,15 @@ def _shuffle(lanes: int, element: str, name: str, x: str, y: str, mask: list[int
 
 @functools.cache
 def transpose_ir(lanes: int, bits: int) -> str:
-    """void transpose(ptr dst, i64 dst_stride, ptr src, i64 src_stride): dst[j][i] = src[i][j], strides in elements.
+    """void transpose(ptr dst, i64 dst_stride, ptr src, i64 src_stride): dst[j][i] = src[i][j], strides in bytes.
 
     Round s exchanges the off-diagonal blocks of size s, s = 1, 2, 4...: Eklundh's in-place transposition (1972)."""
     element = f"i{bits}"
-    vector, align = f"<{lanes} x {element}>", bits // 8
+    vector = f"<{lanes} x {element}>"
     lines, rows = [], [f"%r0_{i}" for i in range(lanes)]
     for i in range(lanes):
-        lines += [f"%so{i} = mul i64 %src_stride, {i}", f"%sp{i} = getelementptr {element}, ptr %src, i64 %so{i}",
-                  f"{rows[i]} = load {vector}, ptr %sp{i}, align {align}"]
+        lines += [f"%so{i} = mul i64 %src_stride, {i}", f"%sp{i} = getelementptr i8, ptr %src, i64 %so{i}",
+                  f"{rows[i]} = load {vector}, ptr %sp{i}, align 1"]
     size, step = 1, 1
     while size < lanes:
         after = list(rows)
@@ -42,8 +42,8 @@ def transpose_ir(lanes: int, bits: int) -> str:
                 lines.append(_shuffle(lanes, element, after[row], rows[i], rows[i | size], mask))
         rows, size, step = after, size * 2, step + 1
     for i in range(lanes):
-        lines += [f"%do{i} = mul i64 %dst_stride, {i}", f"%dp{i} = getelementptr {element}, ptr %dst, i64 %do{i}",
-                  f"store {vector} {rows[i]}, ptr %dp{i}, align {align}"]
+        lines += [f"%do{i} = mul i64 %dst_stride, {i}", f"%dp{i} = getelementptr i8, ptr %dst, i64 %do{i}",
+                  f"store {vector} {rows[i]}, ptr %dp{i}, align 1"]
     head = f"define void @{TRANSPOSE.format(bits=bits, lanes=lanes)}" \
            "(ptr %dst, i64 %dst_stride, ptr %src, i64 %src_stride) alwaysinline {"
     return "\n".join([head, *lines, "ret void", "}", ""])

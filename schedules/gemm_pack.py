@@ -97,14 +97,14 @@ class Packing:
 
     def transpose(self, panel: tirx.Buffer, at: Any, batch: Any, k: Index, j: Index) -> None:
         """panel[at: L rows, L columns] = op(B)[k.., j..], read along K."""
-        e, lanes = self.e, self.lanes
+        e, lanes, size = self.e, self.lanes, dtype_bits(self.dtype) // 8
         if e.hooks.load_b is None and e.p.dtype_b == self.dtype:
             source, stride = e.b(batch, k, j), e.p.k
         else:
             with e.unroll(lanes) as row, e.vector() as lane:
                 T.buffer_store(self.staged, self.b(batch, k + lane, j + row), [row, lane])
             source, stride = self.staged[0, 0], lanes
-        call_transpose(lanes, self.dtype, panel[at], self.e.cols, source, stride)
+        call_transpose(lanes, size * 8, panel[at], e.cols * size, source, stride * size)
 
     # A
 
@@ -128,18 +128,22 @@ class Packing:
 
     # The register tile
 
-    def multiply(self, acc: tirx.Buffer, at: Where, q: Index, k0: Index, length: Index) -> None:
-        """acc[r, c] += sum over k of A[row + r, k] * B[k, col + c]."""
-        e, lanes = self.e, self.lanes
-        with e.serial(length) as k, e.unroll(e.rows) as r, e.unroll(e.cols // lanes) as v, e.vector() as lane:
-            c = v * lanes + lane
+    def multiply(self, acc: list[tirx.Buffer], at: Where, q: Index, k0: Index, length: Index) -> None:
+        """acc[r][c] += sum over k of A[row + r, k] * B[k, col + c]."""
+        e = self.e
+
+        def multiply_add(k: Index, r: int, c: Index) -> None:
             a = self.a(at.batch, at.row + r, k0 + k) if not e.c.pack_a else \
                 self.tile[k, r] if e.p.transpose_a else self.tile[r, k]
             b = self.panel[q, k, c] if e.c.pack_b else self.b(at.batch, k0 + k, at.col + c)
-            T.buffer_store(acc, acc[r, c] + a * b, [r, c])
+            T.buffer_store(acc[r], acc[r][c] + a * b, [c])
+
+        with e.serial(length) as k:
+            e.each(lambda r, c: multiply_add(k, r, c))
 
 
-def call_transpose(lanes: int, dtype: str, dst: Any, dst_stride: int, src: Any, src_stride: int) -> None:
-    name = gemm_llvm.TRANSPOSE.format(bits=dtype_bits(dtype), lanes=lanes)
+def call_transpose(lanes: int, bits: int, dst: Any, dst_stride: int, src: Any, src_stride: int) -> None:
+    """Strides are in bytes."""
+    name = gemm_llvm.TRANSPOSE.format(bits=bits, lanes=lanes)
     T.evaluate(T.call_extern("void", name, T.address_of(dst), T.int64(dst_stride), T.address_of(src),
                              T.int64(src_stride)))

@@ -48,13 +48,14 @@ def default_hooks(problem: GemmProblem) -> GemmHooks:
     a = tirx.decl_buffer(problem.shape_a, problem.dtype_a, name="A")
     b = tirx.decl_buffer(problem.shape_b, problem.dtype_b, name="B")
     c = tirx.decl_buffer(problem.shape_c, problem.out_dtype, name="C")
-    return GemmHooks(params=(a, b, c), a=a, b=b, store=store_into(c))
+    return GemmHooks(params=(a, b, c), a=a, b=b, c=c)
 
 
-def store_into(c: tirx.Buffer) -> Callable[..., None]:
-    def store(batch: Sequence[Index], i: Index, j: Index, value: Index) -> None:
-        T.buffer_store(c, convert(value, c.dtype), [*batch, i, j])
-    return store
+def store(hooks: GemmHooks, batch: Sequence[Index], i: Index, j: Index, value: Any) -> None:
+    if hooks.store:
+        hooks.store(batch, i, j, value)
+    else:
+        T.buffer_store(hooks.c, convert(value, hooks.c.dtype), [*batch, i, j])
 
 
 def convert(value: Any, dtype: str) -> Any:
@@ -63,14 +64,14 @@ def convert(value: Any, dtype: str) -> Any:
 
 def emit_gemm(problem: GemmProblem, config: GemmConfig, target: GemmTarget, hooks: GemmHooks) -> None:
     """Emit the product's loops into the current TIR frame."""
-    if config.swap:
-        problem, hooks = problem.swapped(), hooks.swapped()
     if not math.prod(problem.shape_c):
         T.evaluate(0)
         return
-    if problem.folds and not config.swap:
+    if problem.folds:
         hooks = fold_hooks(problem, hooks)
         problem = problem.folded()
+    if config.swap:
+        problem, hooks = problem.swapped(), swap_hooks(hooks)
     lanes = target.vector_bits // dtype_bits(problem.acc_dtype)
     if problem.k == 0:
         emit_zeros(problem, hooks)
@@ -83,7 +84,7 @@ def emit_gemm(problem: GemmProblem, config: GemmConfig, target: GemmTarget, hook
 
 def emit_zeros(problem: GemmProblem, hooks: GemmHooks) -> None:
     with T.serial(math.prod(problem.batch)) as b, T.serial(problem.m) as i, T.serial(problem.n) as j:
-        hooks.store(unflatten(b, problem.batch), i, j, tirx.const(0, problem.acc_dtype))
+        store(hooks, unflatten(b, problem.batch), i, j, tirx.const(0, problem.acc_dtype))
 
 
 def unflatten(flat: Index, dims: Sequence[int]) -> tuple[Index, ...]:
@@ -107,15 +108,27 @@ def fold_hooks(problem: GemmProblem, hooks: GemmHooks) -> GemmHooks:
     def load_b(_: Any, k: Index, j: Index) -> Any:
         return hooks.load_b((0,) * len(problem.batch_b), k, j)
 
-    def store(_: Any, i: Index, j: Index, value: Any) -> None:
+    def store_row(_: Any, i: Index, j: Index, value: Any) -> None:
         batch, row = split(i)
         hooks.store(batch, row, j, value)
 
+    def view(buffer: tirx.Buffer | None, shape: Sequence[int]) -> tirx.Buffer | None:
+        return None if buffer is None else T.decl_buffer(shape, buffer.dtype, data=buffer.data, layout=None)
+
     folded = problem.folded()
     return replace(
-        hooks, store=store, load_a=hooks.load_a and load_a, load_b=hooks.load_b and load_b,
-        a=None if hooks.a is None else T.decl_buffer(folded.shape_a, problem.dtype_a, data=hooks.a.data, layout=None),
-        b=None if hooks.b is None else T.decl_buffer(folded.shape_b, problem.dtype_b, data=hooks.b.data, layout=None))
+        hooks, load_a=hooks.load_a and load_a, load_b=hooks.load_b and load_b, store=hooks.store and store_row,
+        a=view(hooks.a, folded.shape_a), b=view(hooks.b, folded.shape_b), c=view(hooks.c, folded.shape_c))
+
+
+def swap_hooks(hooks: GemmHooks) -> GemmHooks:
+    """Hooks of C^T = op(B)^T op(A)^T."""
+    la, lb = hooks.load_a, hooks.load_b
+    return replace(
+        hooks, a=hooks.b, b=hooks.a,
+        load_a=lb and (lambda batch, i, k: lb(batch, k, i)),
+        load_b=la and (lambda batch, k, j: la(batch, j, k)),
+        store=lambda batch, i, j, value: store(hooks, batch, j, i, value))
 
 
 @contextmanager
@@ -208,37 +221,52 @@ class Emitter:
 
     # Results
 
-    def write_tile(self, at: Where, result: tirx.Buffer, stack: tirx.Buffer) -> None:
-        """Store the elements of the tile `result` that it owns. `stack` holds the tile while its rows are stored
-        by a loop: an epilogue is then compiled once, not for each register."""
-        skip = self.panels * self.cols - self.p.n if self.p.n >= self.cols else 0
-        if not skip and self.p.n >= self.cols and self.hooks.store.__qualname__.startswith("store_into"):
-            self.write_columns(at, result, 0, self.cols, self.unroll)
-            return
-        with self.unroll(self.rows) as r, self.unroll(self.cols // self.lanes) as v, self.vector() as lane:
-            T.buffer_store(stack, result[r, v * self.lanes + lane], [r, v * self.lanes + lane])
-        if self.p.n < self.cols:
-            self.write_columns(at, stack, 0, self.p.n, self.serial)
-        elif not skip:
-            self.write_columns(at, stack, 0, self.cols, self.serial)
-        else:
-            with T.If(at.panel < self.panels - 1):
-                with T.Then():
-                    self.write_columns(at, stack, 0, self.cols, self.serial)
-                with T.Else():
-                    self.write_columns(at, stack, skip, self.cols, self.serial)
+    def accumulators(self) -> list[tirx.Buffer]:
+        """The register tile, zeroed: a buffer per row, because LLVM gets none above 1 KB on its stack."""
+        rows = [self.buffer((self.cols,), self.acc_dtype, "local") for _ in range(self.rows)]
+        self.each(lambda r, c: T.buffer_store(rows[r], tirx.const(0, self.acc_dtype), [c]))
+        return rows
 
-    def write_columns(self, at: Where, tile: tirx.Buffer, low: int, high: int, rows: Callable[[int], Any]) -> None:
-        """Store columns low...high - 1 of the rows that the tile owns."""
+    def each(self, body: Callable[[int, Index], None]) -> None:
+        """Every element of the register tile, in vectors."""
+        for r in range(self.rows):
+            with self.unroll(self.cols // self.lanes) as v, self.vector() as lane:
+                body(r, v * self.lanes + lane)
+
+    def write_tile(self, at: Where, acc: list[tirx.Buffer], stack: tirx.Buffer) -> None:
+        """Store what the tile owns of its accumulators. `stack` holds them while a loop stores row after row: an
+        epilogue is then compiled once, not for each register."""
+        if self.hooks.store is None and self.p.n % self.cols == 0:
+            for r in range(self.rows):
+                self.write_row(at, r, acc[r], (), 0, self.cols)
+        else:
+            self.each(lambda r, c: T.buffer_store(stack, acc[r][c], [r, c]))
+            self.write_stack(at, stack)
+
+    def write_stack(self, at: Where, stack: tirx.Buffer) -> None:
+        def write_rows(low: int, high: int) -> None:
+            with self.serial(self.rows) as r:
+                self.write_row(at, r, stack, (r,), low, high)
+        if self.p.n <= self.cols or self.p.n % self.cols == 0:
+            write_rows(0, min(self.p.n, self.cols))
+            return
+        with T.If(at.panel < self.panels - 1):
+            with T.Then():
+                write_rows(0, self.cols)
+            with T.Else():
+                write_rows(self.panels * self.cols - self.p.n, self.cols)
+
+    def write_row(self, at: Where, r: Index, tile: tirx.Buffer, prefix: tuple[Index, ...], low: int, high: int) -> None:
+        """Store columns low...high - 1 of row r, `tile[*prefix, column]`, if the tile owns it."""
         owned = self.p.m % self.rows == 0
-        with rows(self.rows) as r, maybe(owned or at.row + r >= at.tile * self.rows):
-            for v in range(self.cols // self.lanes):
-                start, stop = max(low, v * self.lanes), min(high, (v + 1) * self.lanes)
-                if start >= stop:
+        with maybe(owned or at.row + r >= at.tile * self.rows):
+            for start in range(0, self.cols, self.lanes):
+                first, stop = max(low, start), min(high, start + self.lanes)
+                if first >= stop:
                     continue
-                whole = stop - start == self.lanes
-                with (self.vector() if whole else self.serial(stop - start)) as lane:
-                    self.hooks.store(at.batch, at.row + r, at.col + start + lane, tile[r, start + lane])
+                with (self.vector() if stop - first == self.lanes else self.serial(stop - first)) as lane:
+                    c = first + lane
+                    store(self.hooks, at.batch, at.row + r, at.col + c, tile[(*prefix, c)])
 
 
 def broadcast_index(batch: Sequence[Index], dims: Sequence[int]) -> tuple[Index, ...]:
@@ -263,6 +291,7 @@ class TileEmitter(Emitter):
         with T.attr(0, "pragma_import_llvm", self.pack.llvm_ir()), self.tasks() as t:
             batch, col_block, row_block = self.task(t)
             self.pack.allocate()
+            self.stack = self.buffer((self.rows, self.cols), self.acc_dtype)
             part = None
             if self.k_blocks > 1:
                 shape = (self.row_tiles, self.col_panels, self.rows, self.cols)
@@ -301,25 +330,15 @@ class TileEmitter(Emitter):
 
     def emit_tile(self, at: Where, mi: Index, q: Index, k: Any, part: tirx.Buffer | None) -> None:
         kb, k0, length = k
-        lanes, shape = self.lanes, (self.rows, self.cols)
-        acc = self.buffer(shape, self.acc_dtype, "local")
-        stack = self.buffer(shape, self.acc_dtype, "local")
-        zero = tirx.const(0, self.acc_dtype)
-        with self.unroll(self.rows) as r, self.unroll(self.cols // lanes) as v, self.vector() as lane:
-            T.buffer_store(acc, zero, [r, v * lanes + lane])
+        acc = self.accumulators()
         self.pack.multiply(acc, at, q, k0, length)
         if part is None:
-            self.write_tile(at, acc, stack)
+            self.write_tile(at, acc, self.stack)
             return
         with T.If(kb > 0), T.Then():
-            self.each(lambda r, c: T.buffer_store(acc, acc[r, c] + part[mi, q, r, c], [r, c]))
+            self.each(lambda r, c: T.buffer_store(acc[r], acc[r][c] + part[mi, q, r, c], [c]))
         with T.If(kb < self.k_blocks - 1):
             with T.Then():
-                self.each(lambda r, c: T.buffer_store(part, acc[r, c], [mi, q, r, c]))
+                self.each(lambda r, c: T.buffer_store(part, acc[r][c], [mi, q, r, c]))
             with T.Else():
-                self.write_tile(at, acc, stack)
-
-    def each(self, body: Callable[[Index, Index], None]) -> None:
-        """Every element of the register tile, in vectors."""
-        with self.unroll(self.rows) as r, self.unroll(self.cols // self.lanes) as v, self.vector() as lane:
-            body(r, v * self.lanes + lane)
+                self.write_tile(at, acc, self.stack)
