@@ -14,9 +14,10 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
+from .conv_depthwise import DepthwiseConv, DepthwiseWeightGrad
 from .conv_direct import DirectConv
 from .conv_problem import FORWARD, INPUT_GRAD, WEIGHT_GRAD, ConvConfig, ConvProblem, propose
-from .conv_tir import flat, import_llvm, widen
+from .conv_tir import flat, import_llvm
 from .conv_weight_grad import WeightGrad
 
 Store = Callable[[Any, Any, tuple, Any], None]
@@ -59,7 +60,7 @@ def conv_weight_grad_primfunc(problem: ConvProblem, config: ConvConfig | None, t
     `store(o, i, kernel_position, acc)`, `i` within the group; lanes run over the flattened (i, *kernel_position).
     """
     config = config or propose(problem, target, WEIGHT_GRAD)
-    grad = WeightGrad(problem, config, target)
+    grad = (DepthwiseWeightGrad if config.algorithm == "depthwise" else WeightGrad)(problem, config, target)
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         x, dy = _parameters(name, {"x": problem.x_shape, "dy": problem.y_shape}, problem.dtype, extra_buffers)
         if store is None:
@@ -83,7 +84,7 @@ def _gather_primfunc(problem, config, target, name, store, extra_buffers, op):
     config = config or propose(problem, target, op)
     forward = op == FORWARD
     source_shape, out_shape = ((problem.x_shape, problem.y_shape) if forward else (problem.y_shape, problem.x_shape))
-    conv = DirectConv(problem, config, target, op)
+    conv = (DepthwiseConv if config.algorithm == "depthwise" else DirectConv)(problem, config, target, op)
     layout = problem.out_layout if forward else problem.layout
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         label, result = ("x", "y") if forward else ("dy", "dx")
@@ -92,9 +93,7 @@ def _gather_primfunc(problem, config, target, name, store, extra_buffers, op):
         if store is None:
             store = plain_store(T.arg(result, tirx.decl_buffer(out_shape, problem.dtype)), layout)
         with import_llvm(*conv.transposes()):
-            packed = T.alloc_buffer((conv.pack.size,), conv.pack.packed_dtype)
-            conv.pack.emit(flat(weights), packed)
-            conv.emit(widen(flat(source), problem.acc_dtype), packed, store)
+            conv.emit(flat(source), flat(weights), store)
     return builder.get()
 
 

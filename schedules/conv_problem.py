@@ -21,6 +21,7 @@ from ..ir.errors import AttributeValueError, DTypeError, ShapeError
 
 LAYOUTS = ("NCHW", "NHWC")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
+BAND_PIXELS = 128  # of output that the weight gradient sums in registers: the operands of a band fit the L1 cache
 FORWARD, INPUT_GRAD, WEIGHT_GRAD = "conv", "conv_input_grad", "conv_weight_grad"
 
 
@@ -199,9 +200,11 @@ def lanes(dtype: str, vector_bits: int) -> int:
 
 
 def tile_limit(vectors: int, vector_bits: int) -> int:
-    """The most pixels a register tile may have: accumulators, one row of weights and a broadcast fit the file."""
-    registers = 32 if vector_bits == 512 else 16
-    return {1: registers - 4, 2: (registers - 3) // 2, 3: (registers - 4) // 3, 4: (registers - 4) // 4}[vectors]
+    """The most pixels of a register tile of so many vectors of channels.
+
+    About 20 of 32 registers for the accumulators (10 of 16): with more, LLVM's allocator starts to spill them.
+    """
+    return {1: 16, 2: 8, 3: 6, 4: 5}[vectors] if vector_bits == 512 else {1: 10, 2: 5, 3: 3, 4: 2}[vectors]
 
 
 def split_row(width: int, limit: int) -> list[tuple[int, int]]:
@@ -211,9 +214,14 @@ def split_row(width: int, limit: int) -> list[tuple[int, int]]:
     return [(s, min(size, width - s)) for s in range(0, width, size)]
 
 
-def tile_cycles(pixels: int, vectors: int) -> float:
-    """Cycles of one reduction step of a register tile: two FMAs and two loads a cycle, FMA latency 4."""
-    return max(pixels * vectors / 2, (pixels + vectors) / 2, 4.0)
+def tile_cycles(pixels: int, vectors: int, streamed_bytes: int = 0) -> float:
+    """Cycles of one reduction step of a register tile.
+
+    Two FMAs and two loads a cycle, FMA latency 4, about 24 bytes a cycle for weights streamed from the L2 cache; loads
+    are not quite free even where they are not the bottleneck.
+    """
+    loads = pixels + vectors
+    return max(pixels * vectors / 2, loads / 2, 4.0, streamed_bytes / 24) + 0.08 * loads
 
 
 def propose(problem: ConvProblem, target, op: str = FORWARD) -> ConvConfig:
@@ -232,14 +240,17 @@ def propose(problem: ConvProblem, target, op: str = FORWARD) -> ConvConfig:
     widths = [problem.batch * math.prod(problem.spatial)] if flatten else [p.count for p in phases]
     wide = lanes(problem.dtype, target.vector_bits)
     best = None
-    for vectors in (2, 4, 3, 1):
+    for vectors in (v for v in (2, 4, 3, 1) if v == 1 or (v - 1) * wide < out):
         limit = tile_limit(vectors, target.vector_bits)
-        blocks = -(-out // (vectors * wide))
-        cost = blocks * sum(tile_cycles(size, vectors) for w in widths for _, size in split_row(w, limit))
+        blocks, register = -(-out // (vectors * wide)), target.vector_bits // 8
+        resident = math.prod(problem.kernel) * red * vectors * register <= 0.8 * target.l1_bytes
+        streamed = 0 if resident else vectors * register
+        cost = blocks * sum(tile_cycles(size, vectors, streamed) for w in widths for _, size in split_row(w, limit))
         if best is None or cost < best[0] * 0.98:
             best = (cost, vectors, limit)
     assert best is not None
-    return ConvConfig("direct", best[2], best[1], min(64, red), flatten)
+    pointwise = math.prod(problem.kernel) == 1
+    return ConvConfig("direct", best[2], best[1], min(256 if pointwise else 64, red), flatten, not pointwise)
 
 
 def can_flatten(problem: ConvProblem) -> bool:
@@ -250,19 +261,24 @@ def can_flatten(problem: ConvProblem) -> bool:
 
 def _propose_weight_grad(problem: ConvProblem, target) -> ConvConfig:
     if problem.is_depthwise:
-        return ConvConfig("depthwise", vectors=1, chunks=1)
+        return ConvConfig("depthwise", vectors=1, chunks=target.threads)
     wide = lanes(problem.dtype, target.vector_bits)
     red, out = problem.in_channels // problem.groups, problem.out_channels // problem.groups
     best = None
-    for vectors in (2, 3, 4, 1):
+    for vectors in (v for v in (2, 3, 4, 1) if v == 1 or (v - 1) * wide < out):
         limit = tile_limit(vectors, target.vector_bits)
-        cost = -(-out // (vectors * wide)) * sum(
-            tile_cycles(size, vectors) for _, size in split_row(red, min(limit, red)))
+        if red >= 8:  # eight channels of x never straddle a cache line; wider and lower tiles measured slower
+            limit = min(limit, 8)
+            if vectors > 2:
+                continue
+        taps = max(1, min(limit // red, problem.kernel[-1]))
+        sizes = [size * taps for _, size in split_row(red, min(limit, red))]
+        cost = -(-out // (vectors * wide)) * sum(tile_cycles(size, vectors) for size in sizes) / taps
         if best is None or cost < best[0] * 0.98:
             best = (cost, vectors, limit)
     assert best is not None
     _, vectors, limit = best
     tasks = problem.groups * -(-out // (vectors * wide))
-    rows = max(1, 256 // problem.out_spatial[-1])
+    rows = max(1, BAND_PIXELS // problem.out_spatial[-1])
     chunks = 1 if tasks % target.threads == 0 or tasks >= 4 * target.threads else target.threads
     return ConvConfig("direct", limit, vectors, rows, chunks=chunks)

@@ -17,6 +17,38 @@ LLVM_TYPES = {"float32": "float", "float64": "double", "bfloat16": "bfloat", "fl
 BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 
 
+def _long(extent):
+    return tirx.const(extent, "int64") if isinstance(extent, int) else T.cast(extent, "int64")
+
+
+def opaque(index):
+    """The same int64, but its range unknown to TVM, which otherwise narrows indices to int32 again.
+
+    Where LLVM loses track of overflow, 32-bit indices cost a sign extension for every element of a tile.
+    """
+    shift = tirx.const(1 << 40, "int64")  # the code generator does not take a reinterpreted literal 0
+    return T.reinterpret("int64", T.reinterpret("uint64", T.cast(index, "int64") + shift)) - shift
+
+
+# Loops over int64: no tensor is too large.
+
+
+def serial(extent):
+    return T.serial(_long(extent))
+
+
+def parallel(extent):
+    return T.parallel(_long(extent))
+
+
+def unroll(first, stop=None):
+    return T.unroll(_long(first)) if stop is None else T.unroll(_long(first), _long(stop))
+
+
+def vectorized(extent):
+    return T.vectorized(_long(extent))
+
+
 @contextmanager
 def when(condition) -> Iterator[None]:
     """Emit the body under `condition`; None or True means always."""
@@ -35,6 +67,19 @@ def flat(buffer):
 def within(index, extent: int):
     """0 <= index < extent, as one unsigned comparison would; an expression."""
     return T.And(index >= 0, index < extent)
+
+
+def tap_range(axis, q):
+    """(first tap, number of taps) that read inside the input at output position `q` of an `AxisTaps`.
+
+    Loop bounds rather than a branch per tap: around the accumulators, branches cost LLVM registers.
+    """
+    if axis.bounded:
+        return 0, axis.taps
+    at, last, step = q * axis.in_stride + axis.offset(0), axis.in_extent - 1, abs(axis.offset_step)
+    low, high = (-at, last - at) if axis.offset_step > 0 else (at - last, at)  # of tap * step
+    first = T.max(0, (low + step - 1) // step)
+    return first, T.max(0, T.min(axis.taps, high // step + 1) - first)
 
 
 @dataclass(frozen=True)
@@ -146,13 +191,13 @@ class WeightPack:
         """Pack flat buffer `w` into flat buffer `packed`, in parallel over blocks of lanes and slices of W."""
         vectors = self.blocks * self.tile // self.lanes
         if self.swap:
-            with T.parallel(self.groups * vectors * self.red) as t:
+            with parallel(self.groups * vectors * self.red) as t:
                 self._columns(w, packed, t // self.red // vectors, t // self.red % vectors, t % self.red)
         else:
             columns = self.red * self.taps
             slices = -(-columns // 256)
-            with T.parallel(self.groups * vectors * slices) as t:
-                with T.serial(16) as s:
+            with parallel(self.groups * vectors * slices) as t:
+                with serial(16) as s:
                     start = (t % slices) * 256 + s * 16
                     with when(start < columns):
                         self._rows(w, packed, t // slices // vectors, t // slices % vectors, start)
@@ -168,34 +213,47 @@ class WeightPack:
             with T.If(full):
                 with T.Then():
                     self.transpose.emit(tile[0], n, w[base], columns)
-                    with T.unroll(n) as j:
+                    with unroll(n) as j:
                         dst = self._lane(group, vector, (first + j) % self.taps, (first + j) // self.taps)
                         T.buffer_store(packed, tile[T.ramp(j * n, 1, n)], [T.ramp(dst, 1, n)])
-                with T.Else(), T.serial(n) as j, when(first + j < columns):
+                with T.Else(), serial(n) as j, when(first + j < columns):
                     dst = self._lane(group, vector, (first + j) % self.taps, (first + j) // self.taps)
-                    with T.serial(n) as i:
+                    with serial(n) as i:
                         inside = vector * n + i < self.outer
                         self._element(packed, dst + i, inside, w, base + i * columns + j)
 
     def _columns(self, w, packed, group, vector, red) -> None:
         """Input gradient: all taps of `lanes` consecutive inner channels of one outer channel."""
         n = self.lanes
+        if self.taps == 1:
+            return self._column(w, packed, group, vector, red)
         tile = T.alloc_buffer((n * n,), self.packed_dtype, scope="local")
         total = self.groups * self.outer * self.inner * self.taps
         base = ((group * self.outer + red) * self.inner + vector * n) * self.taps
-        with T.serial(-(-self.taps // n)) as part:
+        with serial(-(-self.taps // n)) as part:
             last = base + (n - 1) * self.taps + part * n + n
             with T.If(T.And(vector * n + n <= self.inner, last <= total)):
                 with T.Then():
                     self.transpose.emit(tile[0], n, w[base + part * n], self.taps)
-                    with T.serial(T.min(self.taps - part * n, n)) as j:
+                    with serial(T.min(self.taps - part * n, n)) as j:
                         dst = self._lane(group, vector, part * n + j, red)
                         T.buffer_store(packed, tile[T.ramp(j * n, 1, n)], [T.ramp(dst, 1, n)])
-                with T.Else(), T.serial(T.min(self.taps - part * n, n)) as j:
+                with T.Else(), serial(T.min(self.taps - part * n, n)) as j:
                     dst = self._lane(group, vector, part * n + j, red)
-                    with T.serial(n) as i:
+                    with serial(n) as i:
                         inside = vector * n + i < self.inner
                         self._element(packed, dst + i, inside, w, base + i * self.taps + part * n + j)
+
+    def _column(self, w, packed, group, vector, red) -> None:
+        """The same for a single tap: the lanes are contiguous already."""
+        n = self.lanes
+        src, dst = (group * self.outer + red) * self.inner + vector * n, self._lane(group, vector, 0, red)
+        if self.inner >= n:
+            with when(vector * n + n <= self.inner), vectorized(n) as i:
+                T.buffer_store(packed, T.cast(w[src + i], self.packed_dtype), [dst + i])
+        if self.inner % self.tile:
+            with when(vector * n + n > self.inner), serial(n) as i:
+                self._element(packed, dst + i, vector * n + i < self.inner, w, src + i)
 
     def _lane(self, group, vector, tap, red):
         per_block = self.tile // self.lanes
@@ -212,12 +270,12 @@ def widen(source, dtype: str, chunk: int = 4096):
         return source
     size = int(source.shape[0])
     result = T.alloc_buffer((size,), dtype)
-    with T.parallel(-(-size // chunk)) as part, T.serial(T.min(chunk, size - part * chunk) // 16) as i:
-        with T.vectorized(16) as lane:
+    with parallel(-(-size // chunk)) as part, serial(T.min(chunk, size - part * chunk) // 16) as i:
+        with vectorized(16) as lane:
             at = part * chunk + i * 16 + lane
             T.buffer_store(result, T.cast(source[at], dtype), [at])
     if size % 16:
-        with T.serial(size % 16) as i:
+        with serial(size % 16) as i:
             at = size - size % 16 + i
             T.buffer_store(result, T.cast(source[at], dtype), [at])
     return result
@@ -252,20 +310,20 @@ class ChannelsLastPack:
 
     def _from_channels_last(self, source, result) -> None:
         wide = self.lanes
-        with T.parallel(self.batch * self.pixels) as p, T.serial(self.groups) as g:
+        with parallel(self.batch * self.pixels) as p, serial(self.groups) as g:
             src, dst = (p * self.groups + g) * self.channels, (p * self.groups + g) * self.padded
-            with T.serial(self.channels // wide) as v, T.vectorized(wide) as lane:
+            with serial(self.channels // wide) as v, vectorized(wide) as lane:
                 T.buffer_store(result, T.cast(source[src + v * wide + lane], self.packed_dtype),
                                [dst + v * wide + lane])
             done = self.channels // wide * wide
-            with T.serial(self.padded - done) as c:
+            with serial(self.padded - done) as c:
                 value = T.if_then_else(c + done < self.channels, source[src + done + c],
                                        tirx.const(0.0, self.dtype))
                 T.buffer_store(result, T.cast(value, self.packed_dtype), [dst + done + c])
 
     def _from_channels_first(self, source, result) -> None:
         wide, blocks = self.lanes, -(-self.pixels // self.lanes)
-        with T.parallel(self.batch * blocks) as t, T.serial(self.groups) as g, T.serial(self.padded // wide) as v:
+        with parallel(self.batch * blocks) as t, serial(self.groups) as g, serial(self.padded // wide) as v:
             n, p = t // blocks, t % blocks * wide
             src = ((n * self.groups + g) * self.channels + v * wide) * self.pixels + p
             dst = ((n * self.pixels + p) * self.groups + g) * self.padded + v * wide
@@ -273,7 +331,7 @@ class ChannelsLastPack:
             with T.If(T.And(p + wide <= self.pixels, v * wide + wide <= self.channels)):
                 with T.Then():
                     self.transpose.emit(result[dst], row, source[src], self.pixels)
-                with T.Else(), T.serial(T.min(self.pixels - p, wide)) as i, T.serial(wide) as c:
+                with T.Else(), serial(T.min(self.pixels - p, wide)) as i, serial(wide) as c:
                     value = T.if_then_else(v * wide + c < self.channels, source[src + c * self.pixels + i],
                                            tirx.const(0.0, self.dtype))
                     T.buffer_store(result, T.cast(value, self.packed_dtype), [dst + i * row + c])

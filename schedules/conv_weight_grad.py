@@ -18,7 +18,18 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from .conv_problem import ConvConfig, ConvProblem, forward_phases, lanes, split_row
-from .conv_tir import ChannelsLastPack, Transpose, when, widen, within
+from .conv_tir import (
+    ChannelsLastPack,
+    Transpose,
+    opaque,
+    parallel,
+    serial,
+    unroll,
+    vectorized,
+    when,
+    widen,
+    within,
+)
 
 
 class WeightGrad:
@@ -52,14 +63,14 @@ class WeightGrad:
         self.x = widen(x, self.acc_dtype)
         self.dy = self.pack.emit(dy) if self.pack else dy
         band = min(self.config.block, -(-self.rows // self.chunks))
-        with T.parallel(self.chunks * self.groups * self.blocks) as task:
+        with parallel(self.chunks * self.groups * self.blocks) as task:
             chunk, block = task // (self.groups * self.blocks), task % (self.groups * self.blocks)
             first, last = chunk * self.rows // self.chunks, (chunk + 1) * self.rows // self.chunks
             home = task * (self.taps * self.red * self.tile)
-            with T.serial(self.taps * self.red * self.config.vectors) as i:
+            with serial(self.taps * self.red * self.config.vectors) as i:
                 T.buffer_store(self.partial, T.broadcast(tirx.const(0.0, self.acc_dtype), self.wide),
                                [T.ramp(home + i * self.wide, 1, self.wide)])
-            with T.serial((last - first + band - 1) // band) as b:
+            with serial((last - first + band - 1) // band) as b:
                 start = first + b * band
                 self._emit_band(start, T.min(start + band, last), home, block)
         self._emit_result(store)
@@ -69,16 +80,16 @@ class WeightGrad:
         tiles = split_row(self.red, min(self.config.pixels, self.red))
         size = tiles[0][1]
         full = sum(1 for _, s in tiles if s == size)
-        with T.serial(full) as tile:
+        with serial(full) as tile:
             self._emit_taps(start, stop, home, block, tile * size, size)
         if full < len(tiles):
             self._emit_taps(start, stop, home, block, *tiles[-1])
 
     def _emit_taps(self, start, stop, home, block, channel, size: int) -> None:
         together = self.columns_together(size)
-        with T.serial(self.depth.taps) as jd, T.serial(self.height.taps) as jh:
+        with serial(self.depth.taps) as jd, serial(self.height.taps) as jh:
             if together == 1:
-                with T.serial(self.width.taps) as jw:
+                with serial(self.width.taps) as jw:
                     self._emit_tile(start, stop, home, block, channel, size, jd, jh, jw, 1)
             else:
                 for jw in range(0, self.width.taps, together):
@@ -87,7 +98,7 @@ class WeightGrad:
 
     def columns_together(self, size: int) -> int:
         """How many taps of a kernel row share a tile: several only where input channels are too few to fill it."""
-        if size != self.red or size * 2 > self.config.pixels:
+        if size != self.red or size * 2 > self.config.pixels or self.red >= 8:
             return 1
         edges = sum(self.width.count - (high - low) for low, high in map(self.width.valid, range(self.width.taps)))
         return max(1, min(self.config.pixels // size, self.width.taps)) if edges <= 16 else 1
@@ -102,11 +113,11 @@ class WeightGrad:
             return T.ramp(home + (tap * self.red + channel + i) * self.tile + v * wide, 1, wide)
 
         def each(body):
-            with T.unroll(count) as k, T.unroll(size) as i, T.unroll(vectors) as v:
+            with unroll(count) as k, unroll(size) as i, unroll(vectors) as v:
                 body(T.ramp(((k * size + i) * vectors + v) * wide, 1, wide), place(k, i, v))
 
         each(lambda lane, at: T.buffer_store(acc, self.partial[at], [lane]))
-        with T.serial(stop - start) as r:
+        with serial(stop - start) as r:
             row = start + r
             n = row // (self.depth.count * self.height.count)
             d = row // self.height.count % self.depth.count * self.depth.in_stride + self.depth.offset(0)
@@ -135,19 +146,19 @@ class WeightGrad:
         if not self.pack:
             group, b = block // self.blocks, block % self.blocks
             dy_row = row * width.count * self.problem.out_channels + group * self.out + b * self.tile
-        pixel = _Pixel(self, acc, dy_row, x_row, x_pixel, x_channel, size)
+        pixel = _Pixel(self, acc, opaque(dy_row), opaque(x_row), x_pixel, x_channel, size)
         if count == 1:
             offset = width.offset(0) + jw * width.offset_step
             low = T.max(0, (width.in_stride - 1 - offset) // width.in_stride)
             high = T.min(width.count, (width.in_extent - 1 - offset) // width.in_stride + 1)
-            with T.serial(T.max(high - low, 0)) as q:
+            with serial(T.max(high - low, 0)) as q:
                 pixel.emit(low + q, [(0, offset)])
             return
         spans = [width.valid(jw + k) for k in range(count)]
         low, high = max(s[0] for s in spans), min(s[1] for s in spans)
         taps = [(k, width.offset(jw + k)) for k in range(count)]
         if low < high:
-            with T.serial(high - low) as q:
+            with serial(high - low) as q:
                 pixel.emit(low + q, taps)
         for q in [q for q in range(width.count) if not low <= q < high]:
             pixel.emit(q, [tap for tap, span in zip(taps, spans) if span[0] <= q < span[1]])
@@ -158,11 +169,11 @@ class WeightGrad:
         vectors = self.blocks * self.config.vectors
         steps = -(-columns // wide)
         kernel = self.problem.kernel
-        with T.parallel(self.groups * vectors * steps) as t:
+        with parallel(self.groups * vectors * steps) as t:
             first, v, group = t % steps * wide, t // steps % vectors, t // steps // vectors
             tile = T.alloc_buffer((wide * wide,), self.acc_dtype, scope="local")
             turned = T.alloc_buffer((wide * wide,), self.acc_dtype, scope="local")
-            with T.serial(T.min(wide, columns - first)) as j:
+            with serial(T.min(wide, columns - first)) as j:
                 tap, channel = (first + j) % self.taps, (first + j) // self.taps
                 block = group * self.blocks + v // self.config.vectors
                 at = ((block * self.taps + tap) * self.red + channel) * self.tile + v % self.config.vectors * wide
@@ -171,7 +182,7 @@ class WeightGrad:
                     total = total + self.partial[T.ramp(at + chunk * self.size, 1, wide)]
                 T.buffer_store(tile, total, [T.ramp(j * wide, 1, wide)])
             self.back.emit(turned[0], wide, tile[0], wide)
-            with T.serial(T.max(0, T.min(wide, self.out - v * wide))) as o:
+            with serial(T.max(0, T.min(wide, self.out - v * wide))) as o:
 
                 def put(lane, o=o, first=first, group=group, v=v, turned=turned):
                     e, index = first + lane, []
@@ -182,10 +193,10 @@ class WeightGrad:
 
                 with when(first + wide <= columns if columns % wide else None):
                     if columns >= wide:
-                        with T.vectorized(wide) as lane:
+                        with vectorized(wide) as lane:
                             put(lane)
                 if columns % wide:
-                    with when(first + wide > columns), T.vectorized(columns % wide) as lane:
+                    with when(first + wide > columns), vectorized(columns % wide) as lane:
                         put(lane)
 
 
@@ -201,9 +212,9 @@ class _Pixel:
         dy_pixel = grad.groups * grad.blocks * grad.tile if grad.pack else grad.problem.out_channels
         for k, offset in taps:
             column = q * grad.width.in_stride + offset
-            with T.unroll(self.size) as i:
+            with unroll(self.size) as i:
                 value = T.broadcast(grad.x[self.x_row + column * self.x_pixel + i * self.x_channel], wide)
-                with T.unroll(grad.config.vectors) as v:
+                with unroll(grad.config.vectors) as v:
                     lane = T.ramp(((k * self.size + i) * grad.config.vectors + v) * wide, 1, wide)
                     gradient = grad.dy[T.ramp(self.dy_row + q * dy_pixel + v * wide, 1, wide)]
                     T.buffer_store(self.acc, self.acc[lane] + value * gradient, [lane])
