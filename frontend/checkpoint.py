@@ -112,7 +112,7 @@ def _array(x: Any) -> np.ndarray:
     return array if array.flags.c_contiguous else np.ascontiguousarray(array)
 
 
-# The format -------------------------------------------------------------------------------------------------------------
+# The format ----------------------------------------------------------------------------------------------------
 
 
 def _bytes(array: np.ndarray) -> Any:
@@ -190,7 +190,7 @@ def _parse(data: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             raise CheckpointError(f"{name} has the dtype {entry['dtype']}, which is not supported")
         count = int(np.prod(shape, dtype=np.int64))
         if start != end or min(shape, default=0) < 0 or stop - start != count * dtype.itemsize or stop > body.size:
-            raise CheckpointError(f"damaged: the place of {name} does not fit its shape {shape} or the file (cut short?)")
+            raise CheckpointError(f"damaged: the place of {name} does not fit its shape {shape} or the file's size")
         array = np.frombuffer(body[start:stop].tobytes(), dtype.np).reshape(shape)
         arrays[name], end = array, stop
     if end != body.size:

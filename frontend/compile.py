@@ -24,13 +24,11 @@ from typing import Any
 import numpy as np
 
 from ..ir import config
-from ..ir.cse import CSE
-from ..ir.dce import DCE
 from ..ir.errors import ArgumentsError, CompileError, ShapeError
 from ..ir.graph import Graph
 from ..ir.location import user_location
+from ..ir.passes import FINISH, TIDY
 from ..ir.pipeline import Pass, Pipeline
-from ..ir.simplify import SIMPLIFY
 from ..ir.types import TensorType
 from . import tree
 from .eager import Concrete, array_type, builder, eager_builder, records
@@ -53,12 +51,11 @@ def passes(amp: Any = None) -> list[Pass]:
     Args:
         amp: "bfloat16" (or "float16"): mixed precision; None: none.
     """
-    tidy = [SIMPLIFY, CSE, DCE]
     if amp is None:
-        return tidy
+        return [*TIDY, *FINISH]
     from ..autodiff.amp import amp_pass
 
-    return [*tidy, amp_pass(amp), *tidy]
+    return [*TIDY, amp_pass(amp), *TIDY, *FINISH]
 
 
 def build_executable(graph: Graph, target: str, amp: Any = None, meta: dict[str, Any] | None = None) -> Any:
@@ -281,8 +278,8 @@ class Compiled:
         leaves, structure = tree.flatten((tuple(args), keywords))
         declared = self.fn.meta.get("in_structure")
         if declared is not None and declared != structure:
-            raise ArgumentsError(f"{self.__name__}: called with the arguments {structure}, but the graph was traced with "
-                                 f"{declared}", user_location())
+            raise ArgumentsError(f"{self.__name__}: called with the arguments {structure}, but the graph was "
+                                 f"traced with {declared}", user_location())
         return specialize(self.fn, [array_type(np.asarray(leaf)) for leaf in leaves])
 
     def _compile(self, args: Sequence[Any], keywords: dict[str, Any]) -> Program:
@@ -295,7 +292,8 @@ class Compiled:
         count = len(graph.outputs) - len(assigns)
         out_structure = meta.get("out_structure") or _plain(count)
         static = {str(i): text for i, text in meta.get("static", {}).items()}
-        header = {"static": static, "in_structure": tree.to_json(meta.get("in_structure") or _plain_arguments(graph, captures)),
+        in_structure = meta.get("in_structure") or _plain_arguments(graph, captures)
+        header = {"static": static, "in_structure": tree.to_json(in_structure),
                   "out_structure": tree.to_json(out_structure), "results": count, "bound": len(captures)}
         executable = build_executable(graph, self.target, self.amp, header)
         made = getattr(executable, "stats", None)

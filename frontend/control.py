@@ -173,8 +173,8 @@ def _check_carry(name: str, found: tree.Structure, structure: tree.Structure, ty
                              user_location())
     for path, new, old in zip(structure.paths(), types, before):
         if new != old.type:
-            raise ShapeError(f"{name}: the body turns the state{path} of type {old.type} into {new}; shape and dtype must "
-                             "stay the same", user_location())
+            raise ShapeError(f"{name}: the body turns the state{path} of type {old.type} into {new}; shape and dtype "
+                             "must stay the same", user_location())
 
 
 def scan(body: Callable[[Any, Any], tuple[Any, Any]], init: Any, xs: Any = None, length: int | None = None,

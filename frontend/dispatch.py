@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from ..ir import ops as _ops  # noqa: F401 -- fills the registry
 from ..ir.dims import Dim
 from ..ir.dtypes import DType, as_dtype, bool_, float32, int64, promote
 from ..ir.errors import AttributeValueError, DTypeError, ShapeError, TraceError
 from ..ir.graph import Graph
 from ..ir.location import user_location
 from ..ir.types import as_shape
-from ..ir import ops as _ops  # noqa: F401 -- fills the registry
 from . import eager
 from .tensor import Tensor, _hooks, to_array
 
@@ -175,7 +175,7 @@ def binary(name: str, x: Any, y: Any, floating: bool = False) -> Tensor:
     return result
 
 
-# Arguments ----------------------------------------------------------------------------------------------------------
+# Arguments -----------------------------------------------------------------------------------------------------
 
 
 def normalize_axis(axis: Any, ndim: int) -> int:

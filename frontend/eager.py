@@ -102,7 +102,7 @@ class EagerBuilder(Builder):
         for i, (array, declared) in enumerate(zip(results, node.results)):
             for operand in node.operands:
                 if operand.mutable and np.may_share_memory(array, operand.array):  # type: ignore[attr-defined]
-                    array = array.copy()
+                    array = np.array(array)
                     break
             values.append(Concrete(array, array_type(array) if declared.type.is_static else declared.type,
                                    node if keep else None, i))
@@ -129,16 +129,16 @@ class EagerBuilder(Builder):
 
     def advance(self, state: Any, count: int) -> None:
         """Moves a Philox state past a draw."""
-        array = self.lift(state).array.copy()
+        array = np.array(self.lift(state).array)
         array[1] = (int(array[1]) + count) % 2**64
         state._overwrite(array)
 
 
 def _array(value: Value, node: Node) -> np.ndarray:
-    array = getattr(value, "array", value)
-    if array is value:
+    if not isinstance(value, Concrete):
         raise TraceError(f"{node.op.name}: the operand {value!r} belongs to a trace and has no elements; "
                          "return it from the traced function instead", node.loc)
+    array = value.array
     if array is None:
         raise GradientError(f"{node.op.name} needs the elements of {value!r}, which were replaced since by assign() or "
                             "an optimizer step; call backward() before the update", node.loc)

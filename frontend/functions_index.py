@@ -212,7 +212,7 @@ def _symbolic_bounds(size: Any, item: slice, step: int) -> tuple[Any, Any, int, 
     return (start, stop, step, (stop - start + step - 1) // step)
 
 
-# Updates ----------------------------------------------------------------------------------------------------------------
+# Updates -------------------------------------------------------------------------------------------------------
 
 
 class At:
@@ -284,9 +284,11 @@ def _update(x: Tensor, index: Any, values: Any, how: str) -> Tensor:
     return where(apply("pad", inside, **place, value=False), spread, x)
 
 
-def _place(x: Tensor, plan: _Plan) -> dict[str, tuple[int, ...]]:
+def _place(x: Tensor, plan: _Plan) -> dict[str, Any]:
     """The padding that puts a region of the plan's size where the plan's slice is."""
-    low, high, interior = [], [], []
+    low: list[int] = []
+    high: list[int] = []
+    interior: list[int] = []
     for size, start, stride, count in zip(x.shape, plan.starts, plan.strides, plan.counts):
         if any(isinstance(v, Dim) for v in (size, start, count)):
             if (start, stride, count) != (0, 1, size):
@@ -346,11 +348,11 @@ def _scatter(x: Tensor, index: Any, plan: _Plan, values: Tensor, how: str) -> Te
 
 def setitem(x: Tensor, index: Any, values: Any) -> None:
     """Refuses: tensors do not change."""
-    raise ArgumentsError("tensors do not change: instead of x[i] = v write x = x.at[i].set(v); parameters and state are "
-                         "replaced by x.assign(v)", user_location())
+    raise ArgumentsError("tensors do not change: instead of x[i] = v write x = x.at[i].set(v); parameters and state "
+                         "are replaced by x.assign(v)", user_location())
 
 
-# By name ----------------------------------------------------------------------------------------------------------------
+# By name -------------------------------------------------------------------------------------------------------
 
 
 def take(x: Any, indices: Any, axis: int | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from ..ir.dtypes import as_dtype, float32
 from ..ir.errors import AttributeValueError, ShapeError
 from ..ir.location import user_location
 from .dispatch import apply, as_tensor, cast, normalize_axes, normalize_axis
-from .functions_elementwise import absolute, as_bool, maximum, square, sqrt, where
+from .functions_elementwise import absolute, as_bool, maximum, sqrt, square, where
 from .tensor import Tensor
 
 Axis = Any
@@ -188,7 +188,7 @@ cumprod = _cumulative("cumprod")
 cumprod.__doc__ = "Running product along an axis (None: flattened); options as for `cumsum`."
 
 
-# Order ----------------------------------------------------------------------------------------------------------------
+# Order ---------------------------------------------------------------------------------------------------------
 
 
 def sort(x: Any, axis: int = -1, descending: bool = False) -> Tensor:

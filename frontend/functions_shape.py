@@ -146,7 +146,7 @@ def broadcast_arrays(*xs: Any) -> list[Tensor]:
     return [broadcast_to(x, shape) for x in tensors]
 
 
-# Joining and cutting ------------------------------------------------------------------------------------------------
+# Joining and cutting -------------------------------------------------------------------------------------------
 
 
 def concatenate(xs: Sequence[Any], axis: int | None = 0) -> Tensor:
@@ -239,7 +239,7 @@ def unstack(x: Any, axis: int = 0) -> list[Tensor]:
     return [squeeze(slice_axis(x, place, i, i + 1), place) for i in range(x.shape[place])]
 
 
-# Repeating and padding ------------------------------------------------------------------------------------------------
+# Repeating and padding -----------------------------------------------------------------------------------------
 
 
 def tile(x: Any, reps: Any) -> Tensor:
@@ -308,7 +308,7 @@ def _pad_widths(widths: Any, ndim: int) -> list[tuple[int, int]]:
     except ValueError:
         spread = np.array([[-1, -1]])
     if spread.dtype.kind not in "iu" or (spread < 0).any():
-        raise AttributeValueError(f"pad: pad_width is {widths!r}; expected an int, a pair, or {ndim} pairs of ints >= 0",
+        raise AttributeValueError(f"pad: pad_width is {widths!r}; expected an int, a pair, or {ndim} pairs of them, >= 0",
                                   user_location())
     return [(int(lo), int(hi)) for lo, hi in spread]
 

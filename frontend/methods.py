@@ -82,10 +82,6 @@ def view(self: Tensor, *shape: Any) -> Tensor:
     return F.reshape(self, *shape)
 
 
-def _property(function: Callable[[Tensor], Any], doc: str) -> property:
-    return property(function, doc=doc)
-
-
 def attach() -> None:
     """Puts every operator and method on the class."""
     for name, function in OPERATORS.items():
@@ -97,13 +93,15 @@ def attach() -> None:
         setattr(Tensor, f"__{name}__", function)
     for name in METHODS:
         setattr(Tensor, name, getattr(F, name))
-    Tensor.__getitem__ = getitem  # type: ignore[method-assign]
-    Tensor.__setitem__ = setitem  # type: ignore[attr-defined]
+    for name, function in (("__getitem__", getitem), ("__setitem__", setitem)):
+        setattr(Tensor, name, function)
     for method in (clone, detach, contiguous, to, view):
         setattr(Tensor, method.__name__, method)
-    Tensor.at = _property(At, "x.at[index].set(v), .add(v): a copy with some elements replaced")  # type: ignore
-    Tensor.T = _property(lambda x: F.transpose(x), "The axes in reverse order.")  # type: ignore[attr-defined]
-    Tensor.mT = _property(F.matrix_transpose, "The last two axes exchanged.")  # type: ignore[attr-defined]
+    for name, getter, doc in (
+            ("at", At, "x.at[index].set(v), .add(v): a copy with some elements replaced."),
+            ("T", lambda x: F.transpose(x), "The axes in reverse order."),
+            ("mT", F.matrix_transpose, "The last two axes exchanged.")):
+        setattr(Tensor, name, property(getter, doc=doc))
 
 
 attach()

@@ -32,7 +32,8 @@ _registered: set[str] = set()
 
 def register_op(name: str, operands: str, infer: Callable[..., Any], reference: Callable[..., Any], *,
                 vjp: Any = None, lower: Any = None, decompose: Callable[..., Any] | None = None,
-                attrs: Mapping[str, Any] | None = None, traits: Sequence[str] = (), doc: str = "") -> Callable[..., Any]:
+                attrs: Mapping[str, Any] | None = None, traits: Sequence[str] = (), doc: str = "",
+                ) -> Callable[..., Any]:
     """Registers an op; gives the function of tensors that applies it.
 
     Args:
@@ -59,6 +60,7 @@ def register_op(name: str, operands: str, infer: Callable[..., Any], reference: 
         undifferentiable=None if vjp is not None else "registered without a vjp",
         unlowered=None if lower is not None or decompose is not None else "registered without lower or decompose"))
     _registered.add(name)
+    fill("amp", name, "follow")
     if vjp is not None:
         fill("vjp", name, _vjp_rule(vjp))
     if lower is not None:

@@ -81,7 +81,7 @@ class Trace(GraphBuilder):
         """(read, value when tracing) of what the graph depends on besides its inputs."""
         return self._guards
 
-    # From tensors to values -----------------------------------------------------------------------------------------
+    # From tensors to values -------------------------------------------------------------------------------------
 
     def lift(self, tensor: Tensor) -> Value:
         """The value in this graph that stands for a tensor; captures concrete ones.
@@ -130,7 +130,7 @@ class Trace(GraphBuilder):
         return tuple(self.emit("stop_gradient", (v,), {})[0] if v.dtype.is_float and v.producer is not None else v
                      for v in values)
 
-    # State ----------------------------------------------------------------------------------------------------------
+    # State ------------------------------------------------------------------------------------------------------
 
     def assign(self, tensor: Tensor, value: Tensor) -> None:
         """The tensor has a new value from here on; the compiled function writes it back."""
@@ -163,7 +163,7 @@ class Trace(GraphBuilder):
             (moved,) = self.emit("add", (self.lift(state), step), {})
             self.assign(state, Tensor._of(moved, self))
 
-    # Its end --------------------------------------------------------------------------------------------------------
+    # Its end ----------------------------------------------------------------------------------------------------
 
     def finish(self, results: list[Value]) -> Graph:
         """The graph with these outputs, followed by the new values of the assigned tensors."""
@@ -185,7 +185,7 @@ class Trace(GraphBuilder):
             (value,) = self.emit("identity", (value,), {})
         return value
 
-    # Misuse ---------------------------------------------------------------------------------------------------------
+    # Misuse -----------------------------------------------------------------------------------------------------
 
     def leaked(self, tensor: Tensor) -> None:
         """Raises: a tracer is used where its trace is not open."""

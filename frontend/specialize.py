@@ -32,7 +32,7 @@ def bind_sizes(graph: Graph, types: Sequence[TensorType]) -> dict[str, int]:
     for _ in range(2):  # a second look checks expressions whose names were found after them
         for value, given in zip(data, types):
             fits = given.dtype == value.dtype and given.rank == value.rank and all(
-                solve(declared, actual, sizes) for declared, actual in zip(value.shape, given.shape))
+                solve(declared, int(actual), sizes) for declared, actual in zip(value.shape, given.shape))
             if not fits:
                 known = f" with {sizes}" if sizes else ""
                 raise ArgumentsError(f"{graph.name}: the input {value!r}{known} got a tensor of type {given}",

@@ -80,7 +80,7 @@ class Tensor:
         """Wraps an array without a copy."""
         return cls._of(Concrete(array, array_type(array)))
 
-    # What it is -----------------------------------------------------------------------------------------------------
+    # What it is -------------------------------------------------------------------------------------------------
 
     @property
     def shape(self) -> tuple[Any, ...]:
@@ -167,7 +167,7 @@ class Tensor:
         """
         _hooks["backward"](self, gradient)
 
-    # Its elements ---------------------------------------------------------------------------------------------------
+    # Its elements -----------------------------------------------------------------------------------------------
 
     def numpy(self, copy: bool = True) -> np.ndarray:
         """The elements as a NumPy array: a copy of its own, or with `copy=False` a read-only view.
@@ -264,7 +264,7 @@ class Tensor:
         grad = ", requires_grad=True" if self.requires_grad else ""
         return f"tensor({text}, dtype={self.dtype}{grad})"
 
-    # Changing it ----------------------------------------------------------------------------------------------------
+    # Changing it ------------------------------------------------------------------------------------------------
 
     def assign(self, value: Any) -> Tensor:
         """Replaces the elements; inside a trace, the update happens when the compiled function runs.
@@ -357,6 +357,8 @@ class Tensor:
         __le__: Binary
         __gt__: Binary
         __ge__: Binary
+        def __eq__(self, other: object) -> Tensor: ...  # type: ignore[override]
+        def __ne__(self, other: object) -> Tensor: ...  # type: ignore[override]
         __neg__: Binary
         __pos__: Binary
         __abs__: Binary

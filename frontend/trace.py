@@ -143,7 +143,7 @@ def _graph_name(fn: Any) -> str:
 def _names(fn: Any, structure: tree.Structure) -> list[str]:
     """A name for each leaf: its parameter's, with the path inside it."""
     positional, keyword = structure.children
-    names = []
+    names: list[str] = []
     parameters = _parameters(fn, len(positional.children))
     for name, child in zip(parameters, positional.children):
         names += [_clean(name + path) for path in child.paths()]
@@ -162,7 +162,7 @@ def _parameters(fn: Any, count: int) -> list[str]:
         found = inspect.signature(getattr(fn, "forward", fn)).parameters.values()
     except (TypeError, ValueError):
         found = ()  # type: ignore[assignment]
-    names = []
+    names: list[str] = []
     for parameter in found:
         if parameter.kind is parameter.VAR_POSITIONAL:
             names += [f"{parameter.name}{i}" for i in range(count - len(names))]

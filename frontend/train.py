@@ -127,7 +127,7 @@ class TrainStep:
         names = self.opt.static_options
         return tuple((len(g.params), *(g.options[n] for n in names)) for g in self.opt.groups)
 
-    # The function that is traced --------------------------------------------------------------------------------------
+    # The function that is traced --------------------------------------------------------------------------------
 
     def step(self, batch: tuple[Any, ...], numbers: dict[str, Tensor], structure: tuple[Any, ...]) -> Any:
         """Forward, backward, clipping, update, as tensor functions with assignments."""
@@ -171,7 +171,7 @@ class TrainStep:
         result = self.loss_fn(self.model, *batch)
         loss = result[0] if isinstance(result, tuple) else result
         if not isinstance(loss, Tensor):
-            raise GradientError(f"train_step: loss_fn returned {loss!r}; it must return a scalar tensor, or (loss, aux)",
+            raise GradientError(f"train_step: loss_fn returned {loss!r}; it must return a scalar, or (loss, aux)",
                                 user_location())
         return result, gradients(loss, params)
 
@@ -241,7 +241,7 @@ class _CompiledStep(Compiled):
             else:
                 low = count + 1
                 if count == len(blocks):
-                    raise CompileError(f"train_step: a step needs {used:,} bytes between forward and backward even with "
+                    raise CompileError(f"train_step: a step needs {used:,} bytes between its kernels even with "
                                        f"all {len(blocks)} blocks recomputed; the budget is {budget:,}. Use smaller "
                                        "batches, or accumulate")
             if best is not None and low >= high:

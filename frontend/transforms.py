@@ -211,7 +211,7 @@ def gradients(loss: Tensor, wrt: Sequence[Tensor]) -> list[Tensor | None]:
     return [None if g is None else _wrap(builder, g) for g in found]
 
 
-# Parts ----------------------------------------------------------------------------------------------------------------
+# Parts ---------------------------------------------------------------------------------------------------------
 
 
 def _positions(argnums: Any, count: int) -> tuple[int, ...]:
@@ -245,8 +245,8 @@ def _differentiable(leaf: Any, position: int) -> Tensor:
         raise GradientError(f"argument {position} holds {leaf!r}, which is not a tensor: {error}",
                             user_location()) from None
     if not tensor.dtype.is_float:
-        raise GradientError(f"argument {position} has the type {tensor.type}: only floating dtypes have gradients. Cast "
-                            "it, or leave it out of argnums", user_location())
+        raise GradientError(f"argument {position} has the type {tensor.type}: only floating dtypes have gradients. "
+                            "Cast it, or leave it out of argnums", user_location())
     return tensor
 
 
@@ -305,8 +305,8 @@ def _zero(builder: Builder, like: Value) -> Any:
 def _fitting(cotangent: Any, output: Tensor) -> Tensor:
     ct = as_tensor(cotangent, output.dtype) if not isinstance(cotangent, Tensor) else cotangent
     if ct.type != output.type:
-        raise GradientError(f"a cotangent or tangent of type {ct.type} does not fit {output.type}: shape and dtype must "
-                            "be the same", user_location())
+        raise GradientError(f"a cotangent or tangent of type {ct.type} does not fit {output.type}: shape and dtype "
+                            "must be the same", user_location())
     return ct
 
 

@@ -5,6 +5,7 @@ The file is an uncompressed zip archive:
     manifest.json           format version, signature, versions, SHA-256 of every other member
     code/program.so         machine code (or code/*.o where there was no linker)
     constants.safetensors   constant tensors, if any
+    tensors.safetensors     values for inputs that the caller keeps bound (parameters, state), if any
 
 The archive's comment holds the SHA-256 of the manifest, so every byte that matters is covered. Nothing
 is unpickled and nothing is unpacked to a path named by the archive. (Checksums find damage, not malice: a saved
@@ -26,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from ..ir.errors import ArtifactError, TreadleError
-from .executable import Executable, Signature
+from .executable import Executable, Signature, TensorInfo
 from .link import Library
 from .program import numpy_dtype
 
@@ -34,12 +35,15 @@ log = logging.getLogger("treadle.artifact")
 
 FORMAT = 1
 _MANIFEST, _CONSTANTS, _CODE = "manifest.json", "constants.safetensors", "code/"
+_TENSORS = "tensors.safetensors"
 _COMMENT = "treadle "
 _LIMIT = 64 << 20  # of the manifest
 
 
-def save(executable: Executable, path: Any) -> None:
+def save(executable: Executable, path: Any, tensors: dict[str, np.ndarray] | None = None) -> None:
     """Write an executable to `path`, atomically: either the whole file is there or what was there before.
+
+    `tensors` (input name -> value) are what the caller binds to inputs; `load` gives them back as `.tensors`.
 
     Raises:
         ArtifactError: the file cannot be written.
@@ -48,9 +52,12 @@ def save(executable: Executable, path: Any) -> None:
     members = {_CODE + name: data for name, data in executable.library.files.items()}
     if executable.constants:
         members[_CONSTANTS] = _write_constants(executable.constants)
+    if tensors:
+        members[_TENSORS] = _write_constants(tensors)
     manifest = {
         "format": FORMAT,
         "signature": executable.signature.to_json(),
+        "tensors": sorted(tensors or ()),
         "versions": _versions(),
         "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in members.items()},
     }
@@ -127,15 +134,18 @@ def _read(archive: zipfile.ZipFile, path: Path) -> Executable:
             )
     signature = Signature.from_json(manifest["signature"])
     code = {name[len(_CODE) :]: data for name, data in members.items() if name.startswith(_CODE)}
-    values = _read_constants(members.get(_CONSTANTS), signature)
+    values = _read_constants(members.get(_CONSTANTS), signature.constants)
+    bound = [info for info in signature.inputs if info.name in manifest.get("tensors", ())]
     log.info("%s: %s, written by %s", path, signature.name, manifest["versions"])
-    return Executable(signature, Library(code), values)
+    executable = Executable(signature, Library(code), values)
+    executable.tensors = _read_constants(members.get(_TENSORS), bound)
+    return executable
 
 
 def _check_name(name: str, path: Path) -> None:
     """Members are looked up by these names only, and never become paths; still, nothing odd gets further."""
     base = name[len(_CODE) :] if name.startswith(_CODE) else ""
-    if name != _CONSTANTS and not (
+    if name not in (_CONSTANTS, _TENSORS) and not (
         base.endswith((".so", ".o")) and base.replace("_", "").replace(".", "").isalnum()
     ):
         raise ArtifactError(f"{path} is no saved program: it names a member {name!r}")
@@ -154,7 +164,7 @@ def _write_constants(constants: dict[str, np.ndarray]) -> bytes:
     )
 
 
-def _read_constants(data: bytes | None, signature: Signature) -> dict[str, np.ndarray]:
+def _read_constants(data: bytes | None, infos: list[TensorInfo]) -> dict[str, np.ndarray]:
     if data is None:
         return {}
     import safetensors
@@ -166,7 +176,7 @@ def _read_constants(data: bytes | None, signature: Signature) -> dict[str, np.nd
         raise ArtifactError(f"the saved constants are damaged: {error}") from error
     return {
         info.name: stored[info.name].reshape(-1).view(numpy_dtype(info.dtype)).reshape(info.shape)
-        for info in signature.constants
+        for info in infos
     }
 
 

@@ -1,0 +1,1 @@
+"""The frontend: tensors, tracing, gradients, compiling, training."""
