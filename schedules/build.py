@@ -7,6 +7,7 @@ nothing. Kernels compile in parallel threads: TVM and LLVM run without the GIL.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -50,7 +51,10 @@ def build(program: Program, target: Target | str = "cpu", progress: Progress | N
     plan = plan_memory(program)
     library, stats, _ = _library(program, plan, target, progress)
     executable = Executable(
-        _signature(program, plan, target), library, {b.name: b.data for b in program.constants}, plan=plan
+        _signature(program, plan, target),
+        library,
+        {b.name: b.data for b in program.constants if b.data is not None},
+        plan=plan,
     )
     executable.stats = stats
     executable.profile_builder = lambda: _profiled(program, plan, target)
@@ -115,8 +119,8 @@ def _objects(
         if data is not None:
             objects[f"{symbol}.o"] = data
         else:
-            todo[symbol] = lambda symbol=symbol, function=function: compile_kernel(function, symbol, target)
-    todo[driver[0]] = lambda: compile_host(driver[1], target)
+            todo[symbol] = functools.partial(compile_kernel, function, symbol, target)
+    todo[driver[0]] = functools.partial(compile_host, driver[1], target)
 
     def work(symbol: str) -> bytes:
         data = todo[symbol]()

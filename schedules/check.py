@@ -85,7 +85,7 @@ def _check_steps(steps: list[Step], extents: dict[int, int | None]) -> None:
     """Arguments of every step: positions, kinds, and views within their buffers. `extents`: loop counters in scope."""
     for step in steps:
         if isinstance(step, (KernelCall, HostCall)):
-            for position in {*step.reads, *step.writes}:
+            for position in (*step.reads, *step.writes):
                 if not 0 <= position < len(step.args):
                     raise VerifyError(f"{step.label}: position {position} of {len(step.args)} arguments")
             for position in step.writes:

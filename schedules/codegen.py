@@ -37,6 +37,13 @@ LLVM_OPTIONS = "treadle.llvm_options"
 _KERNEL_CONVENTION = 2  # any value but 0 tells TVM that the signature is final
 
 
+def on_cpu(body: Any) -> Any:
+    """A statement with the device that TVM's builtins (workspace, packed calls) look for around them."""
+    for key, value in (("device_type", 1), ("device_id", 0)):
+        body = tir_stmt.AttrStmt("default", key, tirx.const(value, "int32"), body)
+    return body
+
+
 @tvm.transform.module_pass(opt_level=0, name="RawPointers")
 def _raw_pointers(mod, _context):
     """Replace buffer parameters by pointers, and return 0 at the end."""
@@ -50,7 +57,9 @@ def _raw_pointers(mod, _context):
                 params.append(pointer)
             else:
                 params.append(param)
-        body = tir_stmt.SeqStmt([*declarations, function.body, tir_stmt.Return(tirx.const(0, "int32"))])
+        body = on_cpu(
+            tir_stmt.SeqStmt([*declarations, function.body, tir_stmt.Return(tirx.const(0, "int32"))])
+        )
         raw = tirx.PrimFunc(params, body, ret_type=tvm.ir.PrimType("int32"), attrs=function.attrs)
         lowered[name] = raw.with_attr("calling_conv", _KERNEL_CONVENTION)
     return tvm.IRModule(lowered)
@@ -129,7 +138,7 @@ def compile_kernel(function: tirx.PrimFunc, symbol: str, target: Target) -> byte
         function = function.with_attr("global_symbol", symbol)
         mod = tirx.transform.BindTarget(llvm.with_host(llvm))(tvm.IRModule({symbol: function}))
         return _llvm_object(_kernel_passes()(mod), llvm)
-    except (tvm.error.TVMError, RuntimeError, ValueError, TypeError) as error:
+    except Exception as error:  # TVM's errors have no base class of their own
         raise CompileError(f"kernel {symbol} could not be compiled for {target}: {error}") from error
 
 

@@ -25,6 +25,7 @@ from tvm.script import tirx as T
 from tvm.tirx import stmt as tir_stmt
 
 from . import host
+from .codegen import on_cpu
 from .plan import MemoryPlan, Slots
 from .program import (
     ENTRY,
@@ -41,8 +42,8 @@ from .program import (
     Step,
     View,
     While,
-    buffer_of,
     runs,
+    storage,
 )
 
 _ARG_VALUE = 15  # field of a TVMFFIAny: its value as a pointer
@@ -73,9 +74,7 @@ def build_driver(
             tir_stmt.Return(tirx.const(0, "int32")),
         ]
     )
-    for key, value in (("device_type", 1), ("device_id", 0)):  # what TVM's builtins ask for: the CPU
-        body = tir_stmt.AttrStmt("default", key, tirx.const(value, "int32"), body)
-    function = tirx.PrimFunc(params, body, ret_type=PrimType("int32"))
+    function = tirx.PrimFunc(params, on_cpu(body), ret_type=PrimType("int32"))
     function = function.with_attr("global_symbol", f"__tvm_ffi_{ENTRY}").with_attr("calling_conv", 1)
     return function, emitter.timed
 
@@ -130,7 +129,7 @@ class _Emitter:
 
     def address(self, arg: Buffer | View) -> Any:
         """The address of a buffer or view, as a handle expression."""
-        root = buffer_of(arg).root
+        root = storage(arg).root
         slot = self.slots.index.get(id(root))
         base = self.arena if slot is None else self.slot(slot)
         offset = _int64(self.plan.offset(root) if slot is None else 0)

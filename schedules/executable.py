@@ -114,16 +114,21 @@ def _raw(nbytes: int) -> tuple[np.ndarray, int, int]:
 def _address(array: np.ndarray) -> int:
     """Where the data of a contiguous array lie. (`array.ctypes.data` says the same in four times the time.)"""
     try:
-        return ctypes.addressof(ctypes.c_char.from_buffer(array))
-    except (TypeError, ValueError, BufferError):  # read-only, empty, or a dtype that the buffer protocol lacks
+        return ctypes.addressof(ctypes.c_char.from_buffer(array))  # type: ignore[arg-type]
+    except (
+        TypeError,
+        ValueError,
+        BufferError,
+    ):  # read-only, empty, or a dtype that the buffer protocol lacks
         return array.ctypes.data
 
 
 class _Result:
     """Where one output of each call goes: memory that is used again as soon as nobody holds a view of it."""
 
-    def __init__(self, info: TensorInfo, index: int):
-        self.shape, self.dtype, self.index = info.shape, numpy_dtype(info.dtype), index
+    def __init__(self, info: TensorInfo, position: int, slot: int):
+        self.shape, self.dtype = info.shape, numpy_dtype(info.dtype)
+        self.position, self.slot = position, slot  # among the outputs; in the table
         self.nbytes = int(np.prod(info.shape, dtype=np.int64)) * self.dtype.itemsize
         self.raw: np.ndarray | None = np.empty(0, np.uint8)
         self.idle = sys.getrefcount(self.raw)  # references while no caller holds a view
@@ -154,6 +159,7 @@ class Executable:
         check_registered(signature.host_functions)
         self.signature, self.library, self.plan = signature, library, plan
         self.stats: Any = None
+        self.tensors: dict[str, np.ndarray] = {}  # values for inputs, of a program that was saved with them
         self.profile_builder: Callable[[], tuple[Any, list[tuple[str, float]]]] | None = None
         self._module = load(library)
         self._entry = self._module[ENTRY]
@@ -165,18 +171,23 @@ class Executable:
             i for i, info in enumerate(signature.inputs) if info.role in ("data", "scalar", "")
         ]
         self.constants = {
-            info.name: _aligned_copy(constants[info.name], numpy_dtype(info.dtype)) for info in signature.constants
+            info.name: _aligned_copy(constants[info.name], numpy_dtype(info.dtype))
+            for info in signature.constants
         }
         self._in_place = np.array(sorted(self._written), np.intp)
         self._ends = np.zeros(len(signature.inputs), np.int64)  # where each bound input ends, 0 if unbound
         self._table = np.zeros(signature.slots, np.int64)
         self._address = self._table.ctypes.data
+        self._cells = memoryview(self._table)  # type: ignore[arg-type]  # the same, quicker to set
         self._arena: np.ndarray | None = None
         first = 1 + len(signature.inputs)
-        fresh = [info for info in signature.outputs if info.alias is None]
-        self._results = [_Result(info, first + i) for i, info in enumerate(fresh)]
+        self._taken_over = [
+            info.alias for info in signature.outputs
+        ]  # per output: the input that it is, or None
+        fresh = [i for i, alias in enumerate(self._taken_over) if alias is None]
+        self._results = [_Result(signature.outputs[i], i, first + k) for k, i in enumerate(fresh)]
         for i, info in enumerate(signature.constants):
-            self._table[first + len(fresh) + i] = self.constants[info.name].ctypes.data
+            self._cells[first + len(fresh) + i] = self.constants[info.name].ctypes.data
 
     def __repr__(self) -> str:
         s = self.signature
@@ -220,16 +231,11 @@ class Executable:
             if array is not bound[i]:
                 self._bind(i, array)
         if self._arena is None:
-            self._arena, _, self._table[0] = _raw(self.signature.arena_bytes)
-        fresh = iter(self._results)
-        outputs = []
-        for info in self.signature.outputs:
-            if info.alias is not None:
-                outputs.append(bound[info.alias])
-                continue
-            result = next(fresh)
-            outputs.append(result.array())
-            self._table[result.index] = result.address
+            self._arena, _, self._cells[0] = _raw(self.signature.arena_bytes)
+        outputs: list[Any] = [None if i is None else bound[i] for i in self._taken_over]
+        for result in self._results:
+            outputs[result.position] = result.array()
+            self._cells[result.slot] = result.address
         return outputs
 
     def _leave(self) -> None:
@@ -263,7 +269,7 @@ class Executable:
         elif not (flags.c_contiguous and flags.aligned):
             array = _aligned_copy(array, dtype)
         address = _address(array)
-        self._table[1 + i] = address
+        self._cells[1 + i] = address
         self._bound[i] = array
         if self._written:
             self._ends[i] = 0
@@ -303,7 +309,7 @@ class Executable:
         with self._lock:
             prepare_thread()
             self._enter(arrays)
-            self._table[-1] = cells.ctypes.data
+            self._cells[-1] = cells.ctypes.data
             try:
                 entry(self._address)
                 cells[:] = 0

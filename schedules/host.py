@@ -73,7 +73,8 @@ def _converter(part: str) -> Callable[[int], Any]:
     def array(address: int) -> np.ndarray:
         if not nbytes:
             return np.empty(shape, dtype)
-        found = np.frombuffer((ctypes.c_char * nbytes).from_address(address), dtype).reshape(shape)
+        memory = memoryview((ctypes.c_char * nbytes).from_address(address))
+        found = np.frombuffer(memory, dtype).reshape(shape)
         found.flags.writeable = mode == "w"
         return found
 

@@ -22,14 +22,17 @@ from dataclasses import dataclass, field
 from .program import (
     Buffer,
     Copy,
+    HostCall,
+    KernelCall,
     Loop,
     Program,
     Step,
     While,
     accesses,
-    buffer_of,
     children,
     runs,
+    storage,
+    written,
 )
 
 ALIGNMENT = 64
@@ -199,12 +202,14 @@ def _collect(steps: list[Step]) -> list[tuple[Buffer, list[_Use]]]:
 def _covers(step: Step, root: Buffer) -> bool:
     """Whether the step's writes to a root fill all of it (and the step does not read it as well)."""
     if isinstance(step, Copy):
-        written = [step.dst]
-    else:
+        targets = [step.dst]
+    elif isinstance(step, (KernelCall, HostCall)):
         if any(buffer.root is root and "r" in mode for buffer, mode in accesses(step)):
             return False
-        written = [step.args[i] for i in step.writes]
-    return any(buffer_of(arg).root is root and arg.nbytes == root.nbytes for arg in written)
+        targets = written(step)
+    else:
+        return False
+    return any(storage(arg).root is root and arg.nbytes == root.nbytes for arg in targets)
 
 
 def _pack(intervals: list[Interval]) -> dict[int, int]:

@@ -156,9 +156,14 @@ def element(buffer: Buffer, var: LoopVar, *, reverse_length: int | None = None) 
 Arg = Buffer | View | LoopVar
 
 
+def storage(arg: Buffer | View) -> Buffer:
+    """The buffer behind a buffer or view."""
+    return arg.buffer if isinstance(arg, View) else arg
+
+
 def buffer_of(arg: Arg) -> Buffer | None:
     """The buffer behind an argument (None for a loop counter)."""
-    return arg.buffer if isinstance(arg, View) else arg if isinstance(arg, Buffer) else None
+    return None if isinstance(arg, LoopVar) else storage(arg)
 
 
 @dataclass(eq=False)
@@ -173,16 +178,12 @@ class KernelCall:
     kernel: Any  # tvm.tirx.PrimFunc
     args: Sequence[Arg]
     writes: Sequence[int]
-    reads: Sequence[int] | None = None
+    reads: Sequence[int] = None  # type: ignore[assignment]  # made the complement of `writes`
     label: str = ""
     flops: float = 0.0
 
-    def __post_init__(self):
-        self.args, self.writes = tuple(self.args), tuple(self.writes)
-        if self.reads is None:
-            self.reads = tuple(i for i in range(len(self.args)) if i not in self.writes)
-        else:
-            self.reads = tuple(self.reads)
+    def __post_init__(self) -> None:
+        _settle(self)
 
 
 @dataclass(eq=False)
@@ -195,10 +196,18 @@ class HostCall:
     function: str
     args: Sequence[Arg]
     writes: Sequence[int]
-    reads: Sequence[int] | None = None
+    reads: Sequence[int] = None  # type: ignore[assignment]  # made the complement of `writes`
     label: str = ""
 
-    __post_init__ = KernelCall.__post_init__
+    def __post_init__(self) -> None:
+        _settle(self)
+
+
+def _settle(call: KernelCall | HostCall) -> None:
+    call.args, call.writes = tuple(call.args), tuple(call.writes)
+    if call.reads is None:
+        call.reads = [i for i in range(len(call.args)) if i not in call.writes]
+    call.reads = tuple(call.reads)
 
 
 @dataclass(eq=False)
@@ -316,14 +325,20 @@ def accesses(step: Step) -> list[tuple[Buffer, str]]:
                 found.append((buffer, mode))
         return found
     if isinstance(step, Copy):
-        return [(buffer_of(step.src), "r"), (buffer_of(step.dst), "w")]
+        return [(storage(step.src), "r"), (storage(step.dst), "w")]
     if isinstance(step, (While, Branch)):
         return [(step.pred, "r")]
     return []
 
 
+def written(step: KernelCall | HostCall) -> list[Buffer | View]:
+    """The arguments that a call writes."""
+    found = [step.args[i] for i in step.writes]
+    return [arg for arg in found if not isinstance(arg, LoopVar)]
+
+
 def runs(step: Step) -> bool:
     """False for a kernel or copy that could only write empty buffers."""
     if isinstance(step, KernelCall):
-        return any(step.args[i].size for i in step.writes)
+        return any(arg.size for arg in written(step))
     return step.dst.size > 0 if isinstance(step, Copy) else True

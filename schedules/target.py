@@ -198,7 +198,7 @@ class Target:
         triple = f"{self.arch}-unknown-linux-gnu"
         if self.name != "cpu":
             return {"kind": "llvm", "mcpu": ISAS[self.name.partition(":")[2]].mcpu, "mtriple": triple}
-        spec = {"kind": "llvm", "mcpu": _host_cpu_name(), "mtriple": triple}
+        spec: dict[str, Any] = {"kind": "llvm", "mcpu": _host_cpu_name(), "mtriple": triple}
         if self.arch == "x86_64":
             spec["mattr"] = [
                 ("+" if f in self.features else "-") + _LLVM_NAMES.get(f, f) for f in sorted(_X86_FEATURES)

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from program_kernels import add_one, buffer, call, chain, double, many_kernels
+from program_kernels import add_one, buffer, call, chain, double, many_kernels, prim_func
 
 from treadle.ir.errors import CompileError
 from treadle.schedules import build as build_module
 from treadle.schedules import codegen, link
 from treadle.schedules.build import build, kernel_key
 from treadle.schedules.cache import Cache, _cache_at, cache, digest
-from treadle.schedules.program import Program
+from treadle.schedules.program import KernelCall, Program
 from treadle.schedules.target import Target
 
 X = np.arange(8, dtype=np.float32)
@@ -170,6 +170,21 @@ def test_an_entry_pruned_by_another_process_is_a_miss(folder):
         path.unlink()
     assert build(chain()).stats.compiled == 1
     store.clear()
+    assert entries(folder) == []
+
+
+def test_a_kernel_that_tvm_rejects_is_a_compile_error(folder):
+    """Nested parallel loops: TVM refuses them in code generation."""
+    nested = prim_func('''
+@T.prim_func(s_tir=True)
+def nested(A: T.Buffer((2, 2), "float32"), B: T.Buffer((2, 2), "float32")):
+    for i in T.parallel(2):
+        for j in T.parallel(2):
+            B[i, j] = A[i, j]
+''')
+    x, y = buffer("x", "input", (2, 2)), buffer("y", "output", (2, 2))
+    with pytest.raises(CompileError, match="could not be compiled for cpu"):
+        build(Program([x], [y], [KernelCall(nested, [x, y], [1])]))
     assert entries(folder) == []
 
 

@@ -226,6 +226,27 @@ def test_dtypes(dtype):
     np.testing.assert_array_equal(found.view(np.uint8), values.view(np.uint8))
 
 
+def test_kernels_may_allocate():
+    """A small local array (on the stack) and a large one (from TVM's workspace), in serial and parallel loops."""
+    kernel = prim_func('''
+@T.prim_func(s_tir=True)
+def scratch(A: T.Buffer((4, 4096), "float32"), B: T.Buffer((4, 4096), "float32")):
+    T.func_attr({"global_symbol": "scratch", "tirx.noalias": True})
+    for i in T.parallel(4):
+        small = T.alloc_buffer((8,), "float32", scope="local")
+        large = T.alloc_buffer((4096,), "float32")
+        for j in T.serial(8):
+            small[j] = T.float32(1)
+        for j in T.serial(4096):
+            large[j] = A[i, 4095 - j] + small[j % 8]
+        for j in T.serial(4096):
+            B[i, j] = large[4095 - j] * T.float32(2)
+''')
+    x, y = buffer("x", "input", (4, 4096)), buffer("y", "output", (4, 4096))
+    values = np.random.default_rng(0).normal(size=(4, 4096)).astype(np.float32)
+    np.testing.assert_array_equal(build(Program([x], [y], [call(kernel, x, y)])).run([values])[0], (values + 1) * 2)
+
+
 def test_host_call_sees_tensors_and_its_error_reaches_the_caller():
     seen = []
 
