@@ -28,9 +28,10 @@ class PairPacking(Packing):
         self.dtype, self.steps = "uint32", (emitter.k_block + 1) // 2
         self.odd = emitter.p.k % 2 == 1
         self.words: tirx.Buffer | None = None
+        self.pairs_of_a: tirx.Buffer | None = None  # A itself, where whole pairs lie along its rows
 
     def llvm_ir(self) -> str:
-        return gemm_llvm.transpose_ir(self.lanes, 32) + gemm_llvm.pair_ir() + gemm_llvm.dot_bf16_ir(self.lanes)
+        return gemm_llvm.transpose_ir(self.lanes, 32) + gemm_llvm.dot_bf16_ir(self.lanes)
 
     def allocate(self) -> None:
         e = self.e
@@ -38,11 +39,11 @@ class PairPacking(Packing):
             self.panel = e.buffer((e.col_panels, self.steps, e.cols), self.dtype)
         else:
             self.words = e.buffer((e.cols,), self.dtype, "local")
-        if e.c.pack_a and e.p.transpose_a:
-            self.tile = e.buffer((self.steps, e.rows), self.dtype)
-        elif e.c.pack_a:
-            padded = -(-2 * self.steps // 32) * 32 + 32
-            self.tile = e.buffer((e.rows, padded), "uint16")
+        if e.c.pack_a:
+            self.tile = e.buffer(self.tile_shape(), self.dtype)
+        elif e.hooks.load_a is None and not e.p.transpose_a and not self.odd:
+            shape = (*e.p.shape_a[:-1], e.p.k // 2)
+            self.pairs_of_a = T.decl_buffer(shape, self.dtype, data=e.hooks.a.data, layout=None)
         if e.c.pack_b and e.p.transpose_b:
             self.staged = e.buffer((self.lanes, 2 * self.lanes), "uint16", "local")
 
@@ -121,26 +122,37 @@ class PairPacking(Packing):
     # A
 
     def pack_a(self, batch: Any, row: Index, k0: Index, length: Index) -> None:
-        e = self.e
-        if not e.p.transpose_a:
-            super().pack_a(batch, row, k0, length)
-            return
+        e, lanes = self.e, self.lanes
 
-        def copy(s: Index, whole: bool) -> None:
+        def word(r: Index, s: Index, whole: bool) -> Any:
+            k = k0 + 2 * s
+            return pair(self.a(batch, row + r, k), self.a(batch, row + r, k + 1) if whole else None)
+
+        def copy_step(s: Index, whole: bool) -> None:
             with e.vector(e.rows) as r:
-                k = k0 + 2 * s
-                value = pair(self.a(batch, row + r, k), self.a(batch, row + r, k + 1) if whole else None)
-                T.buffer_store(self.tile, value, [s, r])
-        self.each_step(length, copy)
+                T.buffer_store(self.tile, word(r, s, whole), [s, r])
+
+        if e.p.transpose_a:
+            self.each_step(length, copy_step)
+            return
+        pairs = length // 2
+        with e.serial(e.rows) as r:
+            with e.serial(pairs // lanes) as sb, e.vector() as lane:
+                T.buffer_store(self.tile, word(r, sb * lanes + lane, True), [r, sb * lanes + lane])
+            with e.serial(pairs % lanes) as s:
+                done = pairs // lanes * lanes
+                T.buffer_store(self.tile, word(r, done + s, True), [r, done + s])
+            if self.odd:
+                with self.maybe_last(length):
+                    T.buffer_store(self.tile, word(r, pairs, False), [r, pairs])
 
     def pair_a(self, at: Where, r: Index, k0: Index, s: Index, whole: bool) -> Any:
         e, k = self.e, k0 + 2 * s
-        if e.c.pack_a and e.p.transpose_a:
-            return self.tile[s, r]
         if e.c.pack_a:
-            return load_pair(self.tile[r, 2 * s]) if whole else pair(self.tile[r, 2 * s])
-        if whole and e.hooks.load_a is None and not e.p.transpose_a:
-            return load_pair(e.a(at.batch, at.row + r, k))
+            return self.tile[s, r] if e.p.transpose_a else self.tile[r, s]
+        if self.pairs_of_a is not None:
+            from .gemm_tir import broadcast_index
+            return self.pairs_of_a[(*broadcast_index(at.batch, e.p.batch_a), at.row + r, k0 // 2 + s)]
         return pair(self.a(at.batch, at.row + r, k), self.a(at.batch, at.row + r, k + 1) if whole else None)
 
     # The register tile
@@ -181,8 +193,3 @@ def pair(low: Any, high: Any = None) -> Any:
     """Two bfloat16, as bits, in one word; without `high` its half is zero."""
     word = T.cast(low, "uint32")
     return word if high is None else word | (T.cast(high, "uint32") << tirx.const(16, "uint32"))
-
-
-def load_pair(element: Any) -> Any:
-    """The word that starts at a bfloat16 element in memory."""
-    return T.call_extern("uint32", gemm_llvm.PAIR, T.address_of(element))

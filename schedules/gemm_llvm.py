@@ -1,7 +1,6 @@
 """The few things a GEMM needs that TIR cannot say, as LLVM IR that is imported into a kernel and inlined.
 
 * `transpose`: a square tile of L x L elements, by log2(L) rounds of two-source shuffles on registers.
-* `pair`: two neighbouring 16-bit elements as one 32-bit word, at any address that is a multiple of two bytes.
 * `dot_bf16`: accumulate the products of bfloat16 pairs in float32 (AVX512_BF16's VDPBF16PS).
 """
 
@@ -10,7 +9,6 @@ from __future__ import annotations
 import functools
 
 TRANSPOSE = "treadle_transpose_{bits}x{lanes}"
-PAIR = "treadle_load_pair"
 DOT_BF16 = "treadle_dot_bf16_{lanes}"
 
 
@@ -47,10 +45,6 @@ def transpose_ir(lanes: int, bits: int) -> str:
     head = f"define void @{TRANSPOSE.format(bits=bits, lanes=lanes)}" \
            "(ptr %dst, i64 %dst_stride, ptr %src, i64 %src_stride) alwaysinline {"
     return "\n".join([head, *lines, "ret void", "}", ""])
-
-
-def pair_ir() -> str:
-    return f"define i32 @{PAIR}(ptr %p) alwaysinline {{\n%v = load i32, ptr %p, align 2\nret i32 %v\n}}\n"
 
 
 @functools.cache

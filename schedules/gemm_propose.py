@@ -85,7 +85,8 @@ def tile_configs(p: GemmProblem, m: Machine, plain_a: bool) -> Iterator[GemmConf
     """The combinations among which the model chooses."""
     converts = p.dtype_a != p.acc_dtype and not m.dot_bf16
     one_tile = p.m <= SMALL_ROWS
-    pack_a = not plain_a or converts or (p.transpose_a and not (one_tile and not m.dot_bf16))
+    halves = m.dot_bf16 and p.k % 2 == 1  # rows of A do not start on whole pairs
+    pack_a = not plain_a or converts or halves or (p.transpose_a and not (one_tile and not m.dot_bf16))
     size = 2 if m.dot_bf16 else dtype_bits(p.acc_dtype) // 8
     for rows, v in register_tiles(p, m):
         panels, tiles = -(-p.n // (v * m.lanes)), -(-p.m // rows)

@@ -217,12 +217,14 @@ class Emitter:
         return convert(value, self.acc_dtype)
 
     def buffer(self, shape: Sequence[int], dtype: str, scope: str = "global") -> tirx.Buffer:
+        """Scratch memory, from the thread's workspace pool: TVM takes "local" buffers from it too, which is why
+        whatever the inner loop reads must be a typed load (an opaque one might alias the accumulators)."""
         return T.alloc_buffer(tuple(shape), dtype, scope=scope, layout=None)
 
     # Results
 
     def accumulators(self) -> list[tirx.Buffer]:
-        """The register tile, zeroed: a buffer per row, because LLVM gets none above 1 KB on its stack."""
+        """The register tile, zeroed: a buffer per row."""
         rows = [self.buffer((self.cols,), self.acc_dtype, "local") for _ in range(self.rows)]
         self.each(lambda r, c: T.buffer_store(rows[r], tirx.const(0, self.acc_dtype), [c]))
         return rows
