@@ -217,7 +217,7 @@ def normalize_shape(shape: Any) -> tuple[Any, ...]:
     """
     try:
         return as_shape(shape)
-    except TypeError:
+    except (TypeError, AttributeError):
         raise ShapeError(f"{shape!r} is no shape: give ints", user_location()) from None
     except ShapeError as error:
         error.where = error.where or user_location()

@@ -108,7 +108,6 @@ maximum = _binary("maximum", "The larger of x and y; NaN if either is.")
 minimum = _binary("minimum", "The smaller of x and y; NaN if either is.")
 atan2 = arctan2 = _binary("atan2", "The angle of the point (y, x), all four quadrants.", floating=True)
 hypot = _binary("hypot", "sqrt(x*x + y*y), without overflow.", floating=True)
-copysign = _binary("copysign", "The magnitude of x with the sign of y.", floating=True)
 bitwise_and = _binary("bitwise_and", "Bits set in both; on bool, x and y.")
 bitwise_or = _binary("bitwise_or", "Bits set in either; on bool, x or y.")
 bitwise_xor = _binary("bitwise_xor", "Bits set in one of the two.")
@@ -225,6 +224,13 @@ def _fits(dtype: Any, *bounds: Any) -> bool:
         return True
     info = np.iinfo(dtype.np)
     return all(b is None or info.min <= b <= info.max for b in bounds)
+
+
+def copysign(x: Any, y: Any) -> Tensor:
+    """The magnitude of x with the sign of y, that of zeros included."""
+    x, y = promoted(x, y, floating=True)
+    signed = where(equal(y, 0), reciprocal(y), y)  # 1 / -0 is -inf
+    return where(less(signed, 0), -absolute(x), absolute(x))
 
 
 def astype(x: Any, dtype: Any) -> Tensor:
