@@ -308,7 +308,7 @@ def _pad_widths(widths: Any, ndim: int) -> list[tuple[int, int]]:
     except ValueError:
         spread = np.array([[-1, -1]])
     if spread.dtype.kind not in "iu" or (spread < 0).any():
-        raise AttributeValueError(f"pad: pad_width is {widths!r}; expected an int, a pair, or {ndim} pairs of them, >= 0",
+        raise AttributeValueError(f"pad: pad_width is {widths!r}; expected an int, a pair or {ndim} pairs, >= 0",
                                   user_location())
     return [(int(lo), int(hi)) for lo, hi in spread]
 

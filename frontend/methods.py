@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..ir.dims import Dim
 from . import functions as F
 from .dispatch import apply, is_weak
 from .functions_index import At, getitem, setitem
@@ -35,7 +36,7 @@ METHODS = (
 
 
 def _is_operand(x: Any) -> bool:
-    return isinstance(x, (Tensor, np.ndarray, np.generic)) or is_weak(x)
+    return isinstance(x, (Tensor, np.ndarray, np.generic, Dim)) or is_weak(x)
 
 
 def _operator(function: Callable[..., Any], name: str, reflected: bool = False) -> Callable[..., Any]:

@@ -133,7 +133,7 @@ def jvp(fn: Callable[..., Any], args: Sequence[Any], tangents: Sequence[Any]) ->
     out = _pull_back(builder, [g for g, _ in ways], [d for _, d in ways], [builder.lift(z) for z in zeros], recording,
                      [builder.lift(f) for f in fresh])
     moved = iter(_result(builder, t, o) for t, o in zip(out, floats))
-    derivatives = [next(moved) if o.dtype.is_float else _wrap(builder, _zero(builder, builder.lift(o)))
+    derivatives = [next(moved) if o.dtype.is_float else _zero(builder, builder.lift(o))
                    for o in outputs]
     return (tree.unflatten(structure, [_settled(o, fresh) for o in outputs]), tree.unflatten(structure, derivatives))
 

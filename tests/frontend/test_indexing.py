@@ -41,10 +41,24 @@ def test_updates_at_basic_indices(data):
 
 
 ADVANCED = [
-    L([0, 2]), ([0, -1],), (slice(None), L([[0, 1], [2, -1]])), (L([0, 2]), L([1, 3])), (L([[0], [2]]), L([1, 3])),
-    (0, slice(None), L([4, 0])), (L([1, 1]), slice(1, 3), L([0, 4])), (slice(None), L([0, 1]), L([2, 3])), (Ellipsis, L([0])),
-    (slice(0, 2), None, L([1, 2]), slice(None, None, -2)), (1, L([0, 3])), (L([0, 1]), 2), (None, L([0]), Ellipsis, None),
-    (slice(None), 1, L([[0, 1]])), (L(2), L([0, 1])), (np.int64(1), slice(None), -1), (L([], dtype=int),), (L([0, 1], dtype=np.uint8), -1),
+    L([0, 2]),
+    ([0, -1],),
+    (slice(None), L([[0, 1], [2, -1]])),
+    (L([0, 2]), L([1, 3])),
+    (L([[0], [2]]), L([1, 3])),
+    (0, slice(None), L([4, 0])),
+    (L([1, 1]), slice(1, 3), L([0, 4])),
+    (slice(None), L([0, 1]), L([2, 3])),
+    (Ellipsis, L([0])),
+    (slice(0, 2), None, L([1, 2]), slice(None, None, -2)),
+    (1, L([0, 3])),
+    (L([0, 1]), 2),
+    (None, L([0]), Ellipsis, None),
+    (slice(None), 1, L([[0, 1]])),
+    (L(2), L([0, 1])),
+    (np.int64(1), slice(None), -1),
+    (L([], dtype=int),),
+    (L([0, 1], dtype=np.uint8), -1),
     (slice(None, None, 2), L([3, 0]), slice(None, None, -1)),
 ]
 
@@ -56,7 +70,9 @@ def test_advanced_indices(case):
     expected = X[index]
     close(both(lambda x: x[index], X), np.asarray(expected))
     values = np.arange(expected.size, dtype=np.float32).reshape(expected.shape) + 100
-    if len({tuple(p) for p in np.argwhere(np.ones(expected.shape))}) == len(set(np.arange(60).reshape(X.shape)[index].ravel())):
+    if len({tuple(p) for p in np.argwhere(np.ones(expected.shape))}) == len(
+        set(np.arange(60).reshape(X.shape)[index].ravel())
+    ):
         replaced = X.copy()
         replaced[index] = values
         close(both(lambda x: x.at[index].set(values), X), replaced)
@@ -92,11 +108,21 @@ def test_masks():
     close(td.nonzero(td.asarray(X > 57)), tuple(np.nonzero(X > 57)))
 
 
-@pytest.mark.parametrize(("index", "words"), [
-    (3, "out of range for axis 0 of size 3"), ((0, -5), "out of range"), ((0, 0, 0, 0), "4 axes"), ((..., ...), "two ellipses"),
-    (1.5, "is no index"), (L([0, 5]), "out of range"), (L([0.5]), "integer dtype"), (True, "bool"), ("a", "is no index"),
-    (slice(None, None, 0), "step"),
-])
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        (3, "out of range for axis 0 of size 3"),
+        ((0, -5), "out of range"),
+        ((0, 0, 0, 0), "4 axes"),
+        ((..., ...), "two ellipses"),
+        (1.5, "is no index"),
+        (L([0, 5]), "out of range"),
+        (L([0.5]), "integer dtype"),
+        (True, "bool"),
+        ("a", "is no index"),
+        (slice(None, None, 0), "step"),
+    ],
+)
 def test_wrong_indices(index, words):
     with pytest.raises(td.TreadleError, match=words) as caught:
         td.asarray(X)[index]
@@ -109,7 +135,10 @@ def test_traced_slice_bounds_are_refused():
     close(both(lambda x, i: td.dynamic_slice(x, (i, 0, 1), (1, 4, 2)), X, np.asarray(1)), X[1:2, :, 1:3])
     updated = X.copy()
     updated[1:3, 2:4, 0:1] = -1
-    close(both(lambda x, i: td.dynamic_update_slice(x, -td.ones((2, 2, 1)), (i, 2, 0)), X, np.asarray(1)), updated)
+    close(
+        both(lambda x, i: td.dynamic_update_slice(x, -td.ones((2, 2, 1)), (i, 2, 0)), X, np.asarray(1)),
+        updated,
+    )
 
 
 def test_by_name():
@@ -124,12 +153,19 @@ def test_by_name():
     np.add.at(expected, i, X[:2, :2])
     close(both(lambda u: td.scatter_add(td.zeros((4, 5)), i, u), X[:2, :2]), expected)
     close(both(lambda x: td.gather_nd(x, i), X), X[i[:, 0], i[:, 1]])
-    close(td.scatter_add_nd(td.zeros((3, 4)), i, td.ones(2)), np.array([[0, 0, 1, 0], [0, 1, 0, 0], [0] * 4], np.float32))
+    close(
+        td.scatter_add_nd(td.zeros((3, 4)), i, td.ones(2)),
+        np.array([[0, 0, 1, 0], [0, 1, 0, 0], [0] * 4], np.float32),
+    )
 
 
 def test_other_updates():
     x = td.asarray(X)
-    assert x.at[0].multiply(2.0)[0, 0, 1] == 2 and x.at[0, 0].maximum(3).max() == 59 and x.at[2].minimum(1).max() == 39
+    assert (
+        x.at[0].multiply(2.0)[0, 0, 1] == 2
+        and x.at[0, 0].maximum(3).max() == 59
+        and x.at[2].minimum(1).max() == 39
+    )
     assert (x.at[1].get().numpy() == X[1]).all()
     close(td.zeros(3).at[L([1, 1])].set(td.tensor([5.0, 7.0])), L([0, 7, 0], np.float32))
     with pytest.raises(td.TreadleError, match=r"f32\[7\] do not fit"):
@@ -137,9 +173,17 @@ def test_other_updates():
 
 
 def test_gradients_of_indexing():
-    for fn in (lambda x: x[1, ::-2], lambda x: x[:, L([0, 0, 3])], lambda x: x.at[1].set(2.0) * x, lambda x: x.at[:, 1].add(x[:, 0]) ** 2,
-               lambda x: x[L([0, 1]), L([1, 1])], lambda x: x.at[L([0, 2])].set(x[:2] * 3)):
+    for fn in (
+        lambda x: x[1, ::-2],
+        lambda x: x[:, L([0, 0, 3])],
+        lambda x: x.at[1].set(2.0) * x,
+        lambda x: x.at[:, 1].add(x[:, 0]) ** 2,
+        lambda x: x[L([0, 1]), L([1, 1])],
+        lambda x: x.at[L([0, 2])].set(x[:2] * 3),
+    ):
         x, d = X.astype(np.float64), np.random.default_rng(0).normal(size=X.shape)
-        slope = (td.sum(td.sin(fn(td.asarray(x + 1e-6 * d)))) - td.sum(td.sin(fn(td.asarray(x - 1e-6 * d))))).item() / 2e-6
+        slope = (
+            td.sum(td.sin(fn(td.asarray(x + 1e-6 * d)))) - td.sum(td.sin(fn(td.asarray(x - 1e-6 * d))))
+        ).item() / 2e-6
         gradient = td.grad(lambda x: td.sum(td.sin(fn(x))))(x)  # noqa: B023
         np.testing.assert_allclose((gradient.numpy() * d).sum(), slope, rtol=1e-5)

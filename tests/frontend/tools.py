@@ -17,13 +17,15 @@ def run_graph(graph: Any, *args: Any) -> Any:
     """The result of a traced graph, from the interpreter; what it assigns is assigned."""
     verify(graph)
     assert td.ir.parse(str(graph)) == graph
-    data = iter([np.asarray(leaf) for leaf in tree.flatten((args, {}))[0] if not isinstance(leaf, (int, float, str))])
+    data = iter(
+        [np.asarray(leaf) for leaf in tree.flatten((args, {}))[0] if not isinstance(leaf, (int, float, str))]
+    )
     captures = graph.meta["captures"]
     arrays = [captures[i].numpy() if i in captures else next(data) for i in range(len(graph.inputs))]
     outputs = interp.run(graph, arrays)
     for i, tensor in graph.meta["assigns"].items():
         tensor.assign(outputs[i])
-    return tree.unflatten(graph.meta["out_structure"], outputs[:len(outputs) - len(graph.meta["assigns"])])
+    return tree.unflatten(graph.meta["out_structure"], outputs[: len(outputs) - len(graph.meta["assigns"])])
 
 
 def traced(fn: Callable[..., Any], *args: Any) -> Any:
