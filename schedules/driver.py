@@ -101,6 +101,7 @@ class _Emitter:
         handle = T.handle().ty
         self.table, self.arena = Var("table", handle), Var("arena", handle)
         self.counters: dict[int, Any] = {}  # id(LoopVar) -> the expression of its value
+        self.addresses: dict[int, Any] = {}  # id of a buffer, or view without loop counters -> its address
         self.timed: list[Step] = []
         self.times = None
         if profile:
@@ -129,6 +130,15 @@ class _Emitter:
 
     def address(self, arg: Buffer | View) -> Any:
         """The address of a buffer or view, as a handle expression."""
+        fixed = not (isinstance(arg, View) and arg.terms)
+        found = self.addresses.get(id(arg)) if fixed else None
+        if found is None:
+            found = self.compute_address(arg)
+            if fixed:
+                self.addresses[id(arg)] = found
+        return found
+
+    def compute_address(self, arg: Buffer | View) -> Any:
         root = storage(arg).root
         slot = self.slots.index.get(id(root))
         base = self.arena if slot is None else self.slot(slot)

@@ -15,9 +15,10 @@ No plan can be below the largest sum of live temps (`lower_bound`).
 
 from __future__ import annotations
 
-import bisect
 import itertools
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from .program import (
     Buffer,
@@ -36,6 +37,7 @@ from .program import (
 )
 
 ALIGNMENT = 64
+_NO_GAP = np.iinfo(np.int64).max
 
 
 def aligned(nbytes: int) -> int:
@@ -115,14 +117,9 @@ def plan_memory(program: Program) -> MemoryPlan:
         if best is None or size < best[0]:
             best = size, offsets
     arena, offsets = best if best is not None else (0, {})
-    roots = {kind: [b for b in program.buffers if b.kind == kind] for kind in ("input", "output", "constant")}
-    return MemoryPlan(
-        offsets,
-        intervals,
-        arena,
-        lower_bound(intervals),
-        *(sum(b.nbytes for b in roots[kind]) for kind in ("input", "output", "constant")),
-    )
+    roots = program.buffers
+    owned = (sum(b.nbytes for b in roots if b.kind == kind) for kind in ("input", "output", "constant"))
+    return MemoryPlan(offsets, intervals, arena, lower_bound(intervals), *owned)
 
 
 def _by_size(interval: Interval) -> tuple[int, ...]:
@@ -214,20 +211,23 @@ def _covers(step: Step, root: Buffer) -> bool:
 
 def _pack(intervals: list[Interval]) -> dict[int, int]:
     """Offsets for intervals in the given order: each goes into the smallest gap among those it meets, or on top."""
-    placed: list[tuple[int, Interval]] = []  # sorted by offset
+    placed = np.zeros(
+        (4, len(intervals)), np.int64
+    )  # rows: offset, end, first, last; columns sorted by offset
     offsets: dict[int, int] = {}
-    for interval in intervals:
-        best, best_gap, end = None, None, 0
-        for offset, other in placed:
-            if not interval.meets(other):
-                continue
-            gap = offset - end
-            if gap >= interval.nbytes and (best_gap is None or gap < best_gap):
-                best, best_gap = end, gap
-            end = max(end, offset + other.nbytes)
-        offset = end if best is None else best
+    for count, interval in enumerate(intervals):
+        begins, ends, firsts, lasts = placed[:, :count]
+        meeting = (firsts <= interval.last) & (lasts >= interval.first)
+        # Free from where everything before has ended to where the next one begins.
+        free = np.concatenate(([0], np.maximum.accumulate(ends[meeting])))
+        gaps = begins[meeting] - free[:-1]
+        gaps[gaps < interval.nbytes] = _NO_GAP
+        best = int(gaps.argmin()) if len(gaps) else 0
+        offset = int(free[best] if len(gaps) and gaps[best] < _NO_GAP else free[-1])
         offsets[id(interval.buffer)] = offset
-        bisect.insort(placed, (offset, interval), key=lambda entry: entry[0])
+        place = int(np.searchsorted(begins, offset, side="right"))
+        placed[:, place + 1 : count + 1] = placed[:, place:count]
+        placed[:, place] = offset, offset + interval.nbytes, interval.first, interval.last
     return offsets
 
 
