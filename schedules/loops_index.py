@@ -264,7 +264,7 @@ def strides_of(shape: Sequence[int]) -> tuple[int, ...]:
     strides, step = [], 1
     for size in reversed(shape):
         strides.append(step)
-        step *= size
+        step *= max(size, 1)  # an empty axis has no elements to tell apart
     return tuple(reversed(strides))
 
 
@@ -280,7 +280,7 @@ def unflatten(position: Index, shape: Sequence[int]) -> tuple[Index, ...]:
     """The index of the element at a row-major position."""
     result: list[Index] = []
     for size in reversed(shape):
-        if size == 1:
+        if size <= 1:
             result.append(Index({}, 0))
             continue
         position, rest = position.divided(size)

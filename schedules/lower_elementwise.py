@@ -178,6 +178,10 @@ def float_floor_divide(x: Any, y: Any) -> Any:
     return tirx.Select(y == zero, x / y, settled)
 
 
+def ceil(x: Any) -> Any:
+    return tirx.call_llvm_pure_intrin(dtype_of(x), "llvm.ceil", x)
+
+
 def copysign(x: Any, y: Any) -> Any:
     bits = {"float32": "uint32", "float64": "uint64"}[dtype_of(x)]
     top = const(1 << (63 if bits == "uint64" else 31), bits)
@@ -254,6 +258,13 @@ def compare(fn: Callable[..., Any]) -> Callable[..., Any]:
     return apply
 
 
+def not_equal(x: Any, y: Any) -> Any:
+    """x != y; for floats TVM means the ordered comparison, which is false for NaN."""
+    if not dtype_of(x).startswith("float"):
+        return x != y
+    return tirx.Or(x != y, tirx.Or(is_nan(x), is_nan(y)))
+
+
 def convert(node: Any, x: Any) -> Any:
     source, target = node.operands[0].dtype, node.result.dtype
     dtype = compute_dtype(target)
@@ -290,14 +301,14 @@ def to_f32_for_rounding(x: Any) -> Any:
 for _name, _fn in {
     "neg": neg, "abs": absolute, "sign": sign, "square": lambda x: mul(x, x), "identity": lambda x: x,
     "stop_gradient": lambda x: x, "add": add, "sub": sub, "mul": mul, "maximum": maximum, "minimum": minimum,
-    "floor": tirx.floor, "ceil": tirx.ceil, "trunc": tirx.trunc,
+    "floor": tirx.floor, "ceil": ceil, "trunc": tirx.trunc,
     "round": vmath.round_even, "logical_not": tirx.Not, "logical_and": tirx.And, "logical_or": tirx.Or,
     "logical_xor": lambda x, y: cast(x, "int8") != cast(y, "int8"),
     "bitwise_not": bitwise(tirx.Not, tirx.bitwise_not),
     "bitwise_and": bitwise(tirx.And, tirx.bitwise_and), "bitwise_or": bitwise(tirx.Or, tirx.bitwise_or),
     "bitwise_xor": bitwise(lambda x, y: cast(x, "int8") != cast(y, "int8"), tirx.bitwise_xor),
     "left_shift": left_shift, "right_shift": right_shift,
-    "eq": compare(lambda x, y: x == y), "ne": compare(lambda x, y: x != y), "lt": compare(lambda x, y: x < y),
+    "eq": compare(lambda x, y: x == y), "ne": compare(not_equal), "lt": compare(lambda x, y: x < y),
     "le": compare(lambda x, y: x <= y), "gt": compare(lambda x, y: x > y), "ge": compare(lambda x, y: x >= y),
     "isnan": lambda x: is_nan(x),
     "isinf": lambda x: tirx.abs(x) == const(cmath.inf, dtype_of(x)),

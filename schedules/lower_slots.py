@@ -15,8 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tvm import tirx
+from tvm import ir, tirx
+from tvm.ir import _ffi_api as op_api
 from tvm.script.ir_builder import tirx as T
+from tvm.tirx import op as tirx_op
 
 from ..ir.graph import Node
 
@@ -82,21 +84,50 @@ def let(expr: Any) -> Any:
     """The expression bound to a variable at this place of the kernel, so that it is computed once."""
     if isinstance(expr, (tirx.Var, tirx.IntImm, tirx.FloatImm)) or dtype_of(expr) == "bool":
         return expr  # TVM cannot bind a vector of bool; LLVM finds the common expression
-    return T.bind(expr)
+    return T.bind(hide(expr))
+
+
+HIDE = "tirx.treadle_hide"
 
 
 def hide(expr: Any) -> Any:
-    """The same float, opaque to TVM's simplifier, which takes floats for reals: (x + y) - y for x, x - x for 0.
-    LLVM, which knows better, sees through it at no cost."""
+    """The same number, opaque to TVM until code is emitted.
+
+    TVM's simplifier takes floats for reals ((x + y) - y for x, x != x for False), and follows variables to what they
+    are bound to, so that a chain of bindings costs exponential time. It stops at what may read memory, as this
+    operator of ours says it does.
+    """
     dtype = dtype_of(expr)
-    if dtype not in ("float32", "float64"):
-        return expr
-    return tirx.reinterpret(dtype, tirx.reinterpret("u" + dtype.replace("float", "int"), expr))
+    return expr if dtype == "bool" else tirx.call_intrin(dtype, HIDE, expr)
+
+
+def _register_hide() -> None:
+    if HIDE in ir.Op.list_op_names():
+        return
+    op_api.RegisterOp(HIDE, "identity that no simplifier sees through")
+    ir.register_op_attr(HIDE, "TScriptPrinterName", "treadle_hide")
+    ir.register_op_attr(HIDE, "TVectorizable", True)
+    ir.register_op_attr(HIDE, "TCallEffectKind", 2)  # reads state
+    tirx_op.register_intrin_lowering(HIDE, target="default", f=_unhide)
+
+
+def _unhide(call: Any) -> Any:
+    """x * 1 + -0, or x shifted by nothing, as an LLVM intrinsic: TVM cannot see through it, LLVM folds it away."""
+    dtype = call.ty.dtype
+    whole = not str(dtype).startswith("float")
+    fills = (tirx.const(0, dtype), tirx.const(0, dtype)) if whole else (tirx.const(1, dtype), tirx.const(-0.0, dtype))
+    return tirx.call_llvm_intrin(dtype, "llvm.fshl" if whole else "llvm.fma", call.args[0], *fills)
+
+
+_register_hide()
 
 
 def is_nan(x: Any) -> Any:
-    """x != x, which TVM would take for False."""
-    return tirx.isnan(x)
+    """Whether x is not a number, by its bits: TVM takes x != x for False, and its != is LLVM's ordered one."""
+    wide = dtype_of(x) == "float64"
+    bits = "uint64" if wide else "uint32"
+    magnitude = tirx.reinterpret(bits, x) & const((1 << 63) - 1 if wide else (1 << 31) - 1, bits)
+    return magnitude > const(0x7FF << 52 if wide else 0x7F800000, bits)
 
 
 def const(value: Any, dtype: str) -> Any:

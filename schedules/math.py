@@ -172,7 +172,7 @@ def reciprocal(x: Any) -> Any:
 
 
 def round_even(x: Any) -> Any:
-    return tirx.nearbyint(x)
+    return tirx.call_llvm_pure_intrin(dtype_of(x), "llvm.roundeven", x)
 
 
 @by_dtype(libm("cbrt"))
@@ -183,7 +183,8 @@ def cbrt(x: Any) -> Any:
     a = let(tirx.Select(tiny, a * f(16777216.0), a))
     y = let(from_bits(tirx.floordiv(bits(a), u32(3)) + u32(0x2A5137A0)))
     cube = let(y * y * y)
-    y = let(y * ((cube + a + a) / (cube + cube + a)))
+    quarter = let(a * f(0.25))
+    y = let(y * ((f(0.25) * cube + f(0.5) * a) / (f(0.5) * cube + quarter)))
     wide = lambda v: cast(v, "float64")  # noqa: E731
     t, b = let(wide(y)), let(wide(a))
     y = let(cast(t - (t * t * t - b) / (const(3, "float64") * t * t), "float32"))

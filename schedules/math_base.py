@@ -50,8 +50,8 @@ def copysign(x: Any, y: Any) -> Any:
 def select(*cases: Any) -> Any:
     """`select(condition, value, condition, value..., otherwise)`."""
     result = cases[-1]
-    for i in range(len(cases) - 3, -1, -2):
-        result = tirx.Select(cases[i], cases[i + 1], result)
+    for i in range(len(cases) - 3, -1, -2):  # bound at each step: TVM takes exponential time over nested ones
+        result = let(tirx.Select(cases[i], let(cases[i + 1]), let(result)))
     return result
 
 

@@ -27,7 +27,7 @@ ASIN = (4.2163199048e-2, 2.4181311049e-2, 4.5470025998e-2, 7.4953002686e-2, 1.66
 def near_quadrant(x: Any) -> tuple[Any, Any]:
     """(quadrant number, rest in f64) for |x| < 2**25."""
     wide = let(cast(x, "float64"))
-    k = let(tirx.nearbyint(wide * d(2 / cmath.pi)))
+    k = let(tirx.call_llvm_pure_intrin("float64", "llvm.roundeven", wide * d(2 / cmath.pi)))
     rest = fma(k, d(-HALF_PI_LO), fma(k, d(-HALF_PI_HI), wide))
     shifted = tirx.reinterpret("int64", k + d(6755399441055744.0))
     return let(cast(tirx.reinterpret("uint64", shifted), "uint32")), let(rest)

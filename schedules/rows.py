@@ -1,0 +1,447 @@
+"""Kernels of groups with reductions: one pass over each row for every level of dependent reductions.
+
+If the innermost axis is reduced, a step of the parallel loop is one row, and vectors run along it with several
+accumulators that are folded at the end. If it is kept, a step is a tile of neighbouring columns, with an accumulator
+for each lane. Everything that happens in a row or tile stays in cache: values that are expensive to compute
+and needed by a later pass are put aside in a row buffer.
+
+Few rows of many elements are split along the first reduced axis into chunks whose number depends on the shape alone,
+so that results do not change with the number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from ..ir.graph import Node, Value
+from ..ir.opdef import rule
+from .loops import SERIAL_WORK, KernelFrame, Signature, bind_flat, lanes_for, loop, work_per_element
+from .loops_eval import Evaluator, Idx, InMemory, as_offset, count_uses
+from .loops_index import Axis, Index, flatten
+from .lower_slots import compute_dtype, let
+from .rows_domain import EXPENSIVE, RowDomain, analyse, cost_of, is_reduction
+
+UNROLL = 4           # vectors in flight: the latency of an addition over its throughput
+CHUNK = 16_384       # elements of a chunk when few rows are split
+MOST_CHUNKS = 64
+STACK_BYTES = 1024   # TVM puts a smaller buffer of scope "global" on the stack, and any of scope "local" on the heap
+
+Segments = list[tuple[int, int, int]]  # (first lane, vectors, lanes of each)
+
+
+def segments(extent: int, lanes: int) -> Segments:
+    """A fixed number of lanes as vectors: full ones, and a narrower last."""
+    full, tail = divmod(extent, lanes)
+    result = [(0, full, lanes)] if full else []
+    return [*result, (full * lanes, 1, tail)] if tail else result
+
+
+@dataclass
+class Held:
+    """A row value of the current row or tile: one element for each lane."""
+
+    buffer: Any
+    kernel: RowKernel
+
+    def load(self, idx: Idx) -> Any:
+        return self.buffer[self.kernel.lane]
+
+    def put(self, value: Any) -> None:
+        T.buffer_store(self.buffer, value, [self.kernel.lane])
+
+
+@dataclass
+class RowBuffer:
+    """A full value of the current row or tile, put aside in the compute dtype."""
+
+    buffer: Any
+    kernel: RowKernel
+    value: Value
+
+    def offset(self, idx: Idx) -> Any:
+        kernel = self.kernel
+        position = flatten(idx, self.value.shape)
+        # The part of the index along reduced axes, in their own row-major order, then the lane.
+        place: Any = Index({}, 0)
+        step = 1
+        full = kernel.domain.full_index(self.value)
+        if idx == full:
+            inner = [Index.of(a) for a in kernel.domain.axes if a in kernel.domain.reduced]
+            place = flatten(inner, [a.extent for a in kernel.domain.axes if a in kernel.domain.reduced])
+        else:
+            inside = [(i, n) for i, f, n in zip(idx, full, self.value.shape) if f.axes & kernel.domain.reduced]
+            for i, n in reversed(inside):
+                place = place + i * step
+                step *= n
+        del position
+        offset = as_offset(place, kernel.wide)
+        return offset * kernel.width + kernel.lane if kernel.width > 1 else offset
+
+    def load(self, idx: Idx) -> Any:
+        return self.buffer[self.offset(idx)]
+
+    def put(self, idx: Idx, value: Any) -> None:
+        T.buffer_store(self.buffer, value, [self.offset(idx)])
+
+
+class RowKernel:
+    """Writes one kernel; `lane` is the current lane of a column tile (0 in a row), `width` the lanes of a tile."""
+
+    def __init__(self, frame: KernelFrame, domain: RowDomain, target: Any):
+        self.domain = domain
+        self.wide = frame.signature.wide
+        self.places = dict(frame.places)
+        self.sinks = {v: self.places.pop(v) for v in domain.outputs}
+        self.evaluator = Evaluator(frozenset(domain.nodes), dict(self.places),
+                                   count_uses(domain.nodes, domain.outputs))
+        self.loops = domain.loops()
+        self.reduced = [a for a in self.loops if self.folds(a)]
+        self.columns = bool(self.loops) and not self.folds(self.loops[-1])
+        self.vector = self.loops[-1] if self.loops else Axis(1)
+        self.lanes = lanes_for([v for n in domain.nodes for v in n.results], target.vector_bits)
+        if not self.columns:
+            self.lanes = min(self.lanes, 1 << max(self.vector.extent.bit_length() - 1, 0))
+        self.outer = [a for a in self.loops if not self.folds(a) and a is not (self.vector if self.columns else None)]
+        self.work = domain.size * work_per_element(domain.nodes)
+        self.parallel = target.threads > 1 and self.work > SERIAL_WORK
+        self.threads = target.threads
+        self.lane: Any = 0
+        self.width = 1
+        self.base: Any = 0
+        self.unroll = UNROLL
+        self.chunk: tuple[Any, int] | None = None
+        self.to_keep = self.buffered()
+
+    def folds(self, axis: Axis) -> bool:
+        part = axis.parts[0] if hasattr(axis, "parts") else axis
+        return part in self.domain.reduced
+
+    # What goes where ---------------------------------------------------------------------------------------------
+
+    def roots(self, stage: int) -> list[Value]:
+        """The full values that the pass `stage` computes: operands of its reductions, outputs known by then."""
+        domain = self.domain
+        last = domain.passes + 1
+        wanted = [n.operands[0] for n in domain.reductions(stage)]
+        return wanted + [v for v in self.full_outputs() if min(domain.levels[v] + 1, last) == stage]
+
+    def full_outputs(self) -> list[Value]:
+        return [v for v in self.domain.outputs if self.domain.is_full(v)]
+
+    def buffered(self) -> dict[Value, int]:
+        """Expensive full values needed by several passes, with the first of these."""
+        first: dict[Value, int] = {}
+        again: set[Value] = set()
+        for stage in range(1, self.domain.passes + 2):
+            seen: set[Value] = set()
+            stack = list(self.roots(stage))
+            while stack:
+                v = stack.pop()
+                node = v.producer
+                if v in seen or node is None or node not in self.evaluator.nodes or is_reduction(node):
+                    continue
+                seen.add(v)
+                if cost_of(node) >= EXPENSIVE and self.domain.is_full(v):
+                    if v in first:
+                        again.add(v)
+                        continue
+                    first[v] = stage
+                stack.extend(node.operands)
+        return {v: first[v] for v in again}
+
+    def row_values(self, level: int) -> list[Value]:
+        """Row values that are computed once, after the pass `level`, since later passes or results need them."""
+        domain = self.domain
+        readers: dict[Value, list[Node]] = {}
+        for node in domain.nodes:
+            for v in node.operands:
+                readers.setdefault(v, []).append(node)
+        chosen = []
+        for node in domain.nodes:
+            v = node.results[0]
+            if is_reduction(node) or not domain.is_row(v) or domain.levels[v] != level or domain.is_full(v) \
+                    or cost_of(node) == 0 or domain.rows == domain.size:
+                continue
+            if level == 0 and domain.recorder.computed.get(v, 0) != 1:
+                continue
+            if any(not domain.is_row(r.results[0]) or is_reduction(r) or domain.levels[r.results[0]] != level
+                   for r in readers.get(v, [])) or v in domain.outputs:
+                if level or (v, domain.row_index(v)) in domain.recorder.memo:
+                    chosen.append(v)
+        return chosen
+
+    # Loops -------------------------------------------------------------------------------------------------------
+
+    def over_lanes(self, body: Callable[[], None]) -> None:
+        """Once for each lane of the tile, in vectors (once, in a row)."""
+        if not self.columns:
+            self.lane = 0
+            self.evaluator.fresh()
+            body()
+            return
+        for first, count, lanes in segments(self.width, self.lanes):
+            with loop(count, "unroll") as u, loop(lanes, "vectorized") as lane:
+                self.lane = first + u * lanes + lane
+                self.vector.bind(self.base + self.lane)
+                self.evaluator.fresh()
+                body()
+
+    def over_row(self, body: Callable[[Any], None]) -> None:
+        """Once for each element of the row or tile; `body(slot)` gets the accumulator that the element belongs to."""
+        self._over_axes(self.reduced if self.columns else self.reduced[:-1], body, first=True)
+
+    def _over_axes(self, axes: Sequence[Axis], body: Callable[[Any], None], first: bool) -> None:
+        if not axes:
+            if self.columns or not self.reduced:
+                self.over_lanes(lambda: body(self.lane))
+            else:
+                self._over_vector_axis(body, self.chunk if first else None)
+            return
+        axis, *rest = axes
+        start, extent = self.chunk if first and self.chunk else (0, axis.extent)
+        with loop(extent) as j:
+            axis.bind(start + j)
+            self._over_axes(rest, body, first=False)
+
+    def _over_vector_axis(self, body: Callable[[Any], None], chunk: tuple[Any, int] | None) -> None:
+        start, extent = chunk or (0, self.vector.extent)
+        block = self.lanes * self.unroll
+
+        def vector(at: Any, slot: Any, lanes: int) -> None:
+            with loop(lanes, "vectorized") as lane:
+                self.vector.bind(at + lane)
+                self.evaluator.fresh()
+                body(slot + lane)
+
+        blocks, rest = divmod(extent, block)
+        if blocks:
+            with loop(blocks) as j, loop(self.unroll, "unroll") as u:
+                vector(start + j * block + u * self.lanes, u * self.lanes, self.lanes)
+        done = blocks * block
+        vectors, tail = divmod(rest, self.lanes)
+        if vectors:
+            with loop(vectors) as j:
+                vector(start + done + j * self.lanes, 0, self.lanes)
+        if tail:
+            vector(start + done + vectors * self.lanes, 0, tail)
+
+    # Passes ------------------------------------------------------------------------------------------------------
+
+    def scratch(self, size: int, dtype: str) -> Any:
+        return T.alloc_buffer((size,), dtype)
+
+    def accumulators(self, nodes: Sequence[Node]) -> dict[Node, Any]:
+        size = self.width if self.columns or not self.reduced else self.lanes * self.unroll
+        result = {}
+        for node in nodes:
+            dtype = compute_dtype(node.result.dtype)
+            result[node] = self.scratch(size, dtype)
+            identity = rule("lower", node.op).identity(node)
+            for first, count, lanes in segments(size, self.lanes):
+                with loop(count, "unroll") as u, loop(lanes, "vectorized") as lane:
+                    T.buffer_store(result[node], identity, [first + u * lanes + lane])
+        return result
+
+    def accumulate(self, stage: int, totals: dict[Node, Any]) -> None:
+        """One pass: folds the reductions of a level, puts values aside, writes outputs that are known."""
+        domain, evaluator = self.domain, self.evaluator
+        keep = [v for v, first in self.to_keep.items() if first == stage]
+        for v in keep:
+            size = math.prod(a.extent for a in domain.axes if a in domain.reduced) * self.width
+            evaluator.places[v] = RowBuffer(self.scratch(max(size, 1), compute_dtype(v.dtype)), self, v)
+        outputs = [v for v in self.roots(stage) if v in self.sinks and domain.is_full(v)]
+        outputs = list(dict.fromkeys(outputs))
+
+        def body(slot: Any) -> None:
+            for v in keep:
+                place = evaluator.places.pop(v)
+                value = let(evaluator.value(v, domain.full_index(v)))
+                evaluator.places[v] = place
+                evaluator.memo[(v, domain.full_index(v))] = value
+                place.put(domain.full_index(v), value)
+            found = [let(evaluator.value(n.operands[0], domain.full_index(n.operands[0]))) for n in totals]
+            written = [let(evaluator.value(v, domain.full_index(v))) for v in outputs]
+            for (node, acc), value in zip(totals.items(), found):
+                T.buffer_store(acc, rule("lower", node.op).combine(node, acc[slot], value), [slot])
+            for v, value in zip(outputs, written):
+                self.sinks[v].store(domain.full_index(v), value)
+
+        self.over_row(body)
+
+    def fold(self, node: Node, acc: Any) -> None:
+        """The accumulators of a row into the first: by halves, in a fixed order."""
+        if self.columns or not self.reduced:
+            return
+        half = self.lanes * self.unroll // 2
+        combine = rule("lower", node.op).combine
+        while half:
+            with loop(half, "vectorized") as lane:
+                T.buffer_store(acc, combine(node, acc[lane], acc[lane + half]), [lane])
+            half //= 2
+
+    def settle(self, totals: dict[Node, Any]) -> None:
+        """Finished reductions become row values."""
+        count = math.prod(a.extent for a in self.domain.axes if a in self.domain.reduced)
+        for node, acc in totals.items():
+            held = Held(self.scratch(self.width, compute_dtype(node.result.dtype)), self)
+
+            def body(node: Node = node, acc: Any = acc, held: Held = held) -> None:
+                held.put(rule("lower", node.op).finish(node, acc[self.lane], count))
+
+            self.over_lanes(body)
+            self.evaluator.places[node.result] = held
+
+    def hoist(self, level: int) -> None:
+        """Computes the row values that are known after a pass and needed later."""
+        for v in self.row_values(level):
+            held = Held(self.scratch(self.width, compute_dtype(v.dtype)), self)
+
+            def body(v: Value = v, held: Held = held) -> None:
+                held.put(let(self.evaluator.value(v, self.domain.row_index(v))))
+
+            self.over_lanes(body)
+            self.evaluator.places[v] = held
+
+    def store_rows(self) -> None:
+        rows = [v for v in self.domain.outputs if not self.domain.is_full(v)]
+
+        def body() -> None:
+            values = [let(self.evaluator.value(v, self.domain.row_index(v))) for v in rows]
+            for v, value in zip(rows, values):
+                self.sinks[v].store(self.domain.row_index(v), value)
+
+        if rows:
+            self.over_lanes(body)
+
+    def passes(self) -> None:
+        """Everything that is computed for the current row or tile."""
+        self.evaluator.places = dict(self.places)
+        self.hoist(0)
+        for stage in range(1, self.domain.passes + 1):
+            totals = self.accumulators(self.domain.reductions(stage))
+            self.accumulate(stage, totals)
+            for node, acc in totals.items():
+                self.fold(node, acc)
+            self.settle(totals)
+            self.hoist(stage)
+        if self.roots(self.domain.passes + 1):
+            self.accumulate(self.domain.passes + 1, {})
+        self.store_rows()
+
+    # The whole kernel --------------------------------------------------------------------------------------------
+
+    def tile_width(self, cache_bytes: int) -> int:
+        """Lanes of a column tile: enough vectors to hide latency, few enough that row buffers stay in cache."""
+        width = self.lanes * self.unroll
+        folded = math.prod(a.extent for a in self.reduced)
+        while self.to_keep and width > self.lanes and folded * width * 4 * len(self.to_keep) > cache_bytes // 2:
+            width //= 2
+        return min(width, self.vector.extent)
+
+    def over_tiles(self, body: Callable[[Any], None], also: int = 1) -> None:
+        """`body(step)` for each row or tile, in parallel; with `also` > 1 so many times each (`step` counts them)."""
+        rows = math.prod(a.extent for a in self.outer)
+        kind = "parallel" if self.parallel else "serial"
+        plans = [(1, 0, 1)]
+        if self.columns:
+            tiles, tail = divmod(self.vector.extent, self.tile)
+            plans = [(tiles, 0, self.tile)] * (tiles > 0) + [(1, tiles * self.tile, tail)] * (tail > 0)
+        for tiles, start, width in plans:
+            self.width = width
+            with loop(rows * tiles * also, kind) as p:
+                step, p = (let_index(p % also), let_index(p // also)) if also > 1 else (0, p)
+                tile = let_index(p % tiles) if tiles > 1 else 0
+                bind_flat(self.outer, let_index(p // tiles) if tiles > 1 else p)
+                self.base = start + tile * width
+                body(step)
+
+    def emit(self, cache_bytes: int) -> None:
+        self.tile = self.tile_width(cache_bytes) if self.columns else 1
+        rows = math.prod(a.extent for a in self.outer)
+        steps = rows * (-(-self.vector.extent // self.tile) if self.columns else 1)
+        if steps < 2 * self.threads and self.can_split():
+            self.emit_split(steps)
+        else:
+            self.over_tiles(lambda step: self.passes())
+
+    def can_split(self) -> bool:
+        """One level of reductions and no full output: chunks of a row can be folded apart."""
+        return (self.parallel and self.domain.passes == 1 and not self.full_outputs()
+                and self.domain.size >= 2 * CHUNK and self.reduced[0].extent > 1)
+
+    def emit_split(self, steps: int) -> None:
+        """Folds chunks of each row or tile into partial results, then these."""
+        axis = self.reduced[0]
+        inner = axis is self.vector
+        unit = self.lanes * self.unroll if inner else 1
+        chunks = max(min(self.domain.size // CHUNK // max(steps, 1), MOST_CHUNKS, axis.extent // unit), 1)
+        length = axis.extent // chunks // unit * unit
+        rest = axis.extent - chunks * length
+        nodes = self.domain.reductions(1)
+        count = chunks + (rest > 0)
+        rows = self.domain.rows
+        partial = {n: T.alloc_buffer((count * rows,), compute_dtype(n.result.dtype)) for n in nodes}
+
+        def place(v: Value, chunk: Any) -> Any:
+            return chunk * rows + InMemory(v, None, self.wide).offset(self.domain.row_index(v))
+
+        def part(chunk: Any, start: Any, extent: int) -> None:
+            self.evaluator.places = dict(self.places)
+            self.hoist(0)
+            self.chunk = (start, extent)
+            totals = self.accumulators(nodes)
+            self.accumulate(1, totals)
+            self.chunk = None
+            for n, acc in totals.items():
+                self.fold(n, acc)
+                self.over_lanes(lambda n=n, acc=acc: T.buffer_store(
+                    partial[n], acc[self.lane], [place(n.result, chunk)]))
+
+        def finish(step: Any) -> None:
+            self.evaluator.places = dict(self.places)
+            self.hoist(0)
+            totals = {n: self.scratch(self.width, compute_dtype(n.result.dtype)) for n in nodes}
+            for n, acc in totals.items():
+                combine = rule("lower", n.op).combine
+                self.over_lanes(lambda n=n, acc=acc: T.buffer_store(acc, partial[n][place(n.result, 0)], [self.lane]))
+                with loop(count - 1) as c:
+                    self.over_lanes(lambda n=n, acc=acc, c=c, combine=combine: T.buffer_store(
+                        acc, combine(n, acc[self.lane], partial[n][place(n.result, c + 1)]), [self.lane]))
+            self.settle(totals)
+            self.hoist(1)
+            self.store_rows()
+
+        self.over_tiles(lambda chunk: part(chunk, chunk * length, length), also=chunks)
+        if rest:
+            self.over_tiles(lambda step: part(chunks, chunks * length, rest))
+        self.parallel = False
+        self.over_tiles(finish)
+
+
+def let_index(value: Any) -> Any:
+    return value if isinstance(value, int) else T.bind(value)
+
+
+def row_kernel(name: str, signature: Signature, nodes: Sequence[Node], target: Any) -> Any:
+    """The PrimFunc of a group with reductions.
+
+    Raises:
+        NotAligned: the group cannot be one kernel.
+    """
+    domain = analyse(nodes, signature.outputs)
+    frame = KernelFrame(name, signature)
+    with frame.building():
+        if any(v.type.size for v in signature.outputs):
+            RowKernel(frame, domain, target).emit(target.l2_bytes)
+        else:
+            T.evaluate(0)
+    return frame.function
+
+
+__all__ = ["RowKernel", "row_kernel", "tirx"]
