@@ -11,9 +11,10 @@ from .cse import CSE
 from .dce import DCE
 from .decompose import ERASE, INLINE
 from .loops import MERGE_SCANS
+from .order import HOIST_UPDATES
 from .pipeline import Pass
 from .simplify import SIMPLIFY
 
 # CSE comes first as MERGE_SCANS compares operands, and again as simpler nodes are equal more often.
 TIDY: tuple[Pass, ...] = (INLINE, CSE, MERGE_SCANS, SIMPLIFY, CSE, DCE)
-FINISH: tuple[Pass, ...] = (ERASE, DCE)
+FINISH: tuple[Pass, ...] = (ERASE, DCE, HOIST_UPDATES)

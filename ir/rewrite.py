@@ -10,6 +10,7 @@ makes an idle pass cheap.
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -70,7 +71,8 @@ def rewrite(graph: Graph, rewriter: Rewriter) -> Graph:
                                   [rewrite(r, rewriter.fresh(r.name)) for r in node.regions])
             with rewriter.at(node.loc):
                 results = rewriter.admit(fresh)
-            mapping.update((old, new) for old, new in zip(node.results, results) if old is not new)
+            if results is not node.results:
+                mapping.update(zip(node.results, results))
     if rewriter.graph.nodes == graph.nodes:
         return graph
     return Graph(graph.name, graph.inputs, graph.roles, rewriter.graph.nodes,
@@ -80,8 +82,8 @@ def rewrite(graph: Graph, rewriter: Rewriter) -> Graph:
 def with_operands(node: Node, operands: Sequence[Value], regions: Sequence[Graph] | None = None) -> Node:
     """The node with other operands of the same types; the node itself if they are the same values."""
     regions = node.regions if regions is None else tuple(regions)
-    if (all(a is b for a, b in zip(operands, node.operands))
-            and all(a is b for a, b in zip(regions, node.regions))):
+    # values and graphs compare by identity or by text: `is`, in one pass, is what is meant here
+    if all(map(operator.is_, operands, node.operands)) and all(map(operator.is_, regions, node.regions)):
         return node
     fresh = Node(node.op, operands, node.attrs, [v.type for v in node.results], regions, node.loc)
     for old, new in zip(node.results, fresh.results):

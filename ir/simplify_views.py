@@ -203,6 +203,15 @@ def add_pads(node: Node) -> Value | None:
     return emit("pad", joined, **{**attrs_of(x), "high": attrs_of(y)["high"]})
 
 
+def add_scatter(node: Node) -> Value | None:
+    """x + scatter_add(0, i, u) = scatter_add(x, i, u): the gradient of a table that is also read elsewhere."""
+    for x, y in (node.operands, node.operands[::-1]):
+        scatter = y.producer
+        if x.shape == y.shape and scatter and scatter.op.name in SCATTERS and uniform(scatter.operands[0]) == 0:
+            return emit(scatter.op.name, x, *scatter.operands[1:], **scatter.attrs)
+    return None
+
+
 def _padded_axis(x: Value) -> tuple[int, int] | None:
     """(axis, padding before), if x is a value padded with zeros along one axis."""
     if not made_by(x, "pad"):
@@ -264,6 +273,8 @@ def whole_update(node: Node) -> Value | None:
     return update if update.shape == x.shape else None
 
 
+SCATTERS = frozenset({"scatter_add", "scatter_add_along_axis", "scatter_add_nd"})
+
 VIEW_RULES: dict[str, tuple[Rule, ...]] = {
     "reshape": (idle, of_uniform, chain),
     "broadcast_to": (idle, of_uniform, chain, broadcast_reshaped),
@@ -272,7 +283,7 @@ VIEW_RULES: dict[str, tuple[Rule, ...]] = {
     "slice": (idle, of_uniform, slice_slice, slice_concat, slice_pad),
     "concat": (concat_pieces,),
     "pad": (idle, pad_pad),
-    "add": (add_pads,),
+    "add": (add_pads, add_scatter),
     "matmul": (transposed_operand, broadcast_batch),
     "dynamic_slice": (known_slice,),
     "dynamic_update_slice": (whole_update,),

@@ -14,6 +14,7 @@ from treadle.ir.decompose import decompose, erase
 from treadle.ir.hashing import graph_hash
 from treadle.ir.interp import run
 from treadle.ir.loops import merge_scans
+from treadle.ir.order import hoist_updates
 from treadle.ir.parse import parse
 from treadle.ir.passes import FINISH, TIDY
 from treadle.ir.pipeline import Pipeline
@@ -139,6 +140,20 @@ SIMPLIFICATIONS = {
           %4 = reshape(%3) {shape=(3, 2)} : f32[3,2]
           %5 = slice(%x) {starts=(0, 2, 0), limits=(2, 3, 4), strides=(1, 1, 1)} : f32[2,1,4]
           return %1, %4, %5
+        }"""),
+    "sums into a scatter": ("""
+        graph main(%x: f32[4,2] data, %u: f32[1,2] data) -> (f32[4,2]) {
+          %0 = constant() {value=i64[1] <3>} : i64[1]
+          %1 = constant() {value=f32[] <0.0>} : f32[]
+          %2 = broadcast_to(%1) {shape=(4, 2)} : f32[4,2]
+          %3 = scatter_add(%2, %0, %u) : f32[4,2]
+          %4 = add(%3, %x) : f32[4,2]
+          return %4
+        }""", """
+        graph main(%x: f32[4,2] data, %u: f32[1,2] data) -> (f32[4,2]) {
+          %0 = constant() {value=i64[1] <3>} : i64[1]
+          %1 = scatter_add(%x, %0, %u) : f32[4,2]
+          return %1
         }"""),
     "casts": ("""
         graph main(%x: bf16[2] data, %y: f32[2] data) -> (bf16[2], f64[2], f32[2]) {
@@ -408,3 +423,37 @@ def test_hashes():
 @settings(max_examples=30)
 def test_equal_text_hashes_alike(graph):
     assert graph_hash(parse(str(graph))) == graph_hash(graph)
+
+
+def test_updates_run_as_soon_as_their_gradient_is_there():
+    with GraphBuilder("step") as b:
+        x, rate = b.input(f32(4), "x"), b.input(f32(), "rate", role="scalar")
+        w = [b.input(f32(4), f"w{i}", role="parameter") for i in range(3)]
+        grads = [emit("cumsum", x + v, axis=0) for v in w]
+        norm = emit("reduce_sum", emit("cumprod", w[2], axis=0), axes=(0,))
+        step = rate * 2.0
+        for v, g in zip(w, grads):
+            b.output(v - g * step, alias=v)
+        b.output(norm)
+    result = hoist_updates(b.graph)
+    verify(result.graph)
+    assert [n.op.name for n in result.graph.nodes] == [
+        "constant", "mul",                       # scalars first
+        "add", "cumsum", "mul", "sub",           # each gradient, and its update
+        "add", "cumsum", "mul", "sub",
+        "add", "cumsum", "cumprod", "mul", "sub",  # w2 is read once more before it is overwritten
+        "reduce_sum"]
+    same_answers(b.graph, result.graph)
+    assert not hoist_updates(result.graph).changed
+
+
+def test_updates_that_read_each_other_stay_together():
+    with GraphBuilder("step") as b:
+        m, v = (b.input(f32(4), n, role="state") for n in "mv")
+        g = emit("cumsum", m, axis=0)
+        late = emit("cumsum", g, axis=0)
+        b.output(m + g, alias=m)
+        b.output(v + m * late, alias=v)  # reads the old m, so m must not be overwritten earlier
+    result = hoist_updates(b.graph)
+    assert [n.op.name for n in result.graph.nodes] == ["cumsum", "cumsum", "add", "mul", "add"]
+    same_answers(b.graph, result.graph)
