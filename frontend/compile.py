@@ -31,7 +31,7 @@ from ..ir.passes import FINISH, TIDY
 from ..ir.pipeline import Pass, Pipeline
 from ..ir.types import TensorType
 from . import tree
-from .eager import Concrete, array_type, builder, eager_builder, records
+from .eager import Concrete, array_type, builder, eager_builder, interned, records
 from .grad_mode import is_grad_enabled
 from .recording import world
 from .signature import Description, Scanned, describe, difference, scan
@@ -117,7 +117,7 @@ class Program:
         self.assigned = list(assigned)
         self.guards = list(guards)
         self.out_structure = out_structure
-        self.out_types = list(out_types)
+        self.out_types = [interned(t) for t in out_types]
         self.single = out_structure is tree.LEAF or out_structure == tree.LEAF
         self.checked = world.changes
         self.records = records.leaves
@@ -202,6 +202,9 @@ class Compiled:
             return self._inline(args, keywords)
         if found.tracked and self._recordable and is_grad_enabled():
             return self._recorded(args, keywords)
+        return self._run(found, args, keywords)
+
+    def _run(self, found: Scanned, args: Sequence[Any], keywords: dict[str, Any]) -> Any:
         for program in self._programs.get(found.key, ()):
             if program.valid():
                 break

@@ -50,9 +50,11 @@ class Concrete(Value):
 
 
 class _Counter:
-    """How often a leaf has entered a record: lets compiled calls skip looking for records they invalidate."""
+    """How often something happened that compiled calls look for only if it has: a leaf entered a record (which an
+    update in place invalidates), a tensor's `requires_grad` was set."""
 
     leaves = 0
+    freezes = 0
 
 
 records = _Counter()
@@ -70,6 +72,11 @@ def array_type(array: np.ndarray) -> TensorType:
     if found is None:
         found = _types[key] = TensorType(array.shape, as_dtype(array.dtype))
     return found
+
+
+def interned(type: TensorType) -> TensorType:
+    """The one object that stands for a static type: its `id` names the type in the keys of compiled calls."""
+    return _types.setdefault((type.shape, type.dtype.np), type)
 
 
 def empty_aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

@@ -48,12 +48,12 @@ class Scanned:
                 return
             value = x._value
             self.arrays.append(value.array)
-            self.key.append(value.type)
+            self.key.append(id(value.type))  # types of concrete tensors are interned
             if value.tracked:
                 self.tracked = True
         elif kind is np.ndarray:
             self.arrays.append(x)
-            self.key.append(array_type(x))
+            self.key.append(id(array_type(x)))
         elif kind is tuple or kind is list:
             self.key.append(kind)
             self.key.append(len(x))

@@ -135,6 +135,7 @@ class Tensor:
                 raise GradientError("requires_grad can be turned off only on a tensor that was not computed from "
                                     "others; use x.detach()", user_location())
             return
+        eager.records.freezes += 1
         self._value.tracked = bool(wanted)
         self._value.owner = weakref.ref(self) if wanted else None
 

@@ -21,14 +21,16 @@ from typing import Any
 
 import numpy as np
 
-from ..ir.errors import ArgumentsError, AttributeValueError, CompileError, GradientError
+from ..ir.errors import ArgumentsError, AttributeValueError, CompileError, GradientError, TraceError
 from ..ir.graph import Graph
 from ..ir.location import user_location
+from . import control, tree
 from . import functions as F
-from . import tree
 from .compile import Compiled, planned_bytes
-from .control import scan
+from .eager import records
 from .optim.clip import clip_by_global_norm
+from .recording import current_trace
+from .signature import scan
 from .tensor import Tensor
 from .transforms import checkpoint, gradients
 
@@ -84,7 +86,10 @@ class TrainStep:
         _name_parts(model, opt)
         self._masked = False
         self._wide = np.float64 if any(p.dtype == "float64" for p in opt.params) else np.float32
+        self._freezes = -1  # of the count at which `_trainable` was read
+        self._trainable: np.ndarray = np.zeros(0, bool)
         self._numbers: dict[str, np.ndarray] = {}
+        self._layout: tuple[str, ...] = ()
         self._compiled = _CompiledStep(self, target, amp)
 
     @property
@@ -99,9 +104,16 @@ class TrainStep:
 
     def __call__(self, *batch: Any) -> Any:
         """One step on a batch: updates model and optimizer in place, gives the loss (and aux) from before."""
-        opt = self.opt
-        result = self._compiled(batch, self._scalars(), self._structure())
-        opt.steps += 1
+        found = scan(batch, {})
+        if found.traced or current_trace() is not None:
+            raise TraceError("train_step updates its model in place and cannot be traced; call it outside",
+                             user_location())
+        numbers, structure = self._scalars(), self._structure()
+        # These are few and known: they join the key as they are instead of being taken apart at each call.
+        found.key = (found.key, structure, self._layout)
+        found.arrays += numbers.values()
+        result = self._compiled._run(found, (batch, numbers, structure), {})
+        self.opt.steps += 1
         return result
 
     def trace(self, *batch: Any) -> Graph:
@@ -113,14 +125,18 @@ class TrainStep:
         given = self.opt.hyperparameters(self.opt.steps)
         if self.clip_norm is not None:
             given[CLIP] = self.clip_norm
-        if numbers.keys() - {MASK} != given.keys():
-            numbers = self._numbers = {name: np.zeros((), self._wide) for name in sorted(given)}
+        if self._freezes != records.freezes:
+            self._freezes = records.freezes
+            self._trainable = np.array([p.requires_grad for p in self.opt.params])
+            self._masked = self._masked or not self._trainable.all()
+        if len(numbers) != len(given) + self._masked or not given.keys() <= numbers.keys():
+            names = sorted([*given, *([MASK] if self._masked else [])])
+            numbers = self._numbers = {name: np.zeros((), self._wide) for name in names}
+            self._layout = tuple(names)
         for name, value in given.items():
             numbers[name][()] = value
-        trainable = [p.requires_grad for p in self.opt.params]
-        if self._masked or not all(trainable):
-            self._masked = True
-            numbers[MASK] = np.array(trainable)
+        if self._masked:
+            numbers[MASK] = self._trainable
         return numbers
 
     def _structure(self) -> tuple[Any, ...]:
@@ -160,7 +176,7 @@ class TrainStep:
             return [s if g is None else s + g.astype(s.dtype) for s, g in zip(sums, grads)], result
 
         zeros = [F.zeros(p.shape, p.dtype if p.dtype.bits >= 32 else "float32") for p in params]
-        sums, results = scan(body, zeros, parts)
+        sums, results = control.scan(body, zeros, parts)
         scale = 1.0 / self.accumulate
         grads = [None if none else s * scale for s, none in zip(sums, absent)]
         if isinstance(results, tuple):  # (loss, aux): aux keeps an axis of parts
