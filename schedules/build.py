@@ -17,10 +17,13 @@ from typing import Any
 from .cache import Cache, cache, digest
 from .check import check_program
 from .executable import Executable, KernelInfo, Signature, TensorInfo
+from .ffi import import_tvm
 from .link import SHARED, Library, link, linker, load
 from .plan import MemoryPlan, Slots, plan_memory
 from .program import ENTRY, HostCall, Program, Step, walk
 from .target import Target, available_cpus
+
+import_tvm()  # this module is imported to compile
 
 log = logging.getLogger("treadle.build")
 
