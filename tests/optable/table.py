@@ -62,6 +62,15 @@ class Row:
         """The same samples in every run."""
         return self.generate(s.maker(self.name, dtype, self.domain))
 
+    def few(self, dtype: Any) -> list[s.Sample]:
+        """For tests that cost much per sample: all in f32 (or the row's first dtype), else those that differ most."""
+        every = list(self.samples(dtype))
+        if str(dtype) == "float32" or "float32" not in self.dtypes and str(dtype) == self.dtypes[0]:
+            return every
+        sizes = [sum(a.size for a in sample.args) for sample in every]
+        chosen = {0, sizes.index(max(sizes)), *(i for i, sample in enumerate(every) if sample.label)}
+        return [every[i] for i in sorted(chosen)]
+
     def answer(self) -> Oracle:
         return self.oracle or ORACLES[self.op]
 
