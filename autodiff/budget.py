@@ -26,6 +26,7 @@ from ..ir.rewrite import with_operands
 
 CHAIN_NODES = 24  # of one recomputation
 ROUNDS = 200
+WORTHWHILE = 0.99
 
 
 Kernel = list[Node]  # nodes that run as one: the last, and what is fused into it
@@ -136,6 +137,16 @@ def recompute_to_fit(graph: Graph, budget: int) -> PassResult:
 
     `stats`: peak_before, peak_after (bytes), recomputed (nodes), flops (extra operations).
     """
+    result = _lower_peak(graph, budget)
+    if result.changed and result.stats["peak_after"] > budget:
+        # Out of reach: what was reached may be had for less by not asking for more.
+        modest = _lower_peak(graph, result.stats["peak_after"])
+        if modest.stats["peak_after"] <= result.stats["peak_after"] and modest.stats["flops"] < result.stats["flops"]:
+            return modest
+    return result
+
+
+def _lower_peak(graph: Graph, budget: int) -> PassResult:
     current, line = graph, timeline(graph)
     best, spent = graph, {"recomputed": 0, "flops": 0}
     stats = {"peak_before": line.peak, "peak_after": line.peak, **spent}
@@ -149,7 +160,9 @@ def recompute_to_fit(graph: Graph, budget: int) -> PassResult:
             break
         spent["recomputed"] += sum(len(p.chain) for p in plans)
         spent["flops"] += sum(p.flops for p in plans)
-        if after_line.peak < line.peak:  # several kernels may reach one peak: only the last round at it pays
+        # Several kernels may reach one peak: a round at one of them pays only once it is gone. And the last per cents
+        # on the way to a budget that is out of reach cost more than they are worth.
+        if after_line.peak <= max(budget, WORTHWHILE * stats["peak_after"]):
             best, stats = after, {**stats, "peak_after": after_line.peak, **spent}
         current, line = after, after_line
     return PassResult(best, best is not graph, stats)
