@@ -9,7 +9,7 @@ because a second one, `td.numpy`, would hold the same names once more.
 
 from . import ir
 from .frontend import methods as _methods
-from .frontend import plugins, random
+from .frontend import nn, optim, plugins, random
 from .frontend.checkpoint import load_checkpoint, save_checkpoint
 from .frontend.compile import Compiled, compile, load
 from .frontend.control import cond, scan, while_loop
@@ -20,7 +20,6 @@ from .frontend.tensor import Tensor
 from .frontend.trace import Spec, spec, trace
 from .frontend.train import TrainStep, train_step
 from .frontend.transforms import checkpoint, grad, jvp, value_and_grad, vjp
-from .frontend import nn, optim  # isort: skip
 from .ir.dims import Dim
 from .ir.dtypes import (
     DType,

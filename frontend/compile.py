@@ -23,16 +23,21 @@ from typing import Any
 
 import numpy as np
 
+from ..autodiff.amp import amp_pass
+from ..autodiff.budget import budget_pass
 from ..ir import config
+from ..ir.dtypes import as_dtype
 from ..ir.errors import ArgumentsError, CompileError, ShapeError
 from ..ir.graph import Graph
 from ..ir.location import user_location
 from ..ir.passes import FINISH, TIDY
-from ..ir.pipeline import Pass, Pipeline
+from ..ir.pipeline import Pass, Pipeline, Step
 from ..ir.types import TensorType
+from ..schedules.target import Target
 from . import tree
 from .eager import Concrete, array_type, builder, eager_builder, interned, records
 from .grad_mode import is_grad_enabled
+from .progress import Progress
 from .recording import world
 from .signature import Description, Scanned, describe, difference, scan
 from .specialize import inline, specialize
@@ -45,37 +50,45 @@ VARIANTS = 8
 """Programs kept for one signature, told apart by their guards."""
 
 
-def passes(amp: Any = None) -> list[Pass]:
+def passes(amp: Any = None, memory_budget: int | None = None) -> list[Pass]:
     """What a traced graph goes through before it is lowered.
 
     Args:
         amp: "bfloat16" (or "float16"): mixed precision; None: none.
+        memory_budget: bytes; values are recomputed until the estimated peak of what waits between kernels is below it.
     """
-    if amp is None:
-        return [*TIDY, *FINISH]
-    from ..autodiff.amp import amp_pass
+    steps = list(TIDY)
+    if amp is not None:
+        steps += [amp_pass(amp), *TIDY]
+    if memory_budget is not None:
+        steps.append(budget_pass(memory_budget))
+    return [*steps, *FINISH]
 
-    return [*TIDY, amp_pass(amp), *TIDY, *FINISH]
 
+def build_executable(graph: Graph, target: str, amp: Any = None, meta: dict[str, Any] | None = None,
+                     memory_budget: int | None = None) -> Any:
+    """Passes, lowering, machine code: a graph with static shapes as an executable.
 
-def build_executable(graph: Graph, target: str, amp: Any = None, meta: dict[str, Any] | None = None) -> Any:
-    """Passes, lowering, machine code: a graph with static shapes as an executable."""
+    Raises:
+        CompileError: the memory budget is out of reach, or a kernel cannot be compiled.
+    """
     from ..schedules.build import build  # importing TVM takes a second: only who compiles pays
     from ..schedules.lower import lower
-    from .progress import Progress
 
-    program = lower(Pipeline(passes(amp)).run(graph), target)
+    final = Pipeline(passes(amp, memory_budget), _budget_check(graph, memory_budget)).run(graph)
+    program = lower(final, target)
     program.meta = dict(meta or {})
     with Progress() as progress:
         return build(program, target, progress.update)
 
 
-def planned_bytes(graph: Graph, target: str, amp: Any = None) -> int:
-    """Bytes of the arena that a graph's program would take for values between its kernels."""
-    from ..schedules.lower import lower
-    from ..schedules.plan import plan_memory
-
-    return int(plan_memory(lower(Pipeline(passes(amp)).run(graph), target)).arena_bytes)
+def _budget_check(graph: Graph, budget: int | None) -> Callable[[Step], None]:
+    def check(step: Step) -> None:
+        reached = step.result.stats.get("peak_after")
+        if budget is not None and reached is not None and reached > budget:
+            raise CompileError(f"{graph.name}: its values take {reached:,} bytes between kernels even with everything "
+                               f"recomputed that helps; the budget is {budget:,}. Use smaller batches, or accumulate")
+    return check
 
 
 @dataclass
@@ -120,7 +133,7 @@ class Program:
         self.out_types = [interned(t) for t in out_types]
         self.single = out_structure is tree.LEAF or out_structure == tree.LEAF
         self.checked = world.changes
-        self.records = records.leaves
+        self.records = -1  # records made before this program count too
         first = min(captures, default=0)
         if sorted(captures) != list(range(first, first + len(captures))):
             raise CompileError("captured tensors must be the last inputs of a graph")
@@ -175,12 +188,14 @@ class Compiled:
         target, amp: as given to `compile`.
     """
 
-    def __init__(self, fn: Any, target: str = "cpu", amp: Any = None):
+    def __init__(self, fn: Any, target: str = "cpu", amp: Any = None, memory_budget: int | None = None):
         if not callable(fn) and not isinstance(fn, Graph):
             raise ArgumentsError(f"compile takes a function, a module or a graph, not {fn!r}", user_location())
+        Target.parse(target)
         self.fn = fn
         self.target = target
-        self.amp = amp
+        self.amp = amp if amp is None else as_dtype(amp)
+        self.memory_budget = memory_budget
         self.stats = Stats()
         self._recordable = not isinstance(fn, Graph)
         self._programs: dict[Any, list[Program]] = {}
@@ -298,7 +313,7 @@ class Compiled:
         in_structure = meta.get("in_structure") or _plain_arguments(graph, captures)
         header = {"static": static, "in_structure": tree.to_json(in_structure),
                   "out_structure": tree.to_json(out_structure), "results": count, "bound": len(captures)}
-        executable = build_executable(graph, self.target, self.amp, header)
+        executable = build_executable(graph, self.target, self.amp, header, self.memory_budget)
         made = getattr(executable, "stats", None)
         if made is not None:
             self.stats.kernels, self.stats.compiled_kernels = made.kernels, self.stats.compiled_kernels + made.compiled
@@ -392,9 +407,6 @@ def compile(fn: Any = None, *, target: str = "cpu", amp: Any = None) -> Any:
     """
     if fn is None:
         return lambda function: compile(function, target=target, amp=amp)
-    from ..schedules.target import Target
-
-    Target.parse(target)
     return Compiled(fn, target, amp)
 
 

@@ -15,24 +15,24 @@ The protocol of optimizers (base class `optim.Optimizer`):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from ..ir.errors import ArgumentsError, AttributeValueError, CompileError, GradientError, TraceError
+from ..ir.errors import ArgumentsError, AttributeValueError, GradientError, TraceError
 from ..ir.graph import Graph
 from ..ir.location import user_location
 from . import control, tree
 from . import functions as F
-from .compile import Compiled, planned_bytes
+from .compile import Compiled
 from .eager import records
 from .optim.clip import clip_by_global_norm
 from .recording import current_trace
 from .signature import scan
 from .tensor import Tensor
-from .transforms import checkpoint, gradients
+from .trace import leaf_type
+from .transforms import gradients
 
 CLIP, MASK = "clip_norm", "trainable"
 
@@ -49,8 +49,8 @@ def train_step(model: Any, loss_fn: Callable[..., Any], opt: Any, amp: Any = Non
         clip_norm: gradients whose global norm is larger are scaled down to it.
         accumulate: run the batch in so many equal parts, adding up the gradients: the memory of a part, the step of the
             whole. Every tensor of the batch is cut along its first axis.
-        memory_budget: bytes that values between forward and backward may take; blocks of the model are recomputed
-            in the backward pass until it is met.
+        memory_budget: bytes that values waiting between kernels may take; what costs least to compute again is
+            recomputed in the backward pass until that is met.
         target: as for `compile`.
 
     Returns:
@@ -222,75 +222,17 @@ class _CompiledStep(Compiled):
     """The compiled function of (batch, numbers, structure)."""
 
     def __init__(self, step: TrainStep, target: str, amp: Any):
-        super().__init__(step.step, target, amp)
+        super().__init__(step.step, target, amp, step.memory_budget)
         self.step = step
         self._recordable = False  # a batch that requires a gradient is still only data
         self.__name__ = "train_step"
 
     def trace(self, *args: Any, **keywords: Any) -> Graph:
         """As for functions; the numbers get the role `scalar`."""
-        if self.step.memory_budget is None:
-            return self._traced(args)
-        return self._within(self.step.memory_budget, args)
-
-    def _traced(self, args: Sequence[Any]) -> Graph:
         graph = super().trace(*args)
         graph.name = "train_step"
-        first = sum(1 for leaf in tree.flatten(args[0])[0] if isinstance(leaf, (Tensor, np.ndarray, np.generic)))
-        for i, name in enumerate(sorted(args[1])):
+        first = sum(1 for leaf in tree.flatten(args[0])[0] if leaf_type(leaf) is not None)
+        for i, name in enumerate(args[1]):
             graph.roles[first + i] = "scalar"
             graph.inputs[first + i].name = name.replace(".", "_")
         return graph
-
-    def _within(self, budget: int, args: Sequence[Any]) -> Graph:
-        """The graph that recomputes as few of the model's blocks as the budget allows."""
-        blocks = _blocks(self.step.model)
-        low, high = 0, len(blocks)
-        best: tuple[Graph, int] | None = None
-        count = low
-        while True:
-            with _recomputed(blocks[:count]):
-                graph = self._traced(args)
-            used = planned_bytes(graph, self.target, self.amp)
-            if used <= budget:
-                best, high = (graph, used), count
-            else:
-                low = count + 1
-                if count == len(blocks):
-                    raise CompileError(f"train_step: a step needs {used:,} bytes between its kernels even with "
-                                       f"all {len(blocks)} blocks recomputed; the budget is {budget:,}. Use smaller "
-                                       "batches, or accumulate")
-            if best is not None and low >= high:
-                return best[0]
-            count = len(blocks) if best is None else (low + high) // 2
-
-
-def _blocks(model: Any) -> list[Any]:
-    """The parts of a model that may be recomputed: the members of its lists and sequences, or else its children."""
-    found: list[Any] = []
-
-    def visit(module: Any) -> None:
-        children = list(module.children())
-        if type(module).__name__ in ("Sequential", "ModuleList"):
-            found.extend(c for c in children if any(True for _ in c.parameters()))
-        else:
-            for child in children:
-                visit(child)
-
-    if hasattr(model, "children"):
-        visit(model)
-        return found or list(model.children())
-    return []
-
-
-@contextmanager
-def _recomputed(blocks: Sequence[Any]) -> Iterator[None]:
-    """Inside, these modules are recomputed in the backward pass."""
-    for block in blocks:
-        object.__setattr__(block, "forward", checkpoint(block.forward))
-    try:
-        yield
-    finally:
-        for block in blocks:
-            object.__delattr__(block, "forward")
-

@@ -108,7 +108,8 @@ def test_reduction_options():
     close(both(lambda x: td.logsumexp(x, 0), X), np.log(np.exp(X).sum(0)))
     for order in (1, 2, 3, 0, np.inf, -np.inf):
         close(
-            both(lambda x: td.norm(x, order, axis=1), X), np.linalg.norm(X, order, axis=1).astype(np.float32)
+            both(lambda x, order=order: td.norm(x, order, axis=1), X),
+            np.linalg.norm(X, order, axis=1).astype(np.float32),
         )
     assert td.sum(I, dtype="float64").dtype == "float64" and td.mean(X, dtype="float64").dtype == "float64"
     for axis in (None, 0, 1):
