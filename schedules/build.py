@@ -21,7 +21,8 @@ from .ffi import import_tvm
 from .link import SHARED, Library, link, linker, load
 from .plan import MemoryPlan, Slots, plan_memory
 from .program import ENTRY, HostCall, Program, Step, walk
-from .target import Target, available_cpus
+from .runtime import available_cpus
+from .target import Target
 
 import_tvm()  # this module is imported to compile
 

@@ -22,12 +22,12 @@ from typing import Any
 
 from ..ir import config
 from ..ir.errors import AttributeValueError, TreadleError
-from .target import available_cpus
 
 log = logging.getLogger("treadle.runtime")
 
 _lock = threading.Lock()
-_requested: int | None = None
+_requested: int | None = None  # what set_num_threads said
+_running: int | None = None  # what programs run with: settled by the first run, changed by set_num_threads
 _thread = threading.local()  # .count: what this thread's pool is set to; .size: how many workers it has
 
 
@@ -77,6 +77,19 @@ def load_runtime() -> Any:
     return tvm_ffi
 
 
+@functools.cache
+def available_cpus() -> int:
+    """Cores that this process may use: its affinity mask, cut to the CPU quota of its container."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            count = min(count, max(1, -(-int(quota) // int(period))))
+    except (OSError, ValueError):
+        pass
+    return count
+
+
 def get_num_threads() -> int:
     """Threads that a parallel kernel runs on: `set_num_threads`, else TREADLE_NUM_THREADS, else all available cores."""
     return _requested or config.get("TREADLE_NUM_THREADS") or available_cpus()
@@ -88,31 +101,29 @@ def set_num_threads(count: int) -> None:
     Raises:
         AttributeValueError: `count` is not a whole number >= 1.
     """
-    global _requested
+    global _requested, _running
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise AttributeValueError(f"set_num_threads({count!r}): give a whole number >= 1")
-    _requested = count
+    _requested = _running = count
 
 
 def prepare_thread() -> None:
-    """Bring the calling Python thread's pool to `get_num_threads()` workers. Cheap when nothing changed."""
-    count = _requested
-    if count is not None and getattr(_thread, "count", None) == count:
-        return
-    _configure(count or get_num_threads())
+    """Bring the calling Python thread's pool to its number of workers. Cheap when nothing changed."""
+    if _running is None or getattr(_thread, "count", None) != _running:
+        _configure()
 
 
-def _configure(count: int) -> None:
+def _configure() -> None:
     """Make or resize the pool. A pool cannot grow, so it is made with a worker per core; idle ones sleep."""
-    global _requested
+    global _running
     ffi = load_runtime()
     with _lock:
-        _requested = _requested or count
+        count = _running = _running or get_num_threads()
         size = getattr(_thread, "size", None) or max(count, available_cpus())
         with _PoolSettings(size):
             ffi.get_global_func("runtime.NumThreads")()
             ffi.get_global_func("runtime.config_threadpool")(1, min(count, size))
-        if count > size and getattr(_thread, "count", None) != count:
+        if count > size:
             log.warning(
                 "this Python thread's pool was made with %d threads and cannot grow to %d", size, count
             )

@@ -9,15 +9,14 @@ for, so LLVM gets the CPU's name for its cost model AND an explicit "off" for ev
 from __future__ import annotations
 
 import functools
-import os
 import platform
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..ir import config
 from ..ir.errors import TargetError
+from .runtime import get_num_threads
 
 _SSE4 = ("sse3", "ssse3", "sse41", "sse42", "popcnt", "cx16")
 _AVX2 = (*_SSE4, "avx", "avx2", "fma", "f16c", "bmi", "bmi2", "lzcnt", "movbe")
@@ -97,19 +96,6 @@ def host_caches() -> dict[int, int]:
 
 
 @functools.cache
-def available_cpus() -> int:
-    """Cores that this process may use: its affinity mask, cut to the CPU quota of its container."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            count = min(count, max(1, -(-int(quota) // int(period))))
-    except (OSError, ValueError):
-        pass
-    return count
-
-
-@functools.cache
 def _host_cpu_name() -> str:
     from tvm.target import codegen
 
@@ -154,7 +140,7 @@ class Target:
             return spec
         kind, _, isa = str(spec).partition(":")
         caches = host_caches()
-        rest = (config.get("TREADLE_NUM_THREADS") or available_cpus(), caches[1], caches[2], caches[3])
+        rest = (get_num_threads(), caches[1], caches[2], caches[3])
         if kind == "cuda" and re.fullmatch(r"sm_\d{2,3}a?", isa):
             return Target(f"cuda:{isa}", "cuda", isa, frozenset(), 128, *rest)
         if kind == "cpu" and isa in ISAS:

@@ -31,7 +31,8 @@ from ...ir import config
 from ...ir.errors import TreadleError
 from ...schedules.cache import default_directory
 from ...schedules.link import linker
-from ...schedules.target import ISAS, Target, available_cpus
+from ...schedules.runtime import available_cpus
+from ...schedules.target import ISAS, Target
 
 WORKS, ABSENT, BROKEN = "works", "absent", "broken"
 STYLE = {WORKS: "green", ABSENT: "yellow", BROKEN: "bold red"}

@@ -32,8 +32,7 @@ from treadle.schedules.build import build
 from treadle.schedules.executable import empty_aligned
 from treadle.schedules.host import register_host_function
 from treadle.schedules.program import HostCall, KernelCall, Program
-from treadle.schedules.runtime import get_num_threads, set_num_threads
-from treadle.schedules.target import available_cpus
+from treadle.schedules.runtime import available_cpus, get_num_threads, set_num_threads
 
 X = np.arange(8, dtype=np.float32)
 
@@ -296,9 +295,9 @@ def test_code_for_another_machine_is_refused(monkeypatch):
 
 @pytest.fixture
 def threads():
-    before = runtime._requested
+    before = runtime._requested, runtime._running
     yield
-    runtime._requested = before
+    runtime._requested, runtime._running = before
 
 
 def pool_size() -> int:
@@ -310,6 +309,8 @@ def test_thread_count_holds_in_every_python_thread_and_can_change(threads, monke
     monkeypatch.setattr(runtime, "_requested", None)
     monkeypatch.delenv("TREADLE_NUM_THREADS", raising=False)
     assert get_num_threads() == available_cpus()
+    monkeypatch.setenv("TREADLE_NUM_THREADS", "3")
+    assert get_num_threads() == 3
     found = []
     for count in (1, available_cpus(), 1, available_cpus()):
         set_num_threads(count)

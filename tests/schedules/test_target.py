@@ -3,15 +3,16 @@
 import pytest
 
 from treadle.ir.errors import TargetError
+from treadle.schedules import runtime
 from treadle.schedules import target as module
-from treadle.schedules.target import ISAS, Target, available_cpus, host_caches, host_features
+from treadle.schedules.target import ISAS, Target, host_caches, host_features
 
 
 def test_host_target_has_what_the_host_has():
     target = Target.parse("cpu")
     assert target.runnable_here() and target.missing_here == []
     assert target.features <= host_features()
-    assert target.threads == available_cpus() >= 1
+    assert target.threads == runtime.get_num_threads() >= 1
     assert Target.parse(target) is target and str(target) == "cpu"
 
 
@@ -47,7 +48,7 @@ def test_fingerprints_differ_by_instruction_set_and_not_by_threads(monkeypatch):
     prints = {Target.parse(f"cpu:{isa}").fingerprint for isa in ISAS}
     assert len(prints) == len(ISAS)
     before = Target.parse("cpu")
-    monkeypatch.setenv("TREADLE_NUM_THREADS", "7")
+    monkeypatch.setattr(runtime, "_requested", 7)
     after = Target.parse("cpu")
     assert after.threads == 7 and after.fingerprint == before.fingerprint
 
