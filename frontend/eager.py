@@ -58,7 +58,7 @@ class _Counter:
 
 
 records = _Counter()
-_types: dict[tuple[tuple[int, ...], Any], TensorType] = {}
+_types: dict[tuple[tuple[Any, ...], Any], TensorType] = {}
 
 
 def array_type(array: np.ndarray) -> TensorType:
