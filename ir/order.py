@@ -20,9 +20,9 @@ def hoist_updates(graph: Graph) -> PassResult:
     member = {node: i for i, group in enumerate(groups) for node in group}
     position = {node: i for i, node in enumerate(order)}
     placed: dict[int, list[list[Node]]] = {}
-    readers = graph.uses()
+    readers, taken = graph.uses(), _taken(graph)
     for group in groups:
-        placed.setdefault(_ready(graph, group, readers, position), []).append(group)
+        placed.setdefault(_ready(group, taken, readers, position), []).append(group)
     nodes: list[Node] = [node for group in placed.get(-1, ()) for node in group]
     for i, node in enumerate(order):
         if node not in member:
@@ -51,7 +51,7 @@ def _updates(graph: Graph, front: set[Node]) -> list[list[Node]]:
 
     Nodes are connected if one reads the other's result, or what the other overwrites.
     """
-    readers, taken = graph.uses(), {graph.outputs[i]: graph.inputs[source] for i, source in graph.aliases.items()}
+    readers, taken = graph.uses(), _taken(graph)
     returned = {v for i, v in enumerate(graph.outputs) if i not in graph.aliases}
     members: dict[Node, None] = {}
     for node in reversed(graph.nodes):
@@ -77,10 +77,16 @@ def _updates(graph: Graph, front: set[Node]) -> list[list[Node]]:
     return list(groups.values())
 
 
-def _ready(graph: Graph, group: list[Node], readers: dict[Value, list[Node]], position: dict[Node, int]) -> int:
+def _taken(graph: Graph) -> dict[Value, Value]:
+    """Output -> the input whose storage it takes over."""
+    return {graph.outputs[i]: graph.inputs[source] for i, source in graph.aliases.items()}
+
+
+def _ready(group: list[Node], taken: dict[Value, Value], readers: dict[Value, list[Node]],
+           position: dict[Node, int]) -> int:
     """The position after which the operands of a group are there, and what it overwrites is not read any more."""
-    inside, results = set(group), {v for node in group for v in node.results}
-    overwritten = [graph.inputs[source] for i, source in graph.aliases.items() if graph.outputs[i] in results]
+    inside = set(group)
+    overwritten = [taken[v] for node in group for v in node.results if v in taken]
     before = [v.producer for node in group for v in node.operands if v.producer is not None]
     before += [n for v in overwritten for n in readers.get(v, ())]
     return max((position[n] for n in before if n not in inside), default=-1)

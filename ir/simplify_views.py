@@ -54,6 +54,24 @@ def chain(node: Node) -> Value | None:
     return emit(node.op.name, source, **node.attrs)
 
 
+def cast_of_view(node: Node) -> Value | None:
+    """Data moves in the narrower dtype: a narrowing cast goes before a view..."""
+    (x,), dtype = node.operands, node.attrs["dtype"]
+    view = x.producer
+    if not view or view.op.name not in WHOLE_VIEWS or dtype.bits >= x.dtype.bits:
+        return None
+    return emit(view.op.name, emit("cast", view.operands[0], dtype=dtype), **view.attrs)
+
+
+def view_of_cast(node: Node) -> Value | None:
+    """... and a widening one after it."""
+    (x,) = node.operands
+    source = source_of(x, "cast")
+    if source is None or source.dtype.bits >= x.dtype.bits:
+        return None
+    return emit("cast", emit(node.op.name, source, **node.attrs), dtype=x.dtype)
+
+
 def reverse_twice(node: Node) -> Value | None:
     (x,) = node.operands
     source = source_of(x, "reverse")
@@ -273,14 +291,16 @@ def whole_update(node: Node) -> Value | None:
     return update if update.shape == x.shape else None
 
 
+WHOLE_VIEWS = frozenset({"reshape", "transpose", "reverse", "broadcast_to"})  # no element is left out
 SCATTERS = frozenset({"scatter_add", "scatter_add_along_axis", "scatter_add_nd"})
 
 VIEW_RULES: dict[str, tuple[Rule, ...]] = {
-    "reshape": (idle, of_uniform, chain),
+    "cast": (cast_of_view,),
+    "reshape": (idle, of_uniform, chain, view_of_cast),
     "broadcast_to": (idle, of_uniform, chain, broadcast_reshaped),
-    "transpose": (idle, of_uniform, chain, transpose_units),
-    "reverse": (idle, of_uniform, reverse_twice),
-    "slice": (idle, of_uniform, slice_slice, slice_concat, slice_pad),
+    "transpose": (idle, of_uniform, chain, transpose_units, view_of_cast),
+    "reverse": (idle, of_uniform, reverse_twice, view_of_cast),
+    "slice": (idle, of_uniform, slice_slice, slice_concat, slice_pad, view_of_cast),
     "concat": (concat_pieces,),
     "pad": (idle, pad_pad),
     "add": (add_pads, add_scatter),

@@ -155,6 +155,21 @@ SIMPLIFICATIONS = {
           %1 = scatter_add(%x, %0, %u) : f32[4,2]
           return %1
         }"""),
+    "data moves in the narrower dtype": ("""
+        graph main(%x: f32[2,3] data, %y: bf16[2,3] data) -> (bf16[6], f32[3,2]) {
+          %0 = reshape(%x) {shape=(6,)} : f32[6]
+          %1 = cast(%0) {dtype=dtype bf16} : bf16[6]
+          %2 = cast(%y) {dtype=dtype f32} : f32[2,3]
+          %3 = transpose(%2) {perm=(1, 0)} : f32[3,2]
+          return %1, %3
+        }""", """
+        graph main(%x: f32[2,3] data, %y: bf16[2,3] data) -> (bf16[6], f32[3,2]) {
+          %0 = cast(%x) {dtype=dtype bf16} : bf16[2,3]
+          %1 = reshape(%0) {shape=(6,)} : bf16[6]
+          %2 = transpose(%y) {perm=(1, 0)} : bf16[3,2]
+          %3 = cast(%2) {dtype=dtype f32} : f32[3,2]
+          return %1, %3
+        }"""),
     "casts": ("""
         graph main(%x: bf16[2] data, %y: f32[2] data) -> (bf16[2], f64[2], f32[2]) {
           %0 = cast(%x) {dtype=dtype f32} : f32[2]
