@@ -108,7 +108,7 @@ class TransformerEncoderLayer(Module):
 
 
 class TransformerDecoderLayer(Module):
-    """Causal self-attention, attention to an encoder's output, and a perceptron, with residuals and norms."""
+    """Self-attention (causal on request), attention to an encoder's output, and a perceptron, with residuals and norms."""
 
     def __init__(self, d_model: int, nhead: int, dim_feedforward: int = 2048, dropout: float = 0.1,
                  activation: Any = "relu", norm_first: bool = False, layer_norm_eps: float = 1e-5):
@@ -127,7 +127,7 @@ class TransformerDecoderLayer(Module):
         return self.dropout3(self.linear2(self.dropout(self.activation(self.linear1(x)))))
 
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None = None, memory_mask: Tensor | None = None,
-                causal: bool = True) -> Tensor:
+                causal: bool = False) -> Tensor:
         """x (batch, n, d_model) attends to itself and to `memory` (batch, m, d_model)."""
         if self.norm_first:
             x = x + self.dropout1(self.self_attn(self.norm1(x), mask=mask, causal=causal))
