@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +24,6 @@ import numpy as np
 
 from ..autodiff.amp import amp_pass
 from ..autodiff.budget import budget_pass
-from ..ir import config
 from ..ir.dtypes import as_dtype
 from ..ir.errors import ArgumentsError, CompileError, ShapeError
 from ..ir.graph import Graph
@@ -37,6 +35,7 @@ from ..schedules.target import Target
 from . import tree
 from .eager import Concrete, array_type, builder, eager_builder, interned, records
 from .grad_mode import is_grad_enabled
+from .logs import follow_environment
 from .progress import Progress
 from .recording import world
 from .signature import Description, Scanned, describe, difference, scan
@@ -246,6 +245,7 @@ class Compiled:
             for program in self._programs.get(found.key, ()):  # another thread may have made it
                 if program.valid():
                     return program
+            follow_environment()
             started = time.perf_counter()
             self._check(args, keywords)
             described = describe(self._names(len(args)), args, keywords)
@@ -258,7 +258,7 @@ class Compiled:
             self.stats.compiles += 1
             self.stats.seconds += time.perf_counter() - started
             self.stats.reasons.append(reason)
-            _say(f"{self.__name__}: compiled in {time.perf_counter() - started:.2f} s: {reason}")
+            log.info("%s: compiled in %.2f s: %s", self.__name__, time.perf_counter() - started, reason)
             return program
 
     def _reason(self, found: Scanned, described: Description) -> str:
@@ -431,9 +431,3 @@ def _plain_arguments(graph: Graph, captures: dict[int, Tensor]) -> tree.Structur
     count = len(graph.inputs) - len(captures)
     positional = tree.Structure("tuple", tuple(range(count)), (tree.LEAF,) * count)
     return tree.Structure("tuple", (0, 1), (positional, tree.Structure("dict")))
-
-
-def _say(message: str) -> None:
-    log.info("%s", message)
-    if "recompiles" in config.get("TREADLE_LOG"):
-        print(f"treadle: {message}", file=sys.stderr)

@@ -47,6 +47,25 @@ def changed() -> None:
 _hooks["changed"] = changed
 
 
+def read(tensor: Tensor, what: str) -> None:
+    """A traced function looks at the elements of a concrete tensor: what follows from them is frozen into the graph.
+
+    That is noted for a tensor that only `assign` can change, and refused for parameters and state.
+    """
+    trace = current_trace()
+    if trace is None:
+        return
+    if tensor.role is not None:
+        raise TraceError(f"while {trace.graph.name!r} is traced, Python asks a {tensor.role} tensor {tensor.type} for "
+                         f"{what}: the graph would keep the present value for ever. Compute with the tensor itself "
+                         "(td.where, td.cond...), or read it outside", user_location())
+    tensor._baked = True
+    trace.guards.append((lambda: tensor._value, tensor._value))
+
+
+_hooks["read"] = read
+
+
 def current_trace() -> Trace | None:
     """The innermost trace of this thread, or None outside."""
     builder = context.current_or_none()

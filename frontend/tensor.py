@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..ir import context
 from ..ir.dtypes import DType, as_dtype, float32, int64
 from ..ir.errors import AttributeValueError, DTypeError, GradientError, ShapeError, TraceError
 from ..ir.graph import Value
@@ -186,6 +187,8 @@ class Tensor:
     def _elements(self, what: str, instead: str) -> np.ndarray:
         if self._trace is not None:
             self._trace.refuse(self, what, instead)
+        elif context.current_or_none() is not None:
+            _hooks["read"](self, what)
         array: np.ndarray = self._value.array
         return array
 

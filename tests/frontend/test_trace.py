@@ -162,6 +162,16 @@ def test_guards_tell_what_a_trace_depends_on():
     assert read() is not then and recording.world.changes > before
 
 
+def test_elements_of_concrete_tensors_read_while_tracing():
+    state, plain = td.tensor(np.zeros(2), role="state"), td.tensor([1.0, 2.0])
+    with pytest.raises(td.TreadleError, match="keep the present value for ever"):
+        td.trace(lambda x: x * state.numpy()[0], X)
+    f = td.compile(lambda x: x * plain.tolist()[0])
+    close(f(X), X)
+    plain.assign(3.0)
+    close(f(X), X * 3)
+
+
 def test_no_grad_inside_a_trace_stops_gradients():
     def fn(x):
         with td.no_grad():
