@@ -140,12 +140,13 @@ class Domain:
     accesses: list[dict[Axis, int]]
 
 
-def domain_of(shape: Sequence[int], nodes: Sequence[Node], outputs: Sequence[Value]) -> Domain:
+def domain_of(shape: Sequence[int], nodes: Sequence[Node], outputs: Sequence[Value],
+              recorder: Recorder | None = None) -> Domain:
     """The collapsed iteration domain over `shape` of a group without reductions."""
     axes = [Axis(n, f"i{k}") for k, n in enumerate(shape)]
     position = flatten([Index.of(a) for a in axes], shape)
     indices = {v: unflatten(position, v.shape) for v in outputs}
-    recorder = Recorder(nodes, {})
+    recorder = recorder or Recorder(nodes, {})
     for v in outputs:
         recorder.value(v, indices[v])
     seen = [linear(access.position) for access in recorder.accesses]

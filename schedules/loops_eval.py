@@ -18,7 +18,7 @@ from tvm.script.ir_builder import tirx as T
 from ..ir.graph import Node, Value
 from ..ir.opdef import rule
 from .loops_index import Axis, Index, flatten
-from .lower_slots import Pointwise, Reduce, compute_dtype, let, read, written
+from .lower_slots import Pointwise, Reduce, compute_dtype, let, read, recording, written
 
 Idx = tuple[Index, ...]
 
@@ -146,7 +146,8 @@ class Recorder(Evaluator):
         else:
             if lowering.exposes:
                 self.exposed.update(*(i.axes for i in idx))
-            lowering.fn(node, idx, lambda k, at: self.value(node.operands[k], at))
+            with recording():
+                lowering.fn(node, idx, lambda k, at: self.value(node.operands[k], at))
 
 
 def count_uses(nodes: Sequence[Node], outputs: Iterable[Value]) -> dict[Value, int]:

@@ -130,6 +130,11 @@ class Index:
         return hash((self.const, frozenset(self.terms.items())))
 
     @property
+    def plain(self) -> bool:
+        """Whether it is affine in loop axes alone."""
+        return all(isinstance(a, Axis) for a in self.terms)
+
+    @property
     def lo(self) -> int:
         return self.const + sum(c * (a.lo if c > 0 else a.hi) for a, c in self.terms.items())
 

@@ -170,17 +170,6 @@ def dynamic_slice(node: Node, idx: Idx, load: Load) -> Any:
     return load(0, tuple(i + start for i, start in zip(idx, starts)))
 
 
-def dynamic_update_slice(node: Node, idx: Idx, load: Load) -> Any:
-    x, update = node.operands[:2]
-    starts = [block_start(load, k + 2, n, size) for k, (n, size) in enumerate(zip(x.shape, update.shape))]
-    if update.type.size == 0:
-        return load(0, idx)
-    offsets = [i - start for i, start in zip(idx, starts)]
-    inside = both(*(within(o, 0, n - 1) for o, n in zip(offsets, update.shape)))
-    at = tuple(clamp(o, 0, n - 1) for o, n in zip(offsets, update.shape))
-    return where(inside, lambda: load(1, at), lambda: load(0, idx))
-
-
 def one_hot(node: Node, idx: Idx, load: Load) -> Any:
     value = load(0, idx[:-1])
     dtype = compute_dtype(node.result.dtype)
@@ -199,7 +188,6 @@ fill("lower", "take", Pointwise(take, 1.0))
 fill("lower", "take_along_axis", Pointwise(take_along_axis, 1.0))
 fill("lower", "gather_nd", Pointwise(gather_nd, 1.0))
 fill("lower", "dynamic_slice", Pointwise(dynamic_slice, 1.0))
-fill("lower", "dynamic_update_slice", Pointwise(dynamic_update_slice, 2.0))
 fill("lower", "one_hot", Pointwise(one_hot, 1.0, exposes=True))
 
 

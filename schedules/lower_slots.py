@@ -3,6 +3,7 @@
 * `Pointwise(fn)`: each result element is a scalar expression of operand elements. Elementwise, shape and
   gather ops, counters and random bits are all of this kind, and any chain of them fuses into one loop nest.
 * `Reduce(...)`: a fold over axes with an associative operation.
+* `Anchor(fn)`: a kernel of its own that hands each element to the ops fused behind it.
 * `Kernel(fn)`: the op writes a kernel of its own.
 
 Expressions are computed in the *compute dtype* of a value: f32 for the narrower floats (rounded when stored,
@@ -11,7 +12,9 @@ and by an explicit cast), the dtype itself for the rest.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +63,17 @@ class Kernel:
     inplace: tuple[tuple[int, int], ...] = ()
 
 
+@dataclass(frozen=True)
+class Anchor:
+    """A contraction that takes in the elementwise ops that follow it.
+
+    `fn(node, epilogue, target, name) -> PrimFunc` with the parameters `epilogue.params`; it calls
+    `epilogue.store(idx, value)` once for each element of the result, which computes and stores every output.
+    """
+
+    fn: Callable[..., Any]
+
+
 def compute_dtype(dtype: str) -> str:
     """The dtype expressions over such a value are computed in."""
     if dtype in NARROW_FLOATS:
@@ -80,9 +94,26 @@ def dtype_of(expr: Any) -> str:
     return "bool" if ty is None else str(ty.dtype)
 
 
+class _Recording(threading.local):
+    on = False
+
+
+_recording = _Recording()
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Rules run to see what they read, not to write code: `let` binds nothing."""
+    before, _recording.on = _recording.on, True
+    try:
+        yield
+    finally:
+        _recording.on = before
+
+
 def let(expr: Any) -> Any:
     """The expression bound to a variable at this place of the kernel, so that it is computed once."""
-    if isinstance(expr, (tirx.Var, tirx.IntImm, tirx.FloatImm)) or dtype_of(expr) == "bool":
+    if _recording.on or isinstance(expr, (tirx.Var, tirx.IntImm, tirx.FloatImm)) or dtype_of(expr) == "bool":
         return expr  # TVM cannot bind a vector of bool; LLVM finds the common expression
     return T.bind(hide(expr))
 
@@ -151,6 +182,8 @@ def read(raw: Any, dtype: str) -> Any:
     """The compute-dtype value of an element as stored."""
     if dtype in FLOAT8:
         return decode_float8(raw, dtype)
+    if dtype == "bfloat16":  # the upper half of an f32; TVM's own cast reads the bits as a number in some places
+        return tirx.reinterpret("float32", cast(tirx.reinterpret("uint16", raw), "uint32") << const(16, "uint32"))
     if dtype == "int4":
         return (raw << const(4, "int8")) >> const(4, "int8")
     if dtype == "uint4":

@@ -1,0 +1,277 @@
+"""From a graph to a program: ops without a schedule are decomposed, nodes are grouped, each group becomes a kernel.
+
+    graph --expand--> graph of ops with a lowering --fuse--> groups --order--> kernels over buffers
+
+Every value that crosses a group has a buffer; a reshape is another name for its operand's. Outputs are written where
+the caller wants them, an output that takes over an input right into that input if all other readers of the input
+can run before. Control flow becomes loops and branches over the kernels of its regions (lower_control).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..ir import decompose_rules as _rules  # noqa: F401  (fills the slot `decompose`)
+from ..ir.errors import CompileError
+from ..ir.graph import Graph, Node, Value
+from ..ir.opdef import rule
+from ..ir.rewrite import Rewriter, rewrite
+from . import lower_elementwise, lower_fold, lower_pool, lower_reduce, lower_scatter, lower_shape, lower_sort
+from .fuse import fuse
+from .group import Group, is_anchor
+from .inplace import takes_over
+from .loops import Signature
+from .lower_control import lower_control
+from .lower_slots import Kernel
+from .order import in_order
+from .program import Arg, Buffer, Copy, KernelCall, Program, Step, View
+from .rules import kernel_of
+from .target import Target
+
+__all__ = ["expand", "lower", "lower_elementwise", "lower_fold", "lower_pool", "lower_reduce", "lower_scatter",
+           "lower_shape", "lower_sort"]
+
+
+class _Expand(Rewriter):
+    """Decomposes ops that have no schedule of their own, until all have one."""
+
+    def replace(self, node: Node) -> Sequence[Value] | None:
+        if "lower" in node.op.slots or node.op.has("regions"):
+            return None
+        if "decompose" not in node.op.slots:
+            rule("lower", node.op, node.loc)  # raises, and says what is missing
+        self.stats[node.op.name] += 1
+        found = node.op.slots["decompose"](*node.operands, **node.attrs)
+        return [found] if isinstance(found, Value) else list(found)
+
+
+def expand(graph: Graph) -> Graph:
+    """The graph with every op that has no lowering decomposed, regions included.
+
+    Raises:
+        MissingRuleError: an op has neither rule; the message names it and the user's line.
+    """
+    return rewrite(graph, _Expand(graph.name))
+
+
+def without_dead(graph: Graph) -> Graph:
+    """The graph without nodes that nothing needs."""
+    needed = set(graph.outputs)
+    nodes = []
+    for node in reversed(graph.nodes):
+        if node.op.has("effect") or any(v in needed for v in node.results):
+            needed.update(node.operands)
+            nodes.append(node)
+    return Graph(graph.name, graph.inputs, graph.roles, nodes[::-1], graph.outputs, graph.aliases, graph.meta)
+
+
+def lower(graph: Graph, target: Target | str = "cpu") -> Program:
+    """The program of a graph with static shapes.
+
+    Raises:
+        CompileError: a shape is symbolic (specialise the graph first), or no schedule accepts a group.
+        MissingRuleError: an op has neither a lowering nor a decomposition.
+    """
+    target = Target.parse(target)
+    for v in graph.inputs:
+        if not v.type.is_static:
+            raise CompileError(f"input {v!r} of {graph.name} has a symbolic shape; lower a graph specialised to sizes")
+    graph = expand(graph)
+    inputs = [Buffer(v.name or f"in{i}", v.shape, v.dtype, "input") for i, v in enumerate(graph.inputs)]
+    outputs = [Buffer(f"out{i}", v.shape, v.dtype, "output",
+                      alias_of=inputs[graph.aliases[i]] if i in graph.aliases else None)
+               for i, v in enumerate(graph.outputs)]
+    steps = Lowering(target).region(graph, inputs, outputs)
+    return Program(_distinct(inputs), outputs, steps, graph.name, list(graph.roles))
+
+
+def _distinct(buffers: Sequence[Buffer]) -> list[Buffer]:
+    """The buffers with names that tell them apart."""
+    seen: set[str] = set()
+    for buffer in buffers:
+        name = buffer.name
+        for i in itertools.count(1):
+            if buffer.name not in seen:
+                break
+            buffer.name = f"{name}_{i}"
+        seen.add(buffer.name)
+    return list(buffers)
+
+
+def reshaped(arg: Arg, shape: Sequence[int]) -> Arg:
+    """The same memory under another shape."""
+    shape = tuple(shape)
+    if isinstance(arg, View):
+        return View(arg.buffer, shape, arg.offset, arg.terms)
+    assert isinstance(arg, Buffer)
+    return arg if arg.shape == shape else Buffer(arg.name, shape, arg.dtype, "temp", alias_of=arg)
+
+
+class Lowering:
+    """Lowers graphs and their regions for one target; shared between the regions of one program."""
+
+    def __init__(self, target: Target):
+        self.target = target
+        self.numbers = itertools.count()
+        self.constants: dict[int, Buffer] = {}
+
+    def temp(self, v: Value, hint: str = "t") -> Buffer:
+        return Buffer(f"{v.name or hint}_{next(self.numbers)}", v.shape, v.dtype)
+
+    def region(self, graph: Graph, inputs: Sequence[Arg], outputs: Sequence[Arg]) -> list[Step]:
+        """The steps that compute `outputs` (places to write) from `inputs`."""
+        return _Region(self, without_dead(graph), inputs, outputs).run()
+
+    def constant(self, node: Node) -> Buffer:
+        array = np.ascontiguousarray(node.attrs["value"])
+        if id(node) not in self.constants:
+            self.constants[id(node)] = Buffer(f"c{next(self.numbers)}", array.shape, node.result.dtype, "constant",
+                                              data=array)
+        return self.constants[id(node)]
+
+
+class _Region:
+    """The lowering of one graph: where each value lies, and the steps so far."""
+
+    def __init__(self, shared: Lowering, graph: Graph, inputs: Sequence[Arg], outputs: Sequence[Arg]):
+        self.shared, self.graph, self.target = shared, graph, shared.target
+        self.places: dict[Value, Arg] = dict(zip(graph.inputs, inputs))
+        self.outputs = list(outputs)
+        self.steps: list[Step] = []
+        self.copies: list[Step] = []
+        self.saved: set[int] = set()
+
+    def run(self) -> list[Step]:
+        self.save_inputs()
+        groups = fuse(self.graph, self.target)
+        owned = self.claim_outputs(groups)
+        ordered, refused = in_order(groups, self.graph, owned)
+        for v in refused:  # other readers of the input run later: the result waits in a buffer of its own
+            self.defer(v, owned.pop(v))
+        for group in ordered:
+            self.emit(group)
+        for i, v in enumerate(self.graph.outputs):
+            if i not in self.saved and self.places.get(v) is not self.outputs[i]:
+                self.copies.append(Copy(self.place(v), self.outputs[i]))
+        return self.steps + self.copies
+
+    def save_inputs(self) -> None:
+        """An input that is an output as well is copied before another output takes over its memory."""
+        taken = {id(place.alias_of): i for i, place in enumerate(self.outputs)
+                 if isinstance(place, Buffer) and place.alias_of is not None}
+        for i, v in enumerate(self.graph.outputs):
+            if v in self.graph.inputs and taken.get(id(self.places[v]), i) != i:
+                saved = self.shared.temp(v)
+                self.steps.append(Copy(self.places[v], saved))
+                self.copies.append(Copy(saved, self.outputs[i]))
+                self.saved.add(i)
+
+    def claim_outputs(self, groups: Sequence[Group]) -> dict[Value, Value]:
+        """Gives outputs computed by a group their place at once; (output -> input) where it takes over an input."""
+        made = {v: g for g in groups for v in g.outputs}
+        owned: dict[Value, Value] = {}
+        for i, v in enumerate(self.graph.outputs):
+            while v not in self.places and v.producer is not None and v.producer.op.name == "reshape":
+                v = v.producer.operands[0]
+            if v in made and v not in self.places:
+                source = self.source_of(self.outputs[i])
+                if source is not None and not takes_over(made[v], v, source):
+                    continue  # computed beside, copied at the end
+                if v.shape != self.outputs[i].shape and source is not None:
+                    continue
+                self.places[v] = reshaped(self.outputs[i], v.shape)
+                if source is not None:
+                    owned[v] = source
+        return owned
+
+    def source_of(self, output: Arg) -> Value | None:
+        """The graph input whose storage an output takes over."""
+        if not isinstance(output, Buffer) or output.alias_of is None:
+            return None
+        for v in self.graph.inputs:
+            if self.places[v] is output.alias_of:
+                return v
+        return None
+
+    def defer(self, v: Value, source: Value) -> None:
+        self.places[v] = self.shared.temp(v)
+
+    def place(self, v: Value) -> Arg:
+        """Where a value lies; a view of one that lies somewhere is another name for it."""
+        if v not in self.places:
+            node = v.producer
+            assert node is not None, f"{v!r} is not of this graph"
+            if node.op.name == "constant":
+                self.places[v] = self.shared.constant(node)
+            elif node.op.name == "reshape":
+                self.places[v] = reshaped(self.place(node.operands[0]), v.shape)
+            else:
+                self.places[v] = self.shared.temp(v)
+        return self.places[v]
+
+    # Groups --------------------------------------------------------------------------------------------------------
+
+    def emit(self, group: Group) -> None:
+        node = group.nodes[-1]
+        if node.op.has("regions"):
+            self.steps += lower_control(self.shared, node, [self.place(v) for v in node.operands],
+                                        [self.place(v) for v in node.results])
+        elif isinstance(node.op.slots.get("lower"), Kernel):
+            self.emit_own(node, node.op.slots["lower"])
+        elif not self.is_alias(group):
+            self.emit_group(group)
+
+    def is_alias(self, group: Group) -> bool:
+        """A reshape, or a constant, that needs no kernel: it is found by `place` (and copied if it is an output)."""
+        last = group.nodes[-1]
+        if last.op.name == "constant" or all(n.op.name == "reshape" for n in group.nodes):
+            self.places.pop(last.result, None)
+            return True
+        return False
+
+    def emit_group(self, group: Group) -> None:
+        inputs = list(group.inputs)
+        if group.anchor is not None:
+            inputs = list(dict.fromkeys([*group.anchor.operands, *inputs]))
+        inplace = {}
+        for v in group.outputs:
+            place = self.place(v)
+            source = self.source_of(place)
+            if source is not None and source in inputs:
+                inplace[v] = source
+        signature = Signature(tuple(inputs), tuple(group.outputs), inplace)
+        args = [self.place(v) for v in signature.params]
+        shift = 0
+        if group.anchor is not None and is_anchor(group.anchor) and len(set(group.anchor.operands)) < 2 \
+                and group.anchor.op.name != "matmul":
+            args, shift = [args[0], *args], 1  # both operands are one value, the kernel still has two parameters
+        writes = [signature.position(v) + shift for v in group.outputs]
+        for v in inplace:
+            args[signature.position(v) + shift] = self.place(v)
+        reads = [i for i in range(len(args)) if i not in writes or i - shift < len(inputs)]
+        kernel = kernel_of(group, signature, self.target, "kernel")
+        self.steps.append(KernelCall(kernel, args, writes, reads, group.label,
+                                     float(sum(n.flops for n in group.nodes))))
+
+    def emit_own(self, node: Node, lowering: Kernel) -> None:
+        kernel = lowering.fn(node, self.target, "kernel")
+        shared = {result: operand for operand, result in lowering.inplace}
+        operands: list[Arg] = [self.place(v) for v in node.operands]
+        results = [self.place(v) for v in node.results]
+        writes: list[int] = []
+        args = list(operands)
+        for i, result in enumerate(results):
+            if i in shared:
+                self.steps.append(Copy(operands[shared[i]], result))
+                args[shared[i]] = result
+                writes.append(shared[i])
+            else:
+                writes.append(len(args))
+                args.append(result)
+        reads = range(len(operands))
+        self.steps.append(KernelCall(kernel, args, writes, reads, node.op.name, float(node.flops)))
+
+

@@ -1,0 +1,145 @@
+"""Matrix products and convolutions with what is fused behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from ..ir import ops as _ops  # noqa: F401  (declares the ops whose slots are filled here)
+from ..ir.graph import Node, Value
+from ..ir.opdef import fill
+from .conv import conv_input_grad_primfunc, conv_primfunc, conv_weight_grad_primfunc
+from .conv_problem import ConvProblem
+from .gemm import GemmHooks, GemmProblem, gemm_primfunc
+from .group import anchor_axes
+from .loops import Signature
+from .loops_eval import Evaluator, Idx, count_uses
+from .loops_index import flatten, unflatten
+from .lower_slots import Anchor, cast, compute_dtype, let, read, storage_dtype, written
+
+
+@dataclass
+class Shaped:
+    """A parameter addressed by its own index."""
+
+    value: Value
+    buffer: Any
+
+    def at(self, idx: Idx) -> list[Any]:
+        return [i.expr() for i in idx] or [0]
+
+    def load(self, idx: Idx) -> Any:
+        return read(self.buffer[tuple(self.at(idx))], self.value.dtype)
+
+    def store(self, idx: Idx, value: Any) -> None:
+        T.buffer_store(self.buffer, written(value, self.value.dtype), self.at(idx))
+
+
+@dataclass
+class Given:
+    """The element that the anchor has just finished."""
+
+    element: Any = None
+
+    def load(self, idx: Idx) -> Any:
+        return self.element
+
+
+class Epilogue:
+    """The parameters of an anchor's kernel, and what happens to each element of its result."""
+
+    def __init__(self, anchor: Node, nodes: Sequence[Node], signature: Signature):
+        self.signature = signature
+        self.places = {v: Shaped(v, tirx.decl_buffer(v.shape or (1,), storage_dtype(v.dtype), f"p{i}",
+                                                     data_alignment=v.dtype.itemsize))
+                       for i, v in enumerate(signature.params)}
+        for output, source in signature.inplace.items():
+            self.places[output] = Shaped(output, self.places[source].buffer)
+        self.result = anchor.result
+        self.axes = anchor_axes(self.result)
+        self.given = Given()
+        self.outputs = signature.outputs
+        rest = [n for n in nodes if n is not anchor]
+        loads = {v: p for v, p in self.places.items() if v not in self.outputs}
+        self.evaluator = Evaluator(frozenset(rest), {**loads, self.result: self.given},
+                                   count_uses(rest, self.outputs))
+
+    @property
+    def params(self) -> list[Any]:
+        """All buffers in order."""
+        return [self.places[v].buffer for v in self.signature.params]
+
+    def buffer(self, v: Value) -> Any:
+        return self.places[v].buffer
+
+    def store(self, idx: Sequence[Any], element: Any) -> None:
+        """Computes and stores every output for one element of the anchor's result."""
+        for axis, expr in zip(self.axes, idx):
+            for atom in axis.terms:
+                atom.bind(expr)
+        self.evaluator.fresh()
+        self.given.element = let(cast(element, compute_dtype(self.result.dtype)))
+        position = flatten(self.axes, self.result.shape)
+        indices = [unflatten(position, v.shape) for v in self.outputs]
+        values = [let(self.evaluator.value(v, at)) for v, at in zip(self.outputs, indices)]
+        for v, at, value in zip(self.outputs, indices, values):
+            self.places[v].store(at, value)
+
+
+def matmul(node: Node, epilogue: Epilogue, target: Any, name: str) -> Any:
+    x, y = node.operands
+    transpose_x, transpose_y = node.attrs["transpose_x"], node.attrs["transpose_y"]
+    m, k = x.shape[-2:][::-1] if transpose_x else x.shape[-2:]
+    n = y.shape[-2] if transpose_y else y.shape[-1]
+    problem = GemmProblem(m, n, k, transpose_x, transpose_y, x.shape[:-2], y.shape[:-2], str(x.dtype), str(y.dtype),
+                          str(node.result.dtype))
+    hooks = GemmHooks(epilogue.params, a=epilogue.buffer(x), b=epilogue.buffer(y),
+                      store=lambda batch, i, j, value: epilogue.store((*batch, i, j), value))
+    return gemm_primfunc(problem, None, target, name, hooks)
+
+
+def conv_problem(node: Node, x: Sequence[int], w: Sequence[int]) -> ConvProblem:
+    """The problem of activations x (as they lie) and weights w."""
+    attrs = node.attrs
+    last = attrs["channels_last"]
+    channels, spatial = (x[-1], x[1:-1]) if last else (x[1], x[2:])
+    return ConvProblem(x[0], channels, w[0], tuple(spatial), tuple(w[2:]), attrs["stride"], attrs["padding"],
+                       attrs["dilation"], attrs["groups"], str(node.operands[0].dtype), "NHWC" if last else "NCHW")
+
+
+def _extra(node: Node, epilogue: Epilogue) -> list[Any]:
+    return [epilogue.buffer(v) for v in epilogue.signature.params if v not in node.operands]
+
+
+def _activation_store(node: Node, epilogue: Epilogue) -> Any:
+    if node.attrs["channels_last"]:
+        return lambda n, c, spatial, acc: epilogue.store((n, *spatial, c), acc)
+    return lambda n, c, spatial, acc: epilogue.store((n, c, *spatial), acc)
+
+
+def conv(node: Node, epilogue: Epilogue, target: Any, name: str) -> Any:
+    x, w = node.operands
+    return conv_primfunc(conv_problem(node, x.shape, w.shape), None, target, name, _activation_store(node, epilogue),
+                         _extra(node, epilogue))
+
+
+def conv_input_grad(node: Node, epilogue: Epilogue, target: Any, name: str) -> Any:
+    w = node.operands[1]
+    return conv_input_grad_primfunc(conv_problem(node, node.result.shape, w.shape), None, target, name,
+                                    _activation_store(node, epilogue), _extra(node, epilogue))
+
+
+def conv_weight_grad(node: Node, epilogue: Epilogue, target: Any, name: str) -> Any:
+    x = node.operands[0]
+    return conv_weight_grad_primfunc(conv_problem(node, x.shape, node.result.shape), None, target, name,
+                                     lambda o, i, at, acc: epilogue.store((o, i, *at), acc), _extra(node, epilogue))
+
+
+fill("lower", "matmul", Anchor(matmul))
+fill("lower", "conv", Anchor(conv))
+fill("lower", "conv_input_grad", Anchor(conv_input_grad))
+fill("lower", "conv_weight_grad", Anchor(conv_weight_grad))
