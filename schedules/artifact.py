@@ -138,6 +138,7 @@ def _read(archive: zipfile.ZipFile, path: Path) -> Executable:
     bound = [info for info in signature.inputs if info.name in manifest.get("tensors", ())]
     log.info("%s: %s, written by %s", path, signature.name, manifest["versions"])
     executable = Executable(signature, Library(code), values)
+    executable.prepare()
     executable.tensors = _read_constants(members.get(_TENSORS), bound)
     return executable
 

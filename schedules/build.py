@@ -46,9 +46,12 @@ def build(program: Program, target: Target | str = "cpu", progress: Progress | N
     `progress(done, total, label)` is called from this thread, once before the work and after each compiled object;
     not at all when everything is cached. `executable.stats` tells what was compiled.
 
+    A program for a CPU that this machine is not (another instruction set, another architecture) can be saved, and
+    raises TargetError only when it is run.
+
     Raises:
         CompileError: a kernel cannot be compiled.
-        TargetError: this machine cannot execute the target's code, or the target is not for CPUs.
+        TargetError: the target is not for CPUs.
     """
     target = Target.parse(target)
     check_program(program)
@@ -62,6 +65,10 @@ def build(program: Program, target: Target | str = "cpu", progress: Progress | N
     )
     executable.stats = stats
     executable.profile_builder = lambda: _profiled(program, plan, target)
+    if target.runnable_here():
+        executable.prepare()
+    else:
+        log.info("%s is for %s: it can be saved here, not run", program.name, target)
     log.info(
         "%s: %d kernels (%d compiled), arena %.1f MB",
         program.name,
@@ -100,11 +107,12 @@ def _library(
     driver, timed = build_driver(program, plan, keys, profile)
     driver_key = digest("driver", tvm_ffi.structural_hash(driver), target.fingerprint, *sorted(kernels))
     store, name = cache(), f"{driver_key}.so"
-    data = store.get(name) if linker() else None
+    native = target.arch == Target.parse("cpu").arch  # the linker knows its own architecture only
+    data = store.get(name) if native and linker() else None
     if data is not None:
         return Library({SHARED: data}), BuildStats(len(kernels), 0, True), timed
     objects, compiled = _objects(kernels, (f"d_{driver_key}", driver), target, store, progress)
-    library = link(objects)
+    library = link(objects) if native else Library(objects)
     if SHARED in library.files:
         store.put(name, library.files[SHARED])
     return library, BuildStats(len(kernels), compiled, False), timed

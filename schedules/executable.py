@@ -155,14 +155,11 @@ class Executable:
         constants: dict[str, np.ndarray],
         plan: MemoryPlan | None = None,
     ):
-        _check_machine(signature)
-        check_registered(signature.host_functions)
         self.signature, self.library, self.plan = signature, library, plan
         self.stats: Any = None
         self.tensors: dict[str, np.ndarray] = {}  # values for inputs, of a program that was saved with them
         self.profile_builder: Callable[[], tuple[Any, list[tuple[str, float]]]] | None = None
-        self._module = load(library)
-        self._entry = self._module[ENTRY]
+        self._entry: Callable[[int], Any] | None = None
         self._lock = threading.Lock()
         self._bound: list[Any] = [None] * len(signature.inputs)
         self._dtypes = [numpy_dtype(info.dtype) for info in signature.inputs]
@@ -181,9 +178,8 @@ class Executable:
         self._cells = memoryview(self._table)  # type: ignore[arg-type]  # the same, quicker to set
         self._arena: np.ndarray | None = None
         first = 1 + len(signature.inputs)
-        self._taken_over = [
-            info.alias for info in signature.outputs
-        ]  # per output: the input that it is, or None
+        # Per output: the input that it is, or None.
+        self._taken_over = [info.alias for info in signature.outputs]
         fresh = [i for i, alias in enumerate(self._taken_over) if alias is None]
         self._results = [_Result(signature.outputs[i], i, first + k) for k, i in enumerate(fresh)]
         for i, info in enumerate(signature.constants):
@@ -195,6 +191,19 @@ class Executable:
         return f"<Executable {s.name}({ins}) -> ({outs}) for {s.target}, {len(s.kernels)} kernels>"
 
     # -- running ------------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Load the machine code. `run` does it by itself; `build` and `load` call it to fail early.
+
+        Raises:
+            TargetError: this machine cannot execute the code.
+            RegistryError: it calls host functions that this process has not registered.
+            CompileError: the code cannot be loaded.
+        """
+        if self._entry is None:
+            _check_machine(self.signature)
+            check_registered(self.signature.host_functions)
+            self._entry = load(self.library)[ENTRY]
 
     def run(self, arrays: Sequence[Any]) -> list[np.ndarray]:
         """Run once.
@@ -209,10 +218,15 @@ class Executable:
             ShapeError, DTypeError: an input of another type than the program was compiled for.
         """
         with self._lock:
+            entry = self._entry
+            if entry is None:
+                self.prepare()
+                entry = self._entry
+                assert entry is not None
             prepare_thread()
             outputs = self._enter(arrays)
             try:
-                self._entry(self._address)
+                entry(self._address)
             finally:
                 self._leave()
             return outputs
@@ -304,6 +318,7 @@ class Executable:
             raise CompileError(
                 "kernel times need the compiler: profile the program where it was compiled, not a loaded file"
             )
+        self.prepare()
         entry, described = self.profile_builder()
         cells = np.zeros(PROFILE_HEADER + 2 * len(described), np.int64)
         with self._lock:
@@ -348,7 +363,7 @@ def _check_machine(signature: Signature) -> None:
     if lacking:
         raise TargetError(
             f"{signature.name} was compiled for {signature.target!r}, and this machine lacks {', '.join(lacking)}: "
-            "compile it for a target that this machine has, e.g. target='cpu:avx2'"
+            "save it for a machine that has them, or compile for a target that this one has, e.g. target='cpu:avx2'"
         )
 
 

@@ -33,6 +33,7 @@ from treadle.schedules.executable import empty_aligned
 from treadle.schedules.host import register_host_function
 from treadle.schedules.program import HostCall, KernelCall, Program
 from treadle.schedules.runtime import available_cpus, get_num_threads, set_num_threads
+from treadle.schedules.target import ISAS, Target
 
 X = np.arange(8, dtype=np.float32)
 
@@ -286,8 +287,15 @@ def test_neither_linker_nor_jit_says_what_to_install(monkeypatch):
 
 def test_code_for_another_machine_is_refused(monkeypatch):
     monkeypatch.setattr(module, "host_features", lambda: frozenset({"sse3"}))
+    monkeypatch.setattr("treadle.schedules.target.host_features", lambda: frozenset({"sse3"}))
+    executable = build(chain(), "cpu:avx2")
     with pytest.raises(TargetError, match="lacks .*avx2"):
-        build(chain(), "cpu:avx2")
+        executable.run([X])
+
+
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if Target.parse(f"cpu:{isa}").runnable_here()])
+def test_every_instruction_set_of_this_machine(isa):
+    np.testing.assert_array_equal(build(chain(), f"cpu:{isa}").run([X])[0], X + 3)
 
 
 # -- threads of kernels ---------------------------------------------------------------------------------------

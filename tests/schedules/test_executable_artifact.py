@@ -18,6 +18,7 @@ from treadle.schedules.artifact import load, save
 from treadle.schedules.build import build
 from treadle.schedules.executable import Signature
 from treadle.schedules.program import Copy, Program
+from treadle.schedules.target import Target
 
 X = np.arange(8, dtype=np.float32)
 C = np.linspace(0, 1, 8, dtype=np.float32)
@@ -111,6 +112,17 @@ def test_a_fresh_process_needs_no_compiler(saved, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), X + 1 + C)
+
+
+def test_a_program_is_compiled_and_saved_for_another_architecture(tmp_path):
+    foreign = "cpu:sse4" if Target.parse("cpu").arch == "aarch64" else "cpu:neon"
+    save(build(program(), foreign), tmp_path / "f")
+    with zipfile.ZipFile(tmp_path / "f") as archive:
+        objects = [archive.read(name) for name in archive.namelist() if name.endswith(".o")]
+    machine = {0x3E: "cpu:sse4", 0xB7: "cpu:neon"}
+    assert len(objects) == 3 and {machine[data[18]] for data in objects} == {foreign}  # e_machine of the ELF header
+    with pytest.raises(TargetError, match="processor"):
+        load(tmp_path / "f")
 
 
 def test_saving_is_atomic(saved, tmp_path, monkeypatch):
