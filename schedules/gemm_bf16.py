@@ -27,8 +27,8 @@ class PairPacking(Packing):
         super().__init__(emitter)
         self.dtype, self.steps = "uint32", (emitter.k_block + 1) // 2
         self.odd = emitter.p.k % 2 == 1
-        self.words: tirx.Buffer | None = None
-        self.pairs_of_a: tirx.Buffer | None = None  # A itself, where whole pairs lie along its rows
+        self.words: Any = None
+        self.pairs_of_a: Any = None  # A itself, where whole pairs lie along its rows
 
     def llvm_ir(self) -> str:
         return gemm_llvm.transpose_ir(self.lanes, 32) + gemm_llvm.dot_bf16_ir(self.lanes)
@@ -152,7 +152,8 @@ class PairPacking(Packing):
             return self.tile[s, r] if e.p.transpose_a else self.tile[r, s]
         if self.pairs_of_a is not None:
             from .gemm_tir import broadcast_index
-            return self.pairs_of_a[(*broadcast_index(at.batch, e.p.batch_a), at.row + r, k0 // 2 + s)]
+            index = (*broadcast_index(at.batch, e.p.batch_a), at.row + r, k0 // 2 + s)
+            return self.pairs_of_a[index]
         return pair(self.a(at.batch, at.row + r, k), self.a(at.batch, at.row + r, k + 1) if whole else None)
 
     # The register tile

@@ -36,8 +36,9 @@ class Packing:
         self.e, self.lanes = emitter, emitter.lanes
         self.dtype = emitter.acc_dtype  # of a packed element
         self.steps = emitter.k_block
-        self.panel: tirx.Buffer | None = None
-        self.tile: tirx.Buffer | None = None
+        self.panel: Any = None  # buffers, once allocated
+        self.tile: Any = None
+        self.staged: Any = None
 
     def llvm_ir(self) -> str:
         return gemm_llvm.transpose_ir(self.lanes, dtype_bits(self.dtype))

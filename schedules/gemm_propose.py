@@ -135,7 +135,8 @@ def cycles(p: GemmProblem, c: GemmConfig, m: Machine) -> float:
         per_k *= 1.04  # rows of A that share their sets of the L1 cache
     tile = per_k * k + c.tile_rows * v * (2 + 3 * (blocks - 1)) + 30
     pack_b = v * k * ((3.0 if p.transpose_b else 1.0) + (1.0 if c.dot_bf16 else 0.0))
-    pack_a = k * (3.0 + 2.0 * (c.tile_rows % 4 > 0) if p.transpose_a else c.tile_rows * 1.5 / m.lanes) if c.pack_a else 0.0
+    copy_a = 3.0 + 2.0 * (c.tile_rows % 4 > 0) if p.transpose_a else c.tile_rows * 1.5 / m.lanes
+    pack_a = k * copy_a if c.pack_a else 0.0
     task = c.row_tiles * (c.col_panels * tile + pack_a) + c.col_panels * pack_b + 300
     return -(-tasks // m.threads) * task
 

@@ -16,8 +16,7 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
-from . import gemm_llvm
-from .gemm import FLOAT_BITS, GemmConfig, GemmHooks, GemmProblem, GemmTarget, dtype_bits
+from .gemm import GemmConfig, GemmHooks, GemmProblem, GemmTarget, dtype_bits
 
 Index = Any  # int or tirx.PrimExpr
 SMALL_BYTES = 2**31 - 1  # above this many elements in one buffer, indices are 64-bit
@@ -101,23 +100,16 @@ def fold_hooks(problem: GemmProblem, hooks: GemmHooks) -> GemmHooks:
     def split(i: Index) -> tuple[tuple[Index, ...], Index]:
         return unflatten(i // problem.m, problem.batch), i % problem.m
 
-    def load_a(_: Any, i: Index, k: Index) -> Any:
-        batch, row = split(i)
-        return hooks.load_a(batch, row, k)
-
-    def load_b(_: Any, k: Index, j: Index) -> Any:
-        return hooks.load_b((0,) * len(problem.batch_b), k, j)
-
-    def store_row(_: Any, i: Index, j: Index, value: Any) -> None:
-        batch, row = split(i)
-        hooks.store(batch, row, j, value)
+    la, lb, put = hooks.load_a, hooks.load_b, hooks.store
+    batch_b = (0,) * len(problem.batch_b)
 
     def view(buffer: tirx.Buffer | None, shape: Sequence[int]) -> tirx.Buffer | None:
         return None if buffer is None else T.decl_buffer(shape, buffer.dtype, data=buffer.data, layout=None)
 
     folded = problem.folded()
     return replace(
-        hooks, load_a=hooks.load_a and load_a, load_b=hooks.load_b and load_b, store=hooks.store and store_row,
+        hooks, load_a=la and (lambda _, i, k: la(*split(i), k)), load_b=lb and (lambda _, k, j: lb(batch_b, k, j)),
+        store=put and (lambda _, i, j, value: put(*split(i), j, value)),
         a=view(hooks.a, folded.shape_a), b=view(hooks.b, folded.shape_b), c=view(hooks.c, folded.shape_c))
 
 
@@ -205,13 +197,15 @@ class Emitter:
         batch = broadcast_index(batch, self.p.batch_a)
         if self.hooks.load_a:
             return self.hooks.load_a(batch, i, k)
-        return self.hooks.a[(*batch, *((k, i) if self.p.transpose_a else (i, k)))]
+        index = (*batch, k, i) if self.p.transpose_a else (*batch, i, k)
+        return self.hooks.a[index]
 
     def b(self, batch: Sequence[Index], k: Index, j: Index) -> Any:
         batch = broadcast_index(batch, self.p.batch_b)
         if self.hooks.load_b:
             return self.hooks.load_b(batch, k, j)
-        return self.hooks.b[(*batch, *((j, k) if self.p.transpose_b else (k, j)))]
+        index = (*batch, j, k) if self.p.transpose_b else (*batch, k, j)
+        return self.hooks.b[index]
 
     def acc(self, value: Any) -> Any:
         return convert(value, self.acc_dtype)
@@ -267,8 +261,8 @@ class Emitter:
                 if first >= stop:
                     continue
                 with (self.vector() if stop - first == self.lanes else self.serial(stop - first)) as lane:
-                    c = first + lane
-                    store(self.hooks, at.batch, at.row + r, at.col + c, tile[(*prefix, c)])
+                    index = (*prefix, first + lane)
+                    store(self.hooks, at.batch, at.row + r, at.col + first + lane, tile[index])
 
 
 def broadcast_index(batch: Sequence[Index], dims: Sequence[int]) -> tuple[Index, ...]:
