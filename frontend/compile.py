@@ -29,7 +29,7 @@ from ..ir.errors import ArgumentsError, CompileError, ShapeError
 from ..ir.graph import Graph
 from ..ir.location import user_location
 from ..ir.passes import FINISH, TIDY
-from ..ir.pipeline import Pass, Pipeline, Step
+from ..ir.pipeline import Pass, Pipeline
 from ..ir.types import TensorType
 from ..schedules.target import Target
 from . import tree
@@ -47,6 +47,8 @@ log = logging.getLogger("treadle.recompiles")
 
 VARIANTS = 8
 """Programs kept for one signature, told apart by their guards."""
+BUDGET_ROUNDS = 6
+"""How often recomputation is planned anew while the memory plan exceeds its budget."""
 
 
 def passes(amp: Any = None, memory_budget: int | None = None) -> list[Pass]:
@@ -72,22 +74,37 @@ def build_executable(graph: Graph, target: str, amp: Any = None, meta: dict[str,
         CompileError: the memory budget is out of reach, or a kernel cannot be compiled.
     """
     from ..schedules.build import build  # importing TVM takes a second: only who compiles pays
-    from ..schedules.lower import lower
 
-    final = Pipeline(passes(amp, memory_budget), _budget_check(graph, memory_budget)).run(graph)
-    program = lower(final, target)
+    program = _within(graph, memory_budget, target, amp) if memory_budget is not None else _lowered(graph, target, amp)
     program.meta = dict(meta or {})
     with Progress() as progress:
         return build(program, target, progress.update)
 
 
-def _budget_check(graph: Graph, budget: int | None) -> Callable[[Step], None]:
-    def check(step: Step) -> None:
-        reached = step.result.stats.get("peak_after")
-        if budget is not None and reached is not None and reached > budget:
-            raise CompileError(f"{graph.name}: its values take {reached:,} bytes between kernels even with everything "
-                               f"recomputed that helps; the budget is {budget:,}. Use smaller batches, or accumulate")
-    return check
+def _lowered(graph: Graph, target: str, amp: Any, memory_budget: int | None = None) -> Any:
+    from ..schedules.lower import lower
+
+    return lower(Pipeline(passes(amp, memory_budget)).run(graph), target)
+
+
+def _within(graph: Graph, budget: int, target: str, amp: Any) -> Any:
+    """The program whose memory plan keeps to the budget.
+
+    The pass that recomputes estimates what fusion and the plan will do; where they need more, it is asked for less.
+    """
+    from ..schedules.plan import plan_memory
+
+    asked, best = budget, -1
+    for _ in range(BUDGET_ROUNDS):
+        program = _lowered(graph, target, amp, asked)
+        used = plan_memory(program).arena_bytes
+        if used <= budget:
+            return program
+        if 0 <= best <= used:
+            break
+        best, asked = used, max(int(asked * 0.97 * budget / used), 1)
+    raise CompileError(f"{graph.name}: values take {best:,} bytes between its kernels even with everything recomputed "
+                       f"that helps; the budget is {budget:,}. Use smaller batches, or accumulate")
 
 
 @dataclass

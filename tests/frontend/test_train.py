@@ -20,7 +20,8 @@ class Net(td.nn.Module):
 
     def __init__(self, dropout=0.25):
         super().__init__()
-        self.first = td.nn.Linear(4, 6)
+        # A bias before a batch norm has no gradient but rounding errors, which Adam would blow up.
+        self.first = td.nn.Linear(4, 6, bias=False)
         self.norm = td.nn.BatchNorm1d(6)
         self.drop = td.nn.Dropout(dropout)
         self.last = td.nn.Linear(6, 3)
@@ -139,7 +140,7 @@ def test_the_graph_of_a_step():
         if "first.weight.m" in roles
         else True
     )
-    assert len(graph.aliases) == 6 + 2 * 6 + 2 + 1, (
+    assert len(graph.aliases) == 5 + 2 * 5 + 2 + 1, (
         "parameters, moments, statistics, random state; not the unused"
     )
     assert td.ir.parse(str(graph)) == graph
@@ -164,7 +165,7 @@ def test_mixed_precision_keeps_masters():
 def test_a_memory_budget_recomputes_blocks():
     def make():
         td.random.seed(0)
-        return td.nn.Sequential(*[td.nn.Sequential(td.nn.Linear(64, 64), td.nn.GELU()) for _ in range(6)])
+        return td.nn.Sequential(*[td.nn.Sequential(td.nn.Linear(64, 64), td.nn.GELU()) for _ in range(4)])
 
     x = np.random.default_rng(0).normal(size=(256, 64)).astype(np.float32)
     results, bytes_used = [], []
