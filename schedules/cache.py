@@ -52,7 +52,7 @@ def default_directory() -> Path:
     """TREADLE_CACHE_DIR, or `treadle` in the user's cache folder."""
     chosen = config.get("TREADLE_CACHE_DIR")
     if chosen:
-        return Path(chosen)
+        return Path(chosen).expanduser().absolute()
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("treadle", appauthor=False))

@@ -369,6 +369,8 @@ def _check_machine(signature: Signature) -> None:
 
 def _as_array(given: Any, info: TensorInfo, dtype: np.dtype) -> np.ndarray:
     """A NumPy view of another library's tensor, or a Python number as a 0-d array."""
+    if isinstance(given, np.ma.MaskedArray):
+        raise ArgumentsError(f"input {info.name!r}: a masked array; its mask would be lost (pass x.filled(...))")
     if isinstance(given, np.ndarray):
         return given.view(np.ndarray)
     if isinstance(given, np.generic):

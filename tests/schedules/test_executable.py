@@ -164,6 +164,8 @@ def test_wrong_arguments_are_named():
         executable.run([X.astype(np.float64), X])
     with pytest.raises(DTypeError, match="expected float32"):
         executable.run([X.astype(">f4"), X])
+    with pytest.raises(ArgumentsError, match="masked"):
+        executable.run([np.ma.masked_less(X, 3), X])
     with pytest.raises(ArgumentsError, match="got list"):
         executable.run([[1, 2], X])
     np.testing.assert_array_equal(executable.run([X, X])[0], 2 * X)
