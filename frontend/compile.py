@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,8 @@ log = logging.getLogger("treadle.recompiles")
 
 VARIANTS = 8
 """Programs kept for one signature, told apart by their guards."""
+SIGNATURES = 256
+"""Signatures that a function keeps programs for; beyond that the oldest is dropped."""
 BUDGET_ROUNDS = 6
 """How often recomputation is planned anew while the memory plan exceeds its budget."""
 
@@ -235,6 +238,10 @@ class Compiled:
             return self._recorded(args, keywords)
         return self._run(found, args, keywords)
 
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        """A method: the object it is looked up on is the first argument."""
+        return self if instance is None else MethodType(self, instance)
+
     def _run(self, found: Scanned, args: Sequence[Any], keywords: dict[str, Any]) -> Any:
         for program in self._programs.get(found.key, ()):
             if program.valid():
@@ -272,6 +279,10 @@ class Compiled:
             kept = self._programs.setdefault(found.key, [])
             kept.append(program)
             del kept[:-VARIANTS]
+            if len(self._programs) > SIGNATURES:
+                log.warning("%s: called with more than %d kinds of arguments; the oldest program is dropped. Pad to "
+                            "fewer shapes, or pass numbers as tensors", self.__name__, SIGNATURES)
+                self._programs.pop(next(iter(self._programs)))
             self.stats.compiles += 1
             self.stats.seconds += time.perf_counter() - started
             self.stats.reasons.append(reason)

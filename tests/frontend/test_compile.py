@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import numpy as np
@@ -45,7 +46,6 @@ def test_what_is_compiled_when_and_why():
     g = td.compile(lambda x, n: x * n)
     g(X, 2), g(X, 2.0), g(X, True), g(X, 2)
     assert g.stats.compiles == 3 and g.stats.reasons[1] == "n was 2, now 2.0"
-    g([X], 2) if False else None
 
 
 def test_recompiles_are_logged(capsys, monkeypatch):
@@ -238,6 +238,40 @@ def test_mixed_precision():
     assert mixed[0].dtype == mixed[1].dtype == "float32"
     assert 0 < abs(exact[1].numpy() - mixed[1].numpy()).max() < 2e-3
     assert any("amp" in p.name for p in compile_module.passes("bfloat16"))
+
+
+def test_methods_and_threads():
+    class Doubler:
+        factor = 2
+
+        @td.compile
+        def apply(self, x):
+            return x * self.factor
+
+    close(Doubler().apply(X), X * 2)
+    f = td.compile(lambda x: (x @ x.T).sum())
+    results: dict[int, list[float]] = {}
+
+    def work(i):
+        results[i] = [f(X[: i % 3 + 2]).item() for _ in range(20)]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    for i, values in results.items():
+        rows = X[: i % 3 + 2]
+        np.testing.assert_allclose(values, [(rows @ rows.T).sum()] * 20, 1e-4)
+    assert f.stats.compiles == 3 and len(results) == 6
+
+
+def test_programs_are_bounded(monkeypatch, caplog):
+    monkeypatch.setattr(compile_module, "SIGNATURES", 2)
+    f = td.compile(lambda x, n: x * n)
+    for n in (1, 2, 3):
+        f(X, n)
+    assert len(f._programs) == 2 and "oldest program is dropped" in caplog.text
+    f(X, 3)
+    assert f.stats.compiles == 3
 
 
 class Instant:
