@@ -208,17 +208,16 @@ def test_threads_take_turns():
 
 
 def test_the_gil_is_released_while_kernels_run():
-    """A kernel of some tenths of a second must not stop another Python thread for that long."""
+    """Another Python thread goes on while a kernel of some tenths of a second runs."""
     n = 1 << 22
     slow = elementwise("slow", "T.exp(T.exp(T.exp(<a>)))", (n,))
     x, y = buffer("x", "input", (n,)), buffer("y", "output", (n,))
-    executable, pauses, stop = build(Program([x], [y], [call(slow, x, y)])), [], threading.Event()
+    executable, ticks, stop = build(Program([x], [y], [call(slow, x, y)])), [], threading.Event()
 
     def ticker() -> None:
         while not stop.is_set():
-            begun = time.perf_counter()
             time.sleep(0.001)
-            pauses.append(time.perf_counter() - begun)
+            ticks.append(time.perf_counter())
 
     thread = threading.Thread(target=ticker)
     thread.start()
@@ -227,7 +226,7 @@ def test_the_gil_is_released_while_kernels_run():
     took = time.perf_counter() - begun
     stop.set()
     thread.join()
-    assert max(pauses) < max(0.5 * took, 0.05), (max(pauses), took)
+    assert sum(begun + 0.2 * took < tick < begun + 0.8 * took for tick in ticks) >= 3
 
 
 def test_kernel_times():
