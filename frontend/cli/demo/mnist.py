@@ -9,11 +9,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -107,12 +110,14 @@ def train(board: Board, step, predict, learn: Digits, held_out: Digits, epochs: 
     return accuracy
 
 
-def read_elsewhere(artifact: Path, images: np.ndarray, folder: Path) -> dict:
+def read_elsewhere(artifact: Path, images: np.ndarray) -> dict[str, Any]:
     """Runs the artifact in a fresh process (reader.py) on pictures (count, 1, 28, 28)."""
-    given = folder / "held_out.npy"
-    np.save(given, images)
-    done = subprocess.run([sys.executable, "-m", f"{__package__}.reader", str(artifact), str(given)],
-                          capture_output=True, text=True, timeout=120)
+    with tempfile.TemporaryDirectory() as folder:
+        given = Path(folder) / "pictures.npy"
+        np.save(given, images)
+        empty = {**os.environ, "TREADLE_CACHE_DIR": str(Path(folder) / "cache")}  # nothing compiled is lying about
+        done = subprocess.run([sys.executable, "-m", f"{__package__}.reader", str(artifact), str(given)],
+                              capture_output=True, text=True, timeout=120, env=empty)
     if done.returncode:
         raise TreadleError(f"the fresh process that runs {artifact} failed: {done.stderr.strip().splitlines()[-1:]}")
     return json.loads(done.stdout)
@@ -154,12 +159,15 @@ def run(console: Console, out: Path, epochs: int = 20, threads: int | None = Non
     save_checkpoint(out / "mnist.safetensors", model)
     artifact = out / "mnist.treadle"
     predict.save(artifact)
-    told = read_elsewhere(artifact, held_out.images[:BATCH], out)
+    told = read_elsewhere(artifact, held_out.images[:BATCH])
+    if told["compiler"]:
+        raise TreadleError("the fresh process loaded the compiler; an artifact should run without it")
     labels = told["labels"]
     console.print(f"saved {out / 'mnist.safetensors'} and {artifact}; a fresh process loaded the artifact in "
                   f"{told['load_s']:.2f} s, without tracing or compiling, and read {BATCH} digits:")
     captions = [f"read {label}, is {truth}" for label, truth in zip(labels, held_out.labels[:SHOWN], strict=False)]
-    console.print(side_by_side(held_out.images[:SHOWN, 0], captions), highlight=False, markup=False)
+    sheet = side_by_side(held_out.images[:SHOWN, 0], captions, columns=max(1, min(SHOWN, console.width // 30)))
+    console.print(sheet, highlight=False, markup=False, no_wrap=True)
     write_png(held_out.images[:SHOWN, 0], captions, out / "mnist.png")
     console.print(f"the same as a picture: {out / 'mnist.png'}")
 
