@@ -18,7 +18,7 @@ from .gemm import dtype_bits
 from .gemm_pack import call_transpose
 from .gemm_tir import Emitter, Index, Where
 
-ACCUMULATORS = 16
+COLUMNS = 4  # accumulated together: more rows of B in flight than this confuse the prefetcher
 
 
 class DotEmitter(Emitter):
@@ -40,9 +40,7 @@ class DotEmitter(Emitter):
     def emit_panel(self, at: Where) -> None:
         lanes, sums, result = self.lanes, self.sums, self.stack
         turned = self.buffer((lanes, lanes), self.acc_dtype, "local")  # [lane, column]
-        group = max(1, ACCUMULATORS // self.rows)
-        while lanes % group:
-            group -= 1
+        group = min(COLUMNS, lanes)
         with self.serial(lanes // group) as g:
             self.accumulate(at, sums, g * group, group)
         size = dtype_bits(self.acc_dtype) // 8

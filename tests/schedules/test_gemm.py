@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from treadle.ir.errors import DTypeError, ShapeError
-from treadle.schedules.gemm import GemmConfig, GemmHooks, GemmProblem, gemm_primfunc, propose
+from treadle.schedules.gemm import GemmConfig, GemmHooks, GemmProblem, candidates, gemm_primfunc, propose
 from treadle.schedules.target import Target
 
 with warnings.catch_warnings():
@@ -107,6 +107,39 @@ def test_empty(size):
 def test_every_option_of_a_config(change, ta, tb):
     base = GemmConfig(tile_rows=6, tile_cols=2 * HOST.vector_bits // 32)
     check(GemmProblem(40, 100, 135, ta, tb), replace(base, **change))
+
+
+BF16 = GemmConfig(tile_rows=6, tile_cols=32, dot_bf16=True)
+
+
+@pytest.mark.parametrize("change", [{}, dict(k_block=64, row_tiles=3), dict(pack_a=True, col_panels=2)])
+@pytest.mark.parametrize("k", [1, 2, 31, 32, 129, 130])
+@pytest.mark.parametrize("ta, tb", FORMS)
+def test_pairs_of_bfloat16(change, k, ta, tb):
+    if not HOST.has("avx512bf16"):
+        pytest.skip("this host does not multiply bfloat16")
+    problem = GemmProblem(20, 70, k, ta, tb, dtype_a="bfloat16", dtype_b="bfloat16")
+    check(problem, replace(BF16, **change))
+
+
+@pytest.mark.parametrize("m, n, k", [(1, 100, 65), (3, 64, 64), (4, 33, 17), (9, 40, 30)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_few_rows_are_streamed(m, n, k, dtype):
+    """Without a copy of B: in place if it lies row by row, by dot products if it lies transposed."""
+    for tb in (False, True):
+        problem = GemmProblem(m, n, k, False, tb, dtype_a=dtype, dtype_b=dtype,
+                              out_dtype="float64" if dtype == "float64" else "float32")
+        config = propose(problem, HOST)
+        assert config.kind == "dot" if tb else not config.pack_b
+        check(problem, config)
+
+
+def test_candidates_begin_with_the_proposal_and_are_right():
+    problem = GemmProblem(60, 90, 600)
+    configs = list(candidates(problem, HOST))
+    assert configs[0] == propose(problem, HOST) and len(configs) == len(set(configs)) > 10
+    for config in configs[1::12]:
+        check(problem, config)
 
 
 def test_threads_share_the_work():
