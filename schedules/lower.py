@@ -1,6 +1,6 @@
 """From a graph to a program: ops without a schedule are decomposed, nodes are grouped, each group becomes a kernel.
 
-    graph --expand--> graph of ops with a lowering --fuse--> groups --order--> kernels over buffers
+    graph --expand--> graph of ops with a lowering --layout, fuse--> groups --order--> kernels over buffers
 
 Every value that crosses a group has a buffer; a reshape is another name for its operand's. Outputs are written where
 the caller wants them, an output that takes over an input right into that input if all other readers of the input
@@ -23,6 +23,7 @@ from . import lower_elementwise, lower_fold, lower_pool, lower_reduce, lower_sca
 from .fuse import fuse
 from .group import Group, is_anchor
 from .inplace import takes_over
+from .layout import channels_last
 from .loops import Signature
 from .lower_control import lower_control
 from .lower_slots import Kernel
@@ -79,7 +80,7 @@ def lower(graph: Graph, target: Target | str = "cpu") -> Program:
     for v in graph.inputs:
         if not v.type.is_static:
             raise CompileError(f"input {v!r} of {graph.name} has a symbolic shape; lower a graph specialised to sizes")
-    graph = expand(graph)
+    graph = channels_last(expand(graph)).graph
     inputs = [Buffer(v.name or f"in{i}", v.shape, v.dtype, "input") for i, v in enumerate(graph.inputs)]
     outputs = [Buffer(f"out{i}", v.shape, v.dtype, "output",
                       alias_of=inputs[graph.aliases[i]] if i in graph.aliases else None)
