@@ -50,11 +50,11 @@ class ContenderFailed(Exception):
 class Running:
     """A contender's process and the conversation with it (see contender.py)."""
 
-    def __init__(self, contender: Contender, case: str, threads: int, caches: Path):
+    def __init__(self, contender: Contender, case: str, threads: int, caches: Path, mode: str = ""):
         self.name = contender.name
         self.errors = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "contenders" / contender.script), case, str(threads)],
+            [sys.executable, str(HERE / "contenders" / contender.script), case, str(threads), mode],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
             env=environment(contender, threads, caches), preexec_fn=lambda: pin(threads))
 
@@ -123,9 +123,9 @@ class Result:
 
 
 @contextlib.contextmanager
-def running(contender: Contender, case: str, threads: int, caches: Path) -> Iterator[Running]:
+def running(contender: Contender, case: str, threads: int, caches: Path, mode: str = "") -> Iterator[Running]:
     """A contender's process for as long as the block."""
-    process = Running(contender, case, threads, caches)
+    process = Running(contender, case, threads, caches, mode)
     try:
         yield process
     finally:
@@ -137,6 +137,14 @@ def start_cold(contender: Contender, case: str, threads: int, caches: Path, resu
     with running(contender, case, threads, caches) as process:
         reply = process.ask("start")
         result.first_cold, result.losses = reply["first_s"], reply["losses"]
+
+
+def measure_memory(contender: Contender, case: str, threads: int, caches: Path, result: Result) -> None:
+    """In a process of its own, warm, so that no compiler's leavings count."""
+    if case != "call":
+        with running(contender, case, threads, caches, "memory") as process:
+            process.ask("start")
+            result.memory = process.ask("memory")["bytes"]
 
 
 def take_turns(processes: dict[str, Running], results: dict[str, Result], rounds: int, steps: int,
@@ -168,8 +176,12 @@ def compare(case: str, contenders: list[Contender], threads: int, rounds: int, s
             progress(contender.name)
         take_turns(processes, results, rounds, steps, progress)
         for name, process in processes.items():
-            results[name].memory = process.ask("memory")["bytes"]
             results[name].kernels = process.ask("kernels")["kernels"]
+            process.end()
+        for contender in contenders:
+            if contender.name in processes:
+                folder_of_its = Path(folder) / contender.name.replace(" ", "-")
+                measure_memory(contender, case, threads, folder_of_its, results[contender.name])
     check_equal_maths(case, list(results.values()))
     return list(results.values())
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import platform
 import subprocess
@@ -48,9 +49,10 @@ def table_of(case: str, results: list[harness.Result]) -> Table:
     ours = next((r for r in results if r.name == "treadle" and not r.failure), None)
     for r in results:
         ratio = f"{r.median / ours.median:.2f}" if ours and r.seconds else ""
-        memory_ratio = f"{r.memory / ours.memory:.2f}" if ours and r.seconds and ours.memory else ""
-        table.add_row(r.name, milliseconds(r.median), ratio, f"{r.memory / 1e6:.0f}", memory_ratio,
-                      f"{r.first_cold:.2f}", f"{r.first_warm:.2f}", r.failure[:200])
+        memory_ratio = f"{r.memory / ours.memory:.2f}" if ours and not math.isnan(r.memory) else ""
+        megabytes = "" if math.isnan(r.memory) else f"{r.memory / 1e6:.0f}"
+        table.add_row(r.name, milliseconds(r.median), ratio, megabytes, memory_ratio, f"{r.first_cold:.2f}",
+                      f"{r.first_warm:.2f}", r.failure[:200])
     return table
 
 
@@ -61,10 +63,10 @@ def kernels_of(results: list[harness.Result]) -> Table | None:
         return None
     total = sum(row[1] for row in ours.kernels)
     table = Table(title=f"Treadle's kernels, {milliseconds(total)} ms in all", title_justify="left")
-    for column in ("kernel", "ms", "share"):
+    for column in ("kernel", "ms", "share", "GFLOP/s"):
         table.add_column(column, justify="left" if column == "kernel" else "right", overflow="fold")
     for row in ours.kernels[:KERNELS_SHOWN]:
-        table.add_row(str(row[0]), milliseconds(row[1]), f"{row[1] / total:.0%}")
+        table.add_row(str(row[0]), milliseconds(row[1]), f"{row[1] / total:.0%}", f"{row[2]:.0f}" if row[2] else "")
     return table
 
 

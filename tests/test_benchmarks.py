@@ -21,7 +21,7 @@ def prepare(case, threads):
     print("frameworks chatter")
     return lambda: next(losses)
 
-contender.main(prepare, 0.5, kernels=lambda step: [["add", 0.25]])
+contender.main(prepare, 0.5, kernels=lambda step: [["add", 0.25, 1.0]])
 """
 
 
@@ -40,7 +40,7 @@ def test_contenders_take_turns(tmp_path):
         assert not result.failure
         assert len(result.seconds) == 2 * 3 and result.median < 1
         assert result.losses == [3.0, 2.0, 1.0]
-        assert result.kernels == [["add", 0.25]]
+        assert result.kernels == [["add", 0.25, 1.0]]
         assert result.memory >= 0
 
 

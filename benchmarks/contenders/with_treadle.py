@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import sys
 import time
 from pathlib import Path
@@ -118,9 +119,14 @@ def training_step(problem):
         optimizer = td.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
     else:
         optimizer = td.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    step = td.train_step(model, loss_of, optimizer)
+    train = td.train_step(model, loss_of, optimizer)
     x, y = (td.tensor(array) for array in problem.batch)
-    return lambda: step(x, y).item()
+
+    def step():
+        return train(x, y).item()
+
+    step.train = train
+    return step
 
 
 def call():
@@ -138,5 +144,21 @@ def prepare(case, threads):
     return call() if case == "call" else training_step(problems.PROBLEMS[case]())
 
 
+def kernels(step):
+    """[name, seconds of a step, GFLOP/s] of each kernel, call sites with the same name together, the slowest first."""
+    if not hasattr(step, "train"):
+        return None
+    program, seen = step.train._compiled._last, []
+    program.run = lambda arrays: (seen.append(list(arrays)), program.executable.run(arrays))[1]
+    step()
+    program.run = program.executable.run
+    together = collections.defaultdict(lambda: [0.0, 0.0])
+    for time_of in program.executable.kernel_times(seen[0], repeat=5):
+        together[time_of.label][0] += time_of.seconds
+        together[time_of.label][1] += time_of.flops * time_of.calls
+    rows = [[label, seconds, flops / seconds / 1e9 if seconds else 0.0] for label, (seconds, flops) in together.items()]
+    return sorted(rows, key=lambda row: -row[1])
+
+
 if __name__ == "__main__":
-    contender.main(prepare, imported)
+    contender.main(prepare, imported, kernels)
