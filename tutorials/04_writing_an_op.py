@@ -5,8 +5,8 @@
 # and compiled. With them an op of your own works everywhere that a built-in one does.
 #
 # Most functions need no op: a Python function of tensors is traced and fused. An op pays where a derivative or a kernel
-# should be written by hand. Here is softplus with a temperature, `log(1 + exp(beta x)) / beta`, which overflows if written
-# down naively, and whose derivative is simply `sigmoid(beta x)`.
+# should be written by hand. Here is softplus with a temperature, `log(1 + exp(beta x)) / beta`, which overflows if
+# written down naively, and whose derivative is simply `sigmoid(beta x)`.
 
 # %%
 import numpy as np
@@ -79,9 +79,9 @@ assert compiled.stats.kernels == 1
 # expression of the operands' elements. The loops, vectors and threads around it are the compiler's business.
 
 # %%
-from tvm import tirx  # noqa: E402
+from tvm import tirx
 
-from treadle.schedules.lower_slots import Pointwise  # noqa: E402
+from treadle.schedules.lower_slots import Pointwise
 
 
 def squared_relu(node, x):

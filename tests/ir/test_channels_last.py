@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from treadle.autodiff.reverse import backward
 from treadle.ir import ops as _ops  # noqa: F401
 from treadle.ir.builder import GraphBuilder, emit

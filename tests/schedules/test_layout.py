@@ -1,6 +1,7 @@
 """The channels-last pass: same numbers, and transpositions only where they must stay."""
 
 import numpy as np
+
 from treadle.ir import ops as _ops  # noqa: F401
 from treadle.ir.builder import GraphBuilder, emit
 from treadle.ir.interp import run
