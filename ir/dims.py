@@ -87,10 +87,10 @@ class Dim:
         (monomial, coefficient), = divisor.items()
         quotient: dict[Monomial, int] = {}
         for m, c in self.terms.items():
-            rest = _without(m, monomial)
-            if rest is None or c % coefficient:
+            left = _without(m, monomial)
+            if left is None or c % coefficient:
                 break
-            quotient[rest] = c // coefficient
+            quotient[left] = c // coefficient
         else:
             return Dim._make(quotient)
         if monomial or coefficient <= 0:

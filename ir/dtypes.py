@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import ml_dtypes
+import numpy
 import numpy as np
 
 from .errors import DTypeError
@@ -20,7 +21,7 @@ class DType(str):
     short: str
     kind: str  # "f" float, "i" signed, "u" unsigned, "b" bool
     bits: int
-    np: np.dtype
+    np: numpy.dtype
 
     @property
     def is_float(self) -> bool:
@@ -44,7 +45,7 @@ class DType(str):
         return max(self.bits // 8, 1)
 
     @property
-    def dtype(self) -> np.dtype:
+    def dtype(self) -> numpy.dtype:
         """NumPy's own protocol: `np.dtype(td.float32)` works, bfloat16 included."""
         return self.np
 

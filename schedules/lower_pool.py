@@ -48,7 +48,7 @@ class Images:
     @classmethod
     def of(cls, shape: Sequence[int], channels_last: bool) -> Images:
         channels = shape[-1] if channels_last else shape[1]
-        return cls(shape[0], channels, tuple(spatial_sizes(tuple(shape), channels_last)), channels_last)
+        return cls(shape[0], channels, tuple(map(int, spatial_sizes(tuple(shape), channels_last))), channels_last)
 
     def at(self, image: Any, channel: Any, place: Sequence[Any]) -> Any:
         """The flat position of an element."""
@@ -174,7 +174,7 @@ def _max_pool_grad(node: Node, target: Any, name: str) -> Any:
             base = let(image * plane * result.channels + first * (1 if last else plane))
             base_in = let(image * windows * given.channels + first * (1 if last else windows))
             # sums of narrow floats are kept in f32 until they are complete
-            sums = T.alloc_buffer((plane * count,), dtype, scope="global") if narrow else None
+            sums: Any = T.alloc_buffer((plane * count,), dtype, scope="global") if narrow else None
             at = (lambda p, c: p * count + c) if narrow else (lambda p, c: base + p * step + c)
             with loop(plane) as p, lane_loop(count) as c:
                 put(sums, dx, at(p, c), const(0, dtype))
@@ -267,7 +267,7 @@ def _avg_pool_grad(node: Node, target: Any, name: str) -> Any:
                 dx.store(result.at(image, *coordinates(lane)), total[lane])
 
         if given.batch * given.channels * math.prod(given.spatial) == 0:
-            with loop(node.results[0].type.size) as i:
+            with loop(math.prod(node.results[0].shape)) as i:
                 dx.store(i, const(0, dtype))
         else:
             _every_vector(result, node, math.prod(attrs["window"]), target, vector)

@@ -81,12 +81,13 @@ def _nothing() -> None:
 def _scatter_add(node: Node, target: Any, name: str) -> Any:
     x, indices, _ = node.operands
     outer, size, inner = around(x.shape, node.attrs["axis"])
+    count = math.prod(indices.shape)
 
     def row_at(row: Row, i: Any) -> tuple[Any, Any]:
         place = let(cast(row.load(i), "int64"))
         return place, tirx.And(place >= 0, place < size)
 
-    return _rows(node, target, name, outer, size, inner, indices.type.size, row_at, add=True)
+    return _rows(node, target, name, outer, size, inner, count, row_at, add=True)
 
 
 def _nd(add: bool) -> Kernel:

@@ -108,7 +108,7 @@ class TransformerEncoderLayer(Module):
 
 
 class TransformerDecoderLayer(Module):
-    """Self-attention (causal on request), attention to an encoder's output, and a perceptron, with residuals and norms."""
+    """Self-attention, attention to an encoder's output, and a perceptron, with residuals and norms."""
 
     def __init__(self, d_model: int, nhead: int, dim_feedforward: int = 2048, dropout: float = 0.1,
                  activation: Any = "relu", norm_first: bool = False, layer_norm_eps: float = 1e-5):

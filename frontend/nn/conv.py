@@ -196,7 +196,7 @@ class AdaptiveAvgPool(Module):
                 continue
             windows = [(i * size // parts, -(-(i + 1) * size // parts)) for i in range(parts)]
             lead = (slice(None),) * axis
-            means = [F.mean(x[(*lead, slice(a, b))], axis=axis, keepdims=True) for a, b in windows]
+            means = [F.mean(x[lead + (slice(a, b),)], axis=axis, keepdims=True) for a, b in windows]
             x = F.concatenate(means, axis=axis)
         return x
 

@@ -1,4 +1,4 @@
-"""Every layer and loss against torch: outputs, gradients of inputs and parameters, moved statistics; eager and compiled."""
+"""Every layer and loss against torch, eager and compiled: outputs, gradients, moved statistics."""
 
 import numpy as np
 import pytest
