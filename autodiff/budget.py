@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from ..ir.errors import ConfigError
 from ..ir.graph import Graph, Node, Value
+from ..ir.order import hoist_updates
 from ..ir.pipeline import Pass, PassResult
 from ..ir.rewrite import with_operands
 
@@ -169,7 +170,11 @@ def _lower_peak(graph: Graph, budget: int) -> PassResult:
 
 
 def budget_pass(budget: int) -> Pass:
-    return Pass("memory_budget", lambda graph: recompute_to_fit(graph, budget))
+    """The pass that recomputes to a budget, once updates no longer make every gradient wait for the end."""
+    def run(graph: Graph) -> PassResult:
+        result = recompute_to_fit(hoist_updates(graph).graph, budget)
+        return PassResult(result.graph, result.graph is not graph, result.stats)
+    return Pass("memory_budget", run)
 
 
 def _choose(line: Timeline, budget: int) -> list[Plan]:

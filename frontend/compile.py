@@ -25,6 +25,7 @@ import numpy as np
 
 from ..autodiff.amp import amp_pass
 from ..autodiff.budget import budget_pass
+from ..autodiff.save_less import SAVE_LESS
 from ..ir.dtypes import as_dtype
 from ..ir.errors import ArgumentsError, CompileError, ShapeError
 from ..ir.graph import Graph
@@ -64,6 +65,7 @@ def passes(amp: Any = None, memory_budget: int | None = None) -> list[Pass]:
     steps = list(TIDY)
     if amp is not None:
         steps += [amp_pass(amp), *TIDY]
+    steps.append(SAVE_LESS)
     if memory_budget is not None:
         steps.append(budget_pass(memory_budget))
     return [*steps, *FINISH]

@@ -8,6 +8,7 @@ There are no rules per op: what fits together follows from the index maps.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from typing import Any
 
@@ -37,6 +38,7 @@ class Fuser:
         self.facts = Facts(graph)
         self.threads = threads
         self.owner: dict[Node, Group] = {}
+        self.anchors = [i for i, node in enumerate(graph.nodes) if is_anchor(node)]
 
     def run(self) -> list[Group]:
         facts = self.facts
@@ -68,7 +70,7 @@ class Fuser:
 
     def join(self, first: Group, second: Group) -> bool:
         """Joins two groups if that is one good kernel."""
-        if not self.compatible(first, second):
+        if not self.compatible(first, second) or self.across(first, second):
             return False
         nodes = self.facts.closure([*first.nodes, *second.nodes])
         inputs, outputs = self.facts.boundary(nodes)
@@ -101,6 +103,16 @@ class Fuser:
         if first.anchor is not None:
             return not second.has_reduction
         return second.anchor is None
+
+    def across(self, first: Group, second: Group) -> bool:
+        """Whether joining would move the second group ahead of an anchor that the graph has between the two.
+
+        Arithmetic of the backward pass on a value of the forward pass belongs where its result is used: pulled
+        forward, that result would be written early and wait in memory for the whole time between.
+        """
+        last = max(self.facts.position[n] for n in first.nodes)
+        start = min(self.facts.position[n] for n in second.nodes)
+        return bisect_right(self.anchors, last) < bisect_left(self.anchors, start)
 
     def between(self, first: Group, second: Group) -> bool:
         """Whether something outside both must run after `first` and before `second`."""
