@@ -12,8 +12,8 @@ from treadle.ir.dtypes import as_dtype
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # tvm deprecates its own names while it is imported
-    build = pytest.importorskip("treadle.schedules.build").build
-    lower = pytest.importorskip("treadle.schedules.lower").lower
+    from treadle.schedules.build import build
+    from treadle.schedules.lower import lower
 
 # What an element costs in accuracy beyond the reference: sums in another order, polynomials for libm.
 LOOSER = 2.0
