@@ -6,7 +6,8 @@
 Ours and each memory format of torch run in processes of their own, on the same cores with the same number of threads.
 They take turns, round after round, so that a noisy machine is noisy for all; a figure is the median of its rounds.
 Ours packs its weights in every call, as a training step must. Torch allocates its results, so its malloc is told to
-keep freed pages. A `--variant` replaces fields of the proposed ConvConfig and is measured as one more column.
+keep freed pages. On a machine that others use too, `--threads 1 --cpu-time --best` still tells something: the fastest
+round by the process's own CPU time. A `--variant` replaces fields of the proposed ConvConfig, in one more column.
 """
 
 from __future__ import annotations
@@ -108,33 +109,34 @@ def make_torch(case: Case, op: str, options: dict) -> Callable[[], object]:
                                                        case.groups, wanted)
 
 
-def serve() -> None:
+def serve(cpu_time: bool) -> None:
     """The worker: prepares {"case", "op", "options"} or times {"calls": n}; answers with seconds per call."""
     call: Callable[[], object] = lambda: None  # noqa: E731
+    clock = time.process_time if cpu_time else time.perf_counter
     for line in sys.stdin:
         order = json.loads(line)
         if "case" in order:
             make = make_torch if order["options"]["library"] == "torch" else make_treadle
             call = make(Case(*order["case"]), order["op"], order["options"])
         call()
-        start = time.perf_counter()
+        start = clock()
         for _ in range(order["calls"]):
             call()
-        print(json.dumps((time.perf_counter() - start) / order["calls"]), flush=True)
+        print(json.dumps((clock() - start) / order["calls"]), flush=True)
 
 
 class Worker:
     """A library in a process of its own, pinned to the same cores as the others."""
 
-    def __init__(self, options: dict, threads: int):
+    def __init__(self, options: dict, threads: int, flags: list[str]):
         count, keep = str(threads), str(1 << 34)
         env = {**os.environ, "TVM_NUM_THREADS": count, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count,
                "TREADLE_NUM_THREADS": count, "MALLOC_MMAP_THRESHOLD_": keep, "MALLOC_TRIM_THRESHOLD_": keep}
         cores = sorted(os.sched_getaffinity(0))[:threads]
         self.options = options
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--serve"], text=True, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            preexec_fn=lambda: os.sched_setaffinity(0, cores))
+            [sys.executable, __file__, "--serve", *flags], text=True, env=env,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=lambda: os.sched_setaffinity(0, cores))
 
     def ask(self, **order: object) -> float:
         assert self.process.stdin and self.process.stdout
@@ -162,7 +164,7 @@ def measure(case: Case, op: str, workers: dict[str, Worker], rounds: int, best: 
         for name, worker in workers.items():
             time.sleep(0.02)  # let the other libraries' threads fall asleep
             times[name].append(worker.ask(calls=calls[name]))
-    choose = statistics.median if not best else min
+    choose = min if best else statistics.median
     return {name: case.flops / choose(t) / 1e9 for name, t in times.items()}
 
 
@@ -176,15 +178,18 @@ def main() -> None:
     parser.add_argument("--ops", nargs="*", default=OPS, choices=OPS)
     parser.add_argument("--only", nargs="*", default=[""], help="parts of the cases' names")
     parser.add_argument("--variant", nargs="*", default=[], help="JSON of ConvConfig fields to replace")
+    parser.add_argument("--cpu-time", action="store_true", help="of the process, not wall-clock time")
     parser.add_argument("--best", action="store_true", help="fastest round, not the median: for a busy machine")
     args = parser.parse_args()
     if args.serve:
-        return serve()
+        return serve(args.cpu_time)
     ours = {"library": "treadle", "layout": args.layout, "dtype": args.dtype, "variant": {}}
     columns = {"treadle": ours, **{v: {**ours, "variant": json.loads(v)} for v in args.variant},
                **{f"torch {n.lower()}": {"library": "torch", "layout": n, "dtype": args.dtype} for n in LAYOUTS}}
-    workers = {name: Worker(options, args.threads) for name, options in columns.items()}
-    print(f"GFLOP/s, {args.dtype}, {args.threads} threads, {'best' if args.best else 'median'} of {args.rounds}; ours reads {args.layout}")
+    flags = ["--cpu-time"] if args.cpu_time else []
+    workers = {name: Worker(options, args.threads, flags) for name, options in columns.items()}
+    how = f"{'best' if args.best else 'median'} of {args.rounds}{', CPU time' if args.cpu_time else ''}"
+    print(f"GFLOP/s, {args.dtype}, {args.threads} threads, {how}; ours reads {args.layout}")
     print("| op | case |", " | ".join(columns), "| ratio |\n|---|---|" + "---|" * (len(columns) + 1))
     for op in args.ops:
         for case in (c for c in CASES if any(part in str(c) for part in args.only)):

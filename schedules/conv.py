@@ -16,6 +16,7 @@ from tvm.script.ir_builder import tirx as T
 
 from .conv_depthwise import DepthwiseConv, DepthwiseWeightGrad
 from .conv_direct import DirectConv
+from .conv_dot import DotConv, supports_dot
 from .conv_problem import FORWARD, INPUT_GRAD, WEIGHT_GRAD, ConvConfig, ConvProblem, propose
 from .conv_tir import flat, import_llvm
 from .conv_weight_grad import WeightGrad
@@ -84,7 +85,10 @@ def _gather_primfunc(problem, config, target, name, store, extra_buffers, op):
     config = config or propose(problem, target, op)
     forward = op == FORWARD
     source_shape, out_shape = ((problem.x_shape, problem.y_shape) if forward else (problem.y_shape, problem.x_shape))
-    conv = (DepthwiseConv if config.algorithm == "depthwise" else DirectConv)(problem, config, target, op)
+    kind = DepthwiseConv if config.algorithm == "depthwise" else DirectConv
+    if config.algorithm == "direct" and supports_dot(problem, target, op):
+        kind = DotConv
+    conv = kind(problem, config, target, op)
     layout = problem.out_layout if forward else problem.layout
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         label, result = ("x", "y") if forward else ("dy", "dx")

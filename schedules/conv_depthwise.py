@@ -19,10 +19,10 @@ from .conv_problem import FORWARD, AxisTaps, ConvConfig, ConvProblem, forward_ph
 from .conv_tir import (
     ChannelsLastPack,
     Transpose,
+    accumulators,
     opaque,
     parallel,
     serial,
-    unroll,
     vectorized,
     when,
     within,
@@ -65,9 +65,7 @@ class DepthwiseConv(GatherConv):
 
     def emit_tile(self, source, packed, sink, place: Row, width: AxisTaps, start, size: int, taps) -> None:
         wide = self.wide
-        acc = T.alloc_buffer((size * wide,), self.acc_dtype, scope="local")
-        with unroll(size) as i:
-            T.buffer_store(acc, T.broadcast(tirx.const(0.0, self.acc_dtype), wide), [T.ramp(i * wide, 1, wide)])
+        acc = accumulators(size, 1, wide, self.acc_dtype)
         with ExitStack() as nest:
             first = place.n * self.strides[0] + place.block * wide
             base, tap = self.enter_tap_rows(nest, place, first)
@@ -76,12 +74,11 @@ class DepthwiseConv(GatherConv):
                 if low == high:
                     continue
                 at = (tap * self.kernel[2] + width.k0 + j * width.k_step) * self.channels_in + place.block * wide
-                with unroll(low, high) as i:
+                for i in range(low, high):
                     column = (start + i) * width.in_stride + width.offset(j)
                     with when(within(column, width.in_extent) if taps == "mask" else None):
-                        lane = T.ramp(i * wide, 1, wide)
                         value = source[T.ramp(base + column * self.channels_in, 1, wide)]
-                        T.buffer_store(acc, acc[lane] + value * packed[T.ramp(at, 1, wide)], [lane])
+                        acc[i].set(0, acc[i].get(0) + value * packed[T.ramp(at, 1, wide)])
         sink.put(acc, width, start, size)
 
 
@@ -115,13 +112,11 @@ class DepthwiseWeightGrad:
         with parallel(self.chunks * vectors * rows_of_taps) as task:
             row, vector, chunk = task % rows_of_taps, task // rows_of_taps % vectors, task // rows_of_taps // vectors
             for j0, count in split_row(width.taps, 8):
-                acc = T.alloc_buffer((count * wide,), self.acc_dtype, scope="local")
-                with unroll(count) as j:
-                    T.buffer_store(acc, T.broadcast(tirx.const(0.0, self.acc_dtype), wide), [T.ramp(j * wide, 1, wide)])
+                acc = accumulators(count, 1, wide, self.acc_dtype)
                 self._emit_rows(acc, row, vector * wide, chunk, j0, count)
-                with unroll(count) as j:
+                for j in range(count):
                     at = ((chunk * rows_of_taps + row) * width.taps + j0 + j) * self.padded + vector * wide
-                    T.buffer_store(partial, acc[T.ramp(j * wide, 1, wide)], [T.ramp(at, 1, wide)])
+                    T.buffer_store(partial, acc[j].get(0), [T.ramp(at, 1, wide)])
         self._emit_result(partial, taps, store)
 
     def _emit_rows(self, acc, row, channel, chunk, j0: int, count: int) -> None:
@@ -153,10 +148,9 @@ class DepthwiseWeightGrad:
         wide = self.wide
         for j in taps:
             column = q * self.width.in_stride + self.width.offset(j0 + j)
-            lane = T.ramp(j * wide, 1, wide)
             gradient = self.dy[T.ramp(out + q * self.padded, 1, wide)]
             value = self.x[T.ramp(base + column * self.padded, 1, wide)]
-            T.buffer_store(acc, acc[lane] + gradient * value, [lane])
+            acc[j].set(0, acc[j].get(0) + gradient * value)
 
     def _emit_result(self, partial, taps: int, store) -> None:
         kernel = self.problem.kernel

@@ -7,14 +7,14 @@ phases are in `conv_gather`.
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 
-from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from .conv_gather import ChannelsLast, GatherConv, Row
 from .conv_problem import FORWARD, AxisTaps, ConvConfig, ConvProblem
-from .conv_tir import Transpose, WeightPack, parallel, serial, unroll, when, widen, within
+from .conv_tir import Transpose, WeightPack, accumulators, each_task, serial, unroll, when, widen, within
 
 UNROLLED_TAPS = 5  # longer kernel rows are a loop, except at the borders
 
@@ -25,9 +25,11 @@ class DirectConv(GatherConv):
     def __init__(self, problem: ConvProblem, config: ConvConfig, target, op: str):
         super().__init__(problem, config, target, op)
         self.red = self.channels_in // self.groups
-        self.pack = WeightPack(self.groups, problem.out_channels // self.groups, problem.in_channels // self.groups,
-                               self.kernel[0] * self.kernel[1] * self.kernel[2], self.tile, self.wide, op != FORWARD,
-                               problem.dtype, self.acc_dtype)
+        self.group_channels = self.red  # in memory
+        self.steps, self.step = self.red, 1  # of the reduction, and the channels that one covers
+        outer, inner, taps = problem.w_shape[0] // problem.groups, problem.w_shape[1], math.prod(self.kernel)
+        self.pack = WeightPack(self.groups, outer, inner, taps, self.tile, self.wide, op != FORWARD, problem.dtype,
+                               self.acc_dtype, config.fold)
         if config.flatten:
             self._flatten()
 
@@ -44,19 +46,26 @@ class DirectConv(GatherConv):
         return [self.pack.transpose, *super().transposes()]
 
     def emit(self, source, weights, store) -> None:
-        packed = T.alloc_buffer((self.pack.size,), self.pack.packed_dtype)
-        self.pack.emit(weights, packed)
-        source = widen(source, self.acc_dtype)
+        packed = self.prepare_weights(weights)
+        source = self.prepare_source(source)
         if self.config.flatten:
             self._emit_flat(source, packed, store, self.groups * self.blocks)
         else:
             self.emit_rows(source, packed, store)
 
+    def prepare_source(self, source):
+        return widen(source, self.acc_dtype)
+
+    def prepare_weights(self, weights):
+        packed = T.alloc_buffer((self.pack.size,), self.pack.packed_dtype)
+        self.pack.emit(weights, packed)
+        return packed
+
     def _emit_flat(self, source, packed, store, blocks: int) -> None:
         """One endless row: tiles are the tasks."""
         depth, height, width = (axis[0] for axis in self.phases)
         full, rest = divmod(width.count, self.config.pixels)
-        with parallel(blocks * (full + bool(rest))) as task:
+        with each_task(blocks * (full + bool(rest)), self.threads) as task:
             tiles = full + bool(rest)
             outer = self.config.channels_outer
             block, tile = (task // tiles, task % tiles) if outer else (task % blocks, task // blocks)
@@ -71,19 +80,17 @@ class DirectConv(GatherConv):
                     self.emit_tile(source, packed, sink, place, width, start, rest, None)
 
     def emit_tile(self, source, packed, sink, place: Row, width: AxisTaps, start, size: int, taps) -> None:
-        wide, vectors = self.wide, self.config.vectors
-        acc = T.alloc_buffer((size * vectors * wide,), self.acc_dtype, scope="local")
-        with unroll(size * vectors) as i:
-            T.buffer_store(acc, T.broadcast(tirx.const(0.0, self.acc_dtype), wide), [T.ramp(i * wide, 1, wide)])
-        block = min(self.config.block, self.red)
+        acc = accumulators(size, self.config.vectors, self.wide, self.acc_dtype)
+        block = max(1, min(self.config.block // self.step, self.steps))
         with ExitStack() as nest:
-            outer = nest.enter_context(serial(-(-self.red // block)))
-            extent = block if self.red % block == 0 else T.min(self.red - outer * block, block)
-            start_of_block = place.n * self.strides[0] + (place.group * self.red + outer * block) * self.strides[4]
+            outer = nest.enter_context(serial(-(-self.steps // block)))
+            extent = block if self.steps % block == 0 else T.min(self.steps - outer * block, block)
+            channel = place.group * self.group_channels + outer * block * self.step
+            start_of_block = place.n * self.strides[0] + channel * self.strides[4]
             base, tap_base = self.enter_tap_rows(nest, place, start_of_block)
             merged = taps is None and self._merges(width)
             if merged:
-                extent = width.taps * self.red
+                extent = width.taps * self.steps
             reduce = _Reduction(self, source, packed, acc, place, width, extent, outer * block, size)
             if merged:
                 reduce.emit(base, tap_base * self.kernel[2], start, width.offset(0), (0, size), False)
@@ -100,8 +107,17 @@ class DirectConv(GatherConv):
 
     def _merges(self, width: AxisTaps) -> bool:
         """Whether taps of a kernel row and input channels are one contiguous run, in x and in the packed weights."""
-        contiguous = self.in_layout == "NHWC" and self.problem.groups == 1 and self.red <= self.config.block
+        contiguous = (self.in_layout == "NHWC" and self.groups == 1 and self.red <= self.config.block
+                      and self.group_channels == self.steps * self.step)
         return contiguous and width.offset_step == width.k_step == 1 and width.k0 == 0
+
+    def weight_at(self, group, block, tap, step):
+        """Index of the first lane of the packed weights of one step."""
+        return (((group * self.blocks + block) * self.pack.taps + tap) * self.steps + step) * self.tile
+
+    def multiply_add(self, acc, source, at, weights):
+        """acc + source[at] * weights, of one vector of output channels."""
+        return acc + T.broadcast(T.cast(source[at], self.acc_dtype), self.wide) * weights
 
     def indices(self, place: Row, width: AxisTaps, q):
         if not self.config.flatten:
@@ -121,20 +137,11 @@ class _Reduction:
     def emit(self, base, tap, start, offset, pixels: tuple[int, int], masked: bool) -> None:
         conv = self.conv
         wide, vectors, sw = conv.wide, conv.config.vectors, conv.strides[3]
-        tile = vectors * wide
         with serial(self.extent) as c:
-            weights = conv.pack.at(self.place.group, self.place.block, tap, self.first + c)
-            with unroll(pixels[0], pixels[1]) as i:
+            weights = conv.weight_at(self.place.group, self.place.block, tap, self.first + c)
+            for i in range(*pixels):
                 column = (start + i) * self.width.in_stride + offset
-                at = base + column * sw + c * conv.strides[4]
-                if masked:
-                    inside = within(column, self.width.in_extent)
-                    value = T.if_then_else(inside, self.source[T.if_then_else(inside, at, 0)],
-                                           tirx.const(0.0, self.source.dtype))
-                else:
-                    value = self.source[at]
-                value = T.broadcast(T.cast(value, conv.acc_dtype), wide)
-                with unroll(vectors) as v:
-                    lane = T.ramp(i * tile + v * wide, 1, wide)
-                    product = value * self.packed[T.ramp(weights + v * wide, 1, wide)]
-                    T.buffer_store(self.acc, self.acc[lane] + product, [lane])
+                at = base + column * sw + c * conv.step * conv.strides[4]
+                with when(within(column, self.width.in_extent) if masked else None), unroll(vectors) as v:
+                    weight = self.packed[T.ramp(weights + v * wide, 1, wide)]
+                    self.acc[i].set(v, conv.multiply_add(self.acc[i].get(v), self.source, at, weight))

@@ -24,7 +24,7 @@ from .conv_problem import (
     lanes,
     split_row,
 )
-from .conv_tir import Transpose, opaque, parallel, serial, tap_range, unroll, vectorized, when
+from .conv_tir import Transpose, each_task, opaque, serial, tap_range, unroll, vectorized, when
 
 MAX_EDGE_TILES = 6  # beyond these, code size matters more than the few masked pixels
 
@@ -38,13 +38,13 @@ class GatherConv:
     """
 
     def __init__(self, problem: ConvProblem, config: ConvConfig, target, op: str):
-        self.problem, self.config = problem, config
+        self.problem, self.config, self.threads = problem, config, target.threads
         forward = op == FORWARD
         self.wide = lanes(problem.dtype, target.vector_bits)
         self.tile = self.wide * config.vectors
         self.acc_dtype = problem.acc_dtype
         self.phases = forward_phases(problem) if forward else input_grad_phases(problem)
-        self.batch, self.groups = problem.batch, problem.groups
+        self.batch, self.groups = problem.batch, problem.groups // config.fold
         channels = (problem.in_channels, problem.out_channels)
         self.channels_in, self.channels_out = channels if forward else channels[::-1]
         layouts = (problem.layout, problem.out_layout)
@@ -99,7 +99,7 @@ class GatherConv:
     def _emit_row_tasks(self, source, packed, store, depth: AxisTaps, height: AxisTaps) -> None:
         blocks = self.groups * self.blocks
         rows = self.batch * depth.count * height.count
-        with parallel(blocks * rows) as task:
+        with each_task(blocks * rows, self.threads) as task:
             if self.config.channels_outer:
                 block, row = task // rows, task % rows
             else:
@@ -140,7 +140,7 @@ class GatherConv:
         with serial(full) as tile:
             self.emit_tile(source, packed, sink, place, width, tile * size, size, "mask")
         if full < len(tiles):
-            self.emit_tile(source, packed, sink, place, width, *tiles[-1], "mask")
+            self.emit_tile(source, packed, sink, place, width, tiles[-1][0], tiles[-1][1], "mask")
 
     def indices(self, place: Row, width: AxisTaps, q):
         """(n, spatial index) of pixel `q` of a row, in the problem's own rank."""
@@ -172,7 +172,7 @@ class ChannelsLast:
         conv, wide, vectors = self.conv, self.conv.wide, self.conv.config.vectors
         tile = wide * vectors
         tail = conv.out - (conv.blocks - 1) * tile
-        with unroll(size) as i:
+        for i in range(size):
             n, index = conv.indices(self.place, width, start + i)
             for v in range(vectors):
                 channel = self.place.group * conv.out + self.place.block * tile + v * wide
@@ -180,11 +180,11 @@ class ChannelsLast:
                 with when(None if whole else self.place.block < conv.blocks - 1):
                     if whole or conv.blocks > 1:
                         with vectorized(wide) as lane:
-                            self.store(n, channel + lane, index, acc[i * tile + v * wide + lane])
+                            self.store(n, channel + lane, index, acc[i][v * wide + lane])
                 if not whole and tail > v * wide:
                     with when(self.place.block == conv.blocks - 1 if conv.blocks > 1 else None):
                         with serial(tail - v * wide) as lane:
-                            self.store(n, channel + lane, index, acc[i * tile + v * wide + lane])
+                            self.store(n, channel + lane, index, acc[i][v * wide + lane])
 
     def finish(self) -> None:
         """Nothing is held back."""
@@ -202,10 +202,10 @@ class ChannelsFirst:
 
     def put(self, acc, width: AxisTaps, start, size: int) -> None:
         wide = self.conv.wide
-        with unroll(size) as i:
+        for i in range(size):
             pixel = width.first + (start + i) * width.step
             with unroll(self.conv.config.vectors) as v:
-                T.buffer_store(self.row, acc[T.ramp(i * self.tile + v * wide, 1, wide)],
+                T.buffer_store(self.row, acc[i].get(v),
                                [T.ramp(pixel * self.tile + v * wide, 1, wide)])
 
     def finish(self) -> None:

@@ -182,6 +182,7 @@ class ConvConfig:
     `block`: input channels (weight gradient: output rows) that a tile sweeps before the next tap.
     `flatten`: a 1x1 stride-1 convolution runs over one long row of all pixels.
     `channels_outer`: tasks walk all rows of one block of output channels before the next block.
+    `fold`: groups of few channels that share a register tile, as blocks on the diagonal of a denser convolution.
     `chunks`: partial sums of the weight gradient over the batch (1: none).
     """
 
@@ -191,6 +192,7 @@ class ConvConfig:
     block: int = 64
     flatten: bool = False
     channels_outer: bool = True
+    fold: int = 1
     chunks: int = 1
 
 
@@ -235,10 +237,12 @@ def propose(problem: ConvProblem, target, op: str = FORWARD) -> ConvConfig:
         return ConvConfig("depthwise", pixels=8, vectors=1)
     out = (problem.out_channels if op == FORWARD else problem.in_channels) // problem.groups
     red = (problem.in_channels if op == FORWARD else problem.out_channels) // problem.groups
+    wide = lanes(problem.dtype, target.vector_bits)
+    fold = max(f for f in range(1, problem.groups + 1) if problem.groups % f == 0 and (f == 1 or f * out <= wide))
+    out, red = out * fold, red * fold
     flatten = can_flatten(problem)
     phases = forward_phases(problem)[2] if op == FORWARD else input_grad_phases(problem)[2]
     widths = [problem.batch * math.prod(problem.spatial)] if flatten else [p.count for p in phases]
-    wide = lanes(problem.dtype, target.vector_bits)
     best = None
     for vectors in (v for v in (2, 4, 3, 1) if v == 1 or (v - 1) * wide < out):
         limit = tile_limit(vectors, target.vector_bits)
@@ -250,7 +254,8 @@ def propose(problem: ConvProblem, target, op: str = FORWARD) -> ConvConfig:
             best = (cost, vectors, limit)
     assert best is not None
     pointwise = math.prod(problem.kernel) == 1
-    return ConvConfig("direct", best[2], best[1], min(256 if pointwise else 64, red), flatten, not pointwise)
+    return ConvConfig("direct", best[2], best[1], min(256 if pointwise else 64, red), flatten, not pointwise,
+                      fold)
 
 
 def can_flatten(problem: ConvProblem) -> bool:

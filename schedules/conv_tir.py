@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-LLVM_TYPES = {"float32": "float", "float64": "double", "bfloat16": "bfloat", "float16": "half"}
-BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
+LLVM_TYPES = {"float32": "float", "float64": "double", "bfloat16": "bfloat", "float16": "half", "uint16": "i16"}
+BYTES = {"uint16": 2, "float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 
 
 def _long(extent):
@@ -47,6 +47,48 @@ def unroll(first, stop=None):
 
 def vectorized(extent):
     return T.vectorized(_long(extent))
+
+
+class Registers:
+    """One row of a register tile: `vectors` accumulators inside a shared buffer.
+
+    TVM takes "local" buffers from a heap pool; LLVM turns them into registers because its alias information tells the
+    types of TVM's loads apart.  So whatever an inner loop reads must be a plain typed load.
+    """
+
+    def __init__(self, buffer, first, wide: int):
+        self.buffer, self.first, self.wide = buffer, first, wide
+
+    def __getitem__(self, element):
+        return self.buffer[self.first + element]
+
+    def get(self, v):
+        return self.buffer[T.ramp(self.first + v * self.wide, 1, self.wide)]
+
+    def set(self, v, value) -> None:
+        T.buffer_store(self.buffer, value, [T.ramp(self.first + v * self.wide, 1, self.wide)])
+
+
+def accumulators(count: int, vectors: int, wide: int, dtype: str) -> list[Registers]:
+    """`count` zeroed rows of a register tile."""
+    buffer = T.alloc_buffer((count * vectors * wide,), dtype, scope="local")
+    with unroll(count * vectors) as i:
+        T.buffer_store(buffer, T.broadcast(tirx.const(0.0, dtype), wide), [T.ramp(i * wide, 1, wide)])
+    return [Registers(buffer, i * vectors * wide, wide) for i in range(count)]
+
+
+@contextmanager
+def each_task(count: int, threads: int) -> Iterator:
+    """A parallel loop in at most 16 chunks a thread: the tasks of a chunk share their scratch buffers."""
+    chunks = min(count, 16 * threads)
+    if chunks == count:
+        with parallel(count) as task:
+            yield task
+    else:
+        with parallel(chunks) as chunk:
+            first = chunk * count // chunks
+            with serial((chunk + 1) * count // chunks - first) as i:
+                yield first + i
 
 
 @contextmanager
@@ -84,7 +126,9 @@ def tap_range(axis, q):
 
 @dataclass(frozen=True)
 class Transpose:
-    """dst[j, i] = cast(src[i, j]) for a `lanes` x `lanes` tile, as log2(lanes) rounds of two-source shuffles.
+    """dst[j, i] = cast(src[i, j]) for a tile of `lanes` squared, as log2(lanes) rounds of two-source shuffles.
+
+    A `dst_dtype` of uint16 keeps the bits of a 16-bit source.
 
     LLVM IR, because TIR has no such shuffle that its code generator keeps in registers.
     """
@@ -98,7 +142,8 @@ class Transpose:
         return f"treadle_transpose_{self.lanes}_{LLVM_TYPES[self.src_dtype]}_{LLVM_TYPES[self.dst_dtype]}"
 
     def llvm(self) -> str:
-        n, src, dst = self.lanes, LLVM_TYPES[self.src_dtype], LLVM_TYPES[self.dst_dtype]
+        n, dst = self.lanes, LLVM_TYPES[self.dst_dtype]
+        src = dst if self.dst_dtype == "uint16" else LLVM_TYPES[self.src_dtype]
         lines, rows = [], []
         for i in range(n):
             lines += [f"%o{i} = mul i64 %ss, {i}", f"%p{i} = getelementptr {src}, ptr %src, i64 %o{i}",
@@ -139,7 +184,28 @@ def _shuffle_round(rows: list[str], distance: int, element: str, lines: list[str
     return result
 
 
-def import_llvm(*functions: Transpose):
+class DotPair:
+    """<16 x float> acc + x[2 i] * w[2 i] + x[2 i + 1] * w[2 i + 1], pairs as words: AVX512_BF16's VDPBF16PS.
+
+    The operands come in registers: a load in imported IR lacks TVM's alias information, and LLVM then stores the
+    accumulators in every step.
+    """
+
+    name = "treadle_dot_pair"
+
+    def llvm(self) -> str:
+        acc, word, half = "<16 x float>", "<16 x i32>", "<32 x bfloat>"
+        return f"""declare {acc} @llvm.x86.avx512bf16.dpbf16ps.512({acc}, {half}, {half})
+define {acc} @{self.name}({acc} %acc, {word} %x, {word} %w) alwaysinline {{
+%a = bitcast {word} %x to {half}
+%b = bitcast {word} %w to {half}
+%sum = call {acc} @llvm.x86.avx512bf16.dpbf16ps.512({acc} %acc, {half} %a, {half} %b)
+ret {acc} %sum
+}}
+"""
+
+
+def import_llvm(*functions: Transpose | DotPair):
     """The frame that brings the LLVM functions into the kernel's module."""
     text = "".join(f.llvm() for f in dict.fromkeys(functions))
     return T.attr(0, "pragma_import_llvm", text)
@@ -151,6 +217,9 @@ class WeightPack:
 
     `tile` lanes run over the kernel's output channels: the outer axis of W forward, the inner one (`swap`) for the
     input gradient; the reduction runs over the other.  Lanes past the last channel are zero.
+
+    With `fold` > 1, `groups` counts folds of so many groups of W, which share a tile: their weights stand on the
+    diagonal of an otherwise zero block, so that groups of few channels fill a vector.
     """
 
     groups: int
@@ -162,14 +231,15 @@ class WeightPack:
     swap: bool
     dtype: str
     packed_dtype: str
+    fold: int = 1
 
     @property
     def out(self) -> int:
-        return self.inner if self.swap else self.outer
+        return self.fold * (self.inner if self.swap else self.outer)
 
     @property
     def red(self) -> int:
-        return self.outer if self.swap else self.inner
+        return self.fold * (self.outer if self.swap else self.inner)
 
     @property
     def blocks(self) -> int:
@@ -190,7 +260,9 @@ class WeightPack:
     def emit(self, w, packed) -> None:
         """Pack flat buffer `w` into flat buffer `packed`, in parallel over blocks of lanes and slices of W."""
         vectors = self.blocks * self.tile // self.lanes
-        if self.swap:
+        if self.fold > 1:
+            self._folded(w, packed)
+        elif self.swap:
             with parallel(self.groups * vectors * self.red) as t:
                 self._columns(w, packed, t // self.red // vectors, t // self.red % vectors, t % self.red)
         else:
@@ -201,6 +273,16 @@ class WeightPack:
                     start = (t % slices) * 256 + s * 16
                     with when(start < columns):
                         self._rows(w, packed, t // slices // vectors, t // slices % vectors, start)
+
+    def _folded(self, w, packed) -> None:
+        """Element by element: grouped weights are few."""
+        with parallel(self.groups * self.taps) as t, serial(self.red) as r, serial(self.blocks * self.tile) as lane:
+            group, tap = t // self.taps, t % self.taps
+            o, i = (r, lane) if self.swap else (lane, r)
+            inside = T.And(o // self.outer == i // self.inner, lane < self.out)
+            src = ((group * self.fold * self.outer + o) * self.inner + i % self.inner) * self.taps + tap
+            dst = self.at(group, lane // self.tile, tap, r) + lane % self.tile
+            self._element(packed, dst, inside, w, src)
 
     def _rows(self, w, packed, group, vector, start) -> None:
         """Forward: 16 consecutive (reduction, tap) columns of `lanes` rows of W."""
@@ -285,7 +367,8 @@ def widen(source, dtype: str, chunk: int = 4096):
 class ChannelsLastPack:
     """Activations of any layout to [batch, pixels, groups, padded] in scratch; channels past `channels` are zero.
 
-    For kernels whose vectors run over the channels of each group, where memory does not allow that as it is.
+    For kernels whose vectors run over the channels of each group, where memory does not allow that as it is.  bfloat16
+    is kept in scratch as uint16: TVM makes float32 of a bfloat16 buffer that it allocates.
     """
 
     batch: int
@@ -308,18 +391,26 @@ class ChannelsLastPack:
         emit(source, result)
         return result
 
+    def _convert(self, value):
+        if self.packed_dtype == "uint16":
+            return T.reinterpret("uint16", value)
+        return T.cast(value, self.packed_dtype)
+
+    @property
+    def _zero(self):
+        return tirx.const(0 if self.packed_dtype == "uint16" else 0.0, self.packed_dtype)
+
     def _from_channels_last(self, source, result) -> None:
         wide = self.lanes
         with parallel(self.batch * self.pixels) as p, serial(self.groups) as g:
             src, dst = (p * self.groups + g) * self.channels, (p * self.groups + g) * self.padded
             with serial(self.channels // wide) as v, vectorized(wide) as lane:
-                T.buffer_store(result, T.cast(source[src + v * wide + lane], self.packed_dtype),
+                T.buffer_store(result, self._convert(source[src + v * wide + lane]),
                                [dst + v * wide + lane])
             done = self.channels // wide * wide
             with serial(self.padded - done) as c:
-                value = T.if_then_else(c + done < self.channels, source[src + done + c],
-                                       tirx.const(0.0, self.dtype))
-                T.buffer_store(result, T.cast(value, self.packed_dtype), [dst + done + c])
+                value = T.if_then_else(c + done < self.channels, self._convert(source[src + done + c]), self._zero)
+                T.buffer_store(result, value, [dst + done + c])
 
     def _from_channels_first(self, source, result) -> None:
         wide, blocks = self.lanes, -(-self.pixels // self.lanes)
@@ -332,6 +423,6 @@ class ChannelsLastPack:
                 with T.Then():
                     self.transpose.emit(result[dst], row, source[src], self.pixels)
                 with T.Else(), serial(T.min(self.pixels - p, wide)) as i, serial(wide) as c:
-                    value = T.if_then_else(v * wide + c < self.channels, source[src + c * self.pixels + i],
-                                           tirx.const(0.0, self.dtype))
-                    T.buffer_store(result, T.cast(value, self.packed_dtype), [dst + i * row + c])
+                    value = self._convert(source[src + c * self.pixels + i])
+                    T.buffer_store(result, T.if_then_else(v * wide + c < self.channels, value, self._zero),
+                                   [dst + i * row + c])

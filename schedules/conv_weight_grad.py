@@ -12,7 +12,10 @@ partial sums the last stage adds, transposes to OI* and hands to the epilogue.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
@@ -21,6 +24,7 @@ from .conv_problem import ConvConfig, ConvProblem, forward_phases, lanes, split_
 from .conv_tir import (
     ChannelsLastPack,
     Transpose,
+    accumulators,
     opaque,
     parallel,
     serial,
@@ -106,17 +110,18 @@ class WeightGrad:
     def _emit_tile(self, start, stop, home, block, channel, size: int, jd, jh, jw, count: int) -> None:
         """Add rows `start .. stop` to the tile of `size` input channels and taps `jw .. jw + count`."""
         wide, vectors = self.wide, self.config.vectors
-        acc = T.alloc_buffer((count * size * self.tile,), self.acc_dtype, scope="local")
+        acc = accumulators(count * size, vectors, wide, self.acc_dtype)
 
         def place(k, i, v):
             tap = (jd * self.height.taps + jh) * self.width.taps + jw + k
             return T.ramp(home + (tap * self.red + channel + i) * self.tile + v * wide, 1, wide)
 
         def each(body):
-            with unroll(count) as k, unroll(size) as i, unroll(vectors) as v:
-                body(T.ramp(((k * size + i) * vectors + v) * wide, 1, wide), place(k, i, v))
+            for k, i in itertools.product(range(count), range(size)):
+                with unroll(vectors) as v:
+                    body(acc[k * size + i], v, place(k, i, v))
 
-        each(lambda lane, at: T.buffer_store(acc, self.partial[at], [lane]))
+        each(lambda row, v, at: row.set(v, self.partial[at]))
         with serial(stop - start) as r:
             row = start + r
             n = row // (self.depth.count * self.height.count)
@@ -127,7 +132,7 @@ class WeightGrad:
             with when(inside), when(None if self.height.bounded else within(h, self.height.in_extent)):
                 x_row, x_pixel, x_channel = self._x_strides(n, d, h, block, channel)
                 self._emit_row(acc, row, x_row, x_pixel, x_channel, size, jw, count, block)
-        each(lambda lane, at: T.buffer_store(self.partial, acc[lane], [at]))
+        each(lambda row, v, at: T.buffer_store(self.partial, row.get(v), [at]))
 
     def _x_strides(self, n, d, h, block, channel):
         """(index of the row's first element, stride of a pixel, stride of a channel) in x."""
@@ -207,14 +212,14 @@ class _Pixel:
         self.grad, self.acc, self.dy_row, self.x_row = grad, acc, dy_row, x_row
         self.x_pixel, self.x_channel, self.size = x_pixel, x_channel, size
 
-    def emit(self, q, taps: list[tuple[int, object]]) -> None:
+    def emit(self, q, taps: Sequence[tuple[int, Any]]) -> None:
         grad, wide = self.grad, self.grad.wide
         dy_pixel = grad.groups * grad.blocks * grad.tile if grad.pack else grad.problem.out_channels
         for k, offset in taps:
             column = q * grad.width.in_stride + offset
-            with unroll(self.size) as i:
+            for i in range(self.size):
                 value = T.broadcast(grad.x[self.x_row + column * self.x_pixel + i * self.x_channel], wide)
                 with unroll(grad.config.vectors) as v:
-                    lane = T.ramp(((k * self.size + i) * grad.config.vectors + v) * wide, 1, wide)
+                    row = self.acc[k * self.size + i]
                     gradient = grad.dy[T.ramp(self.dy_row + q * dy_pixel + v * wide, 1, wide)]
-                    T.buffer_store(self.acc, self.acc[lane] + value * gradient, [lane])
+                    row.set(v, row.get(v) + value * gradient)
