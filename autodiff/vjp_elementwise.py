@@ -62,6 +62,8 @@ vjp("erf", lambda ct, out, x: ct * emit("exp", -(x * x)) * TWO_OVER_SQRT_PI)
 vjp("erfc", lambda ct, out, x: ct * emit("exp", -(x * x)) * -TWO_OVER_SQRT_PI)
 vjp("sigmoid", lambda ct, out, x: ct * (out * (1.0 - out)))
 vjp("softplus", lambda ct, out, x: ct * emit("sigmoid", x))
+# by the result, which the next layer keeps anyway; 0 at 0, as torch has it
+vjp("relu", lambda ct, out, x: where(compare("gt", out, 0), ct, 0.0))
 vjp("identity", lambda ct, out, x: ct)
 vjp("cast", lambda ct, out, x, dtype: emit("cast", ct, dtype=x.dtype))
 

@@ -61,6 +61,7 @@ def _logical(name: str, doc: str) -> Binary:
 negative = _unary("negative", "-x.", "neg", floating=False)
 sign = _unary("sign", "-1, 0 or 1; NaN at NaN.", floating=False)
 square = _unary("square", "x * x.", floating=False)
+relu = _unary("relu", "max(x, 0); its derivative at 0 is 0.", floating=False)
 exp = _unary("exp", "e ** x.")
 exp2 = _unary("exp2", "2 ** x.")
 expm1 = _unary("expm1", "e ** x - 1, accurate near 0.")

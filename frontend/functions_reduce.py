@@ -14,7 +14,7 @@ from ..ir.dtypes import as_dtype, float32
 from ..ir.errors import AttributeValueError, ShapeError
 from ..ir.location import user_location
 from .dispatch import apply, as_tensor, cast, normalize_axes, normalize_axis
-from .functions_elementwise import absolute, as_bool, maximum, sqrt, square, where
+from .functions_elementwise import absolute, as_bool, sqrt, square, where
 from .tensor import Tensor
 
 Axis = Any
@@ -260,8 +260,3 @@ def log_softmax(x: Any, axis: int = -1) -> Tensor:
     x = _floating(x)
     result: Tensor = apply("log_softmax", x, axis=normalize_axis(axis, x.ndim))
     return result
-
-
-def relu(x: Any) -> Tensor:
-    """max(x, 0)."""
-    return maximum(x, 0)

@@ -120,6 +120,7 @@ transcendental("erfc", special.erfc, "1 - erf(x), accurate for large x.")
 transcendental("sigmoid", special.sigmoid, "1 / (1 + exp(-x)).")
 transcendental("softplus", special.softplus, "log(1 + exp(x)), without overflow.")
 
+unary("relu", lambda x: np.maximum(x, x.dtype.type(0)), "max(x, 0); NaN stays NaN.", accepts="number")
 unary("sqrt", np.sqrt, "Square root; NaN below zero.")
 unary("rsqrt", special.rsqrt, "1 / sqrt(x); infinity at zero.", flops=2)
 unary("reciprocal", np.reciprocal, "1 / x.")

@@ -90,6 +90,7 @@ def shifts(bits: int) -> tuple[Any, Any]:
 elementwise("neg", lambda x: 0.0 - x, operator.neg)
 elementwise("abs", lambda x: np.where(x < 0, -x, x), abs)
 elementwise("sign", lambda x: np.where(np.isnan(x), x, (x > 0) * 1.0 - (x < 0)), lambda x: (x > 0) - (x < 0))
+elementwise("relu", lambda x: np.where(x < 0, 0, x), lambda x: x * (x > 0))
 elementwise("square", lambda x: x**2, lambda x: x * x)
 for same in ("identity", "stop_gradient"):
     elementwise(same, lambda x: x)

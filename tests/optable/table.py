@@ -84,6 +84,7 @@ def rows_of(names: str, *args: Any, **kwargs: Any) -> list[Row]:
 
 ELEMENTWISE = [
     *rows_of("neg abs sign square", s.unary, (*FLOATS, *INTS), "nonzero", grad=2),
+    Row("relu", s.unary, (*FLOATS, *INTS), "nonzero", grad=2),
     Row("identity", s.unary, EVERYTHING, grad=2),
     Row("stop_gradient", s.unary, EVERYTHING),
     *rows_of("exp exp2 expm1 sin cos atan sinh cosh tanh asinh erf erfc sigmoid softplus", s.unary, FLOATS, tol=4,
