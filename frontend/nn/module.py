@@ -15,6 +15,7 @@ import numpy as np
 from ...ir.dtypes import as_dtype
 from ...ir.errors import ArgumentsError, CheckpointError
 from .. import recording
+from ..dispatch import as_tensor
 from ..tensor import Tensor
 from .parameter import Parameter
 
@@ -50,6 +51,7 @@ class Module:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         recording.guard(lambda: self._edits)
+        args = tuple(as_tensor(a) if isinstance(a, np.ndarray) else a for a in args)
         for hook in self._hooks["pre"]:
             changed = hook(self, args)
             if changed is not None:
