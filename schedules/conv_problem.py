@@ -183,6 +183,7 @@ class ConvConfig:
     `flatten`: a 1x1 stride-1 convolution runs over one long row of all pixels.
     `channels_outer`: tasks walk all rows of one block of output channels before the next block.
     `fold`: groups of few channels that share a register tile, as blocks on the diagonal of a denser convolution.
+    `blocks`: blocks of output channels that a task of the weight gradient takes through a band of rows together.
     `chunks`: partial sums of the weight gradient over the batch (1: none).
     """
 
@@ -193,6 +194,7 @@ class ConvConfig:
     flatten: bool = False
     channels_outer: bool = True
     fold: int = 1
+    blocks: int = 1
     chunks: int = 1
 
 
@@ -284,6 +286,10 @@ def _propose_weight_grad(problem: ConvProblem, target) -> ConvConfig:
     assert best is not None
     _, vectors, limit = best
     tasks = problem.groups * -(-out // (vectors * wide))
-    rows = max(1, BAND_PIXELS // problem.out_spatial[-1])
+    register = target.vector_bits // 8
+    pixel = red * math.prod(problem.stride) * register // wide  # bytes of x for each pixel of a band, in the L2 cache
+    rows = max(1, min(BAND_PIXELS, max(32, target.l2_bytes // 2 // pixel)) // problem.out_spatial[-1])
+    area = math.prod(problem.kernel) * red * vectors * register
+    blocks = max(1, min(tasks // target.threads, target.l2_bytes // 4 // area))
     chunks = 1 if tasks % target.threads == 0 or tasks >= 4 * target.threads else target.threads
-    return ConvConfig("direct", limit, vectors, rows, chunks=chunks)
+    return ConvConfig("direct", limit, vectors, rows, blocks=blocks, chunks=chunks)

@@ -67,16 +67,20 @@ class WeightGrad:
         self.x = widen(x, self.acc_dtype)
         self.dy = self.pack.emit(dy) if self.pack else dy
         band = min(self.config.block, -(-self.rows // self.chunks))
-        with parallel(self.chunks * self.groups * self.blocks) as task:
-            chunk, block = task // (self.groups * self.blocks), task % (self.groups * self.blocks)
+        every = self.groups * self.blocks
+        tasks = -(-every // self.config.blocks)
+        with parallel(self.chunks * tasks) as task:
+            chunk, part = task // tasks, task % tasks
             first, last = chunk * self.rows // self.chunks, (chunk + 1) * self.rows // self.chunks
-            home = task * (self.taps * self.red * self.tile)
-            with serial(self.taps * self.red * self.config.vectors) as i:
+            block, end = part * every // tasks, (part + 1) * every // tasks
+            area = self.taps * self.red * self.tile
+            home = (chunk * every + block) * area
+            with serial((end - block) * (area // self.wide)) as i:
                 T.buffer_store(self.partial, T.broadcast(tirx.const(0.0, self.acc_dtype), self.wide),
                                [T.ramp(home + i * self.wide, 1, self.wide)])
-            with serial((last - first + band - 1) // band) as b:
+            with serial((last - first + band - 1) // band) as b, serial(end - block) as i:
                 start = first + b * band
-                self._emit_band(start, T.min(start + band, last), home, block)
+                self._emit_band(start, T.min(start + band, last), home + i * area, block + i)
         self._emit_result(store)
 
     def _emit_band(self, start, stop, home, block) -> None:

@@ -138,7 +138,7 @@ def test_every_dtype(dtype, number, layout):
 
 @pytest.mark.parametrize("config", [
     ConvConfig(pixels=14, vectors=2), ConvConfig(pixels=7, vectors=4, block=16, channels_outer=False),
-    ConvConfig(pixels=3, vectors=3, block=1, chunks=3), ConvConfig(pixels=28, vectors=1, block=5, chunks=2),
+    ConvConfig(pixels=3, vectors=3, block=1, chunks=3), ConvConfig(pixels=28, vectors=1, block=5, blocks=3, chunks=2),
 ])  # fmt: skip
 def test_any_config_is_correct(config):
     problem = case(3, 10, 50, (9, 13), (3, 3), padding=((1, 1), (1, 1)), layout="NHWC")
