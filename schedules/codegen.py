@@ -26,10 +26,11 @@ from tvm import s_tir, tirx
 from tvm.tirx import stmt as tir_stmt
 
 from ..ir.errors import CompileError
+from .bindings import bind_through_memory
 from .target import Target
 
 # Part of every cache key: raise it when the same PrimFunc would give different machine code.
-CODEGEN_VERSION = 1
+CODEGEN_VERSION = 2
 
 # Extra options of the LLVM target for one kernel, e.g. {"fast-math-reassoc": True}: a PrimFunc attribute.
 LLVM_OPTIONS = "treadle.llvm_options"
@@ -101,6 +102,7 @@ def _kernel_passes() -> tvm.ir.transform.Pass:
             _raw_pointers,
             tx.FP8StorageLegalize(),
             tx.BF16StorageLegalize(),
+            bind_through_memory,
             tx.LowerTVMBuiltin(),
             tx.LowerIntrin(),
         ]

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ..ir.graph import Graph, Node, Value
-from .loops import domain_of, refine
+from .loops import domain_of, refine, vectorizable
 from .loops_eval import NotAligned, Recorder
 from .loops_index import Axis, Index, flatten, unflatten
 from .lower_shape import is_immediate
@@ -181,6 +181,8 @@ def check_epilogue(anchor: Node, nodes: Sequence[Node], outputs: Sequence[Value]
     axes = anchor_axes(result)
     position = flatten(axes, result.shape)
     recorder = Recorder([n for n in nodes if n is not anchor], {result: axes})
+    if not vectorizable(recorder.nodes):
+        raise NotAligned("a function without a vector form")
     for v in outputs:
         if v.type.size != result.type.size:
             raise NotAligned(f"{v!r} has not the elements of {result!r}")

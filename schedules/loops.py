@@ -8,7 +8,7 @@ are computed before the first is stored, so that an output may take over the mem
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -90,6 +90,21 @@ def lanes_for(values: Sequence[Value], vector_bits: int) -> int:
     floats = [v.dtype for v in values if v.dtype.is_float]
     bits = [64 if d == "float64" else 32 for d in floats] or [v.dtype.bits for v in values] or [32]
     return max(vector_bits // max(bits), 1)
+
+
+# Functions that TVM cannot write for a vector: f64 ones of the C library, and the remainder of floats.
+SCALAR_F64 = frozenset("expm1 log2 log1p cbrt hypot asin acos atan atan2 asinh acosh atanh erf erfc softplus".split())
+SCALAR_FLOAT = frozenset(("fmod", "remainder", "floor_divide"))
+
+
+def vectorizable(nodes: Iterable[Node]) -> bool:
+    """Whether loops over these nodes may be vector loops."""
+    for node in nodes:
+        dtype = node.operands[0].dtype if node.operands else None
+        if dtype is not None and dtype.is_float and (
+                node.op.name in SCALAR_FLOAT or dtype == "float64" and node.op.name in SCALAR_F64):
+            return False
+    return True
 
 
 def loop(extent: Any, kind: str = "serial") -> Any:
@@ -183,6 +198,8 @@ class ElementwiseKernel:
         for v in outputs:
             self.evaluator.places.pop(v)
         self.lanes = lanes_for([v for node in nodes for v in node.results], target.vector_bits)
+        if not vectorizable(nodes):
+            self.lanes = 1
         self.domain = domain_of(refine([v.shape for v in outputs]), nodes, outputs)
         self.parallel = target.threads > 1 and \
             outputs[0].type.size * work_per_element(nodes) > SERIAL_WORK

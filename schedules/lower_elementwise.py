@@ -49,14 +49,47 @@ def elementwise(name: str, fn: Callable[..., Any], cost: float = CHEAP) -> None:
     fill("lower", name, Pointwise(lambda node, *xs: fn(*xs), cost, elementwise=True))
 
 
-def wrapping(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`fn` on signed integers as on the unsigned ones of the same bits."""
-    def apply(*xs: Any) -> Any:
-        if not is_signed(xs[0]):
-            return fn(*xs)
-        dtype = dtype_of(xs[0])
-        return tirx.Cast(dtype, fn(*(tirx.Cast("u" + dtype, x) for x in xs)))
+def wrapping(wide: Callable[..., Any], halves: Callable[..., Any]) -> Callable[..., Any]:
+    """Integer arithmetic that wraps. TVM marks its own as never overflowing from 32 bits on, so 32-bit integers are
+    computed in 64 bits (LLVM narrows that again), 64-bit ones in halves."""
+    def apply(x: Any, y: Any) -> Any:
+        dtype = dtype_of(x)
+        if bits_of(x) < 32:
+            return wide(x, y)
+        if bits_of(x) == 32:
+            return cast(hide(wide(cast(x, dtype[:-2] + "64"), cast(y, dtype[:-2] + "64"))), dtype)
+        return cast(halves(let(cast(x, "uint64")), let(cast(y, "uint64"))), dtype)
     return apply
+
+
+def u64(value: int) -> Any:
+    return const(value, "uint64")
+
+
+LOW = 0xFFFFFFFF
+
+
+def join_halves(high: Any, low: Any) -> Any:
+    """high * 2**32 + low, modulo 2**64, for low below 2**33."""
+    return ((high + (low >> u64(32))) << u64(32)) | (low & u64(LOW))
+
+
+def add_halves(x: Any, y: Any) -> Any:
+    return join_halves((x >> u64(32)) + (y >> u64(32)), let((x & u64(LOW)) + (y & u64(LOW))))
+
+
+def sub_halves(x: Any, y: Any) -> Any:
+    """x + ~y + 1."""
+    flipped = let(y ^ u64((1 << 64) - 1))
+    return join_halves((x >> u64(32)) + (flipped >> u64(32)),
+                       let((x & u64(LOW)) + (flipped & u64(LOW)) + u64(1)))
+
+
+def mul_halves(x: Any, y: Any) -> Any:
+    x0, x1, y0, y1 = let(x & u64(LOW)), let(x >> u64(32)), let(y & u64(LOW)), let(y >> u64(32))
+    low = let(x0 * y0)
+    cross = ((x0 * y1) & u64(LOW)) + ((x1 * y0) & u64(LOW)) + (low >> u64(32))
+    return (cross << u64(32)) | (low & u64(LOW))
 
 
 def unsigned_of(x: Any) -> Any:
@@ -65,9 +98,9 @@ def unsigned_of(x: Any) -> Any:
 
 # Arithmetic --------------------------------------------------------------------------------------------------------
 
-def arithmetic(fn: Callable[..., Any]) -> Callable[..., Any]:
+def arithmetic(fn: Callable[..., Any], halves: Callable[..., Any]) -> Callable[..., Any]:
     """Integer arithmetic that wraps, float arithmetic that TVM does not reason about."""
-    whole = wrapping(fn)
+    whole = wrapping(fn, halves)
 
     def apply(x: Any, y: Any) -> Any:
         if not is_float(x):
@@ -76,10 +109,13 @@ def arithmetic(fn: Callable[..., Any]) -> Callable[..., Any]:
     return apply
 
 
-add = arithmetic(lambda x, y: x + y)
-sub = arithmetic(lambda x, y: x - y)
-mul = arithmetic(lambda x, y: x * y)
-div = arithmetic(lambda x, y: x / y)
+add = arithmetic(lambda x, y: x + y, add_halves)
+sub = arithmetic(lambda x, y: x - y, sub_halves)
+mul = arithmetic(lambda x, y: x * y, mul_halves)
+
+
+def div(x: Any, y: Any) -> Any:
+    return hide(x / hide(y))
 
 
 def neg(x: Any) -> Any:
@@ -99,6 +135,11 @@ def sign(x: Any) -> Any:
     if not is_float(x) and not is_signed(x):
         return tirx.Select(x > zero, one, zero)
     return tirx.Select(x > zero, one, tirx.Select(x < zero, const(-1, dtype_of(x)), x))  # x: zero itself, or NaN
+
+
+def relu(x: Any) -> Any:
+    zero = const(0, dtype_of(x))
+    return x if dtype_of(x).startswith("uint") else tirx.Select(x < zero, zero, x)  # NaN is not below zero
 
 
 def maximum(x: Any, y: Any) -> Any:
@@ -260,16 +301,14 @@ def compare(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 def not_equal(x: Any, y: Any) -> Any:
     """x != y; for floats TVM means the ordered comparison, which is false for NaN."""
-    if not dtype_of(x).startswith("float"):
-        return x != y
-    return tirx.Or(x != y, tirx.Or(is_nan(x), is_nan(y)))
+    return tirx.Or(x != y, tirx.Or(is_nan(x), is_nan(y))) if is_float(x) else x != y
 
 
 def convert(node: Any, x: Any) -> Any:
     source, target = node.operands[0].dtype, node.result.dtype
     dtype = compute_dtype(target)
     if target == "bool":
-        return x if is_bool(x) else x != const(0, dtype_of(x))
+        return x if is_bool(x) else not_equal(x, const(0, dtype_of(x)))
     if is_float(x) and str(dtype) in ("int8", "int16", "uint8", "uint16", "uint32", "uint64"):
         # C leaves what does not fit open; through the widest integer it wraps, and is not poison to LLVM.
         x = cast(x, "int64" if target != "uint64" else "uint64")
@@ -299,7 +338,7 @@ def to_f32_for_rounding(x: Any) -> Any:
 
 
 for _name, _fn in {
-    "neg": neg, "abs": absolute, "sign": sign, "square": lambda x: mul(x, x), "identity": lambda x: x,
+    "neg": neg, "abs": absolute, "sign": sign, "square": lambda x: mul(x, x), "relu": relu, "identity": lambda x: x,
     "stop_gradient": lambda x: x, "add": add, "sub": sub, "mul": mul, "maximum": maximum, "minimum": minimum,
     "floor": tirx.floor, "ceil": ceil, "trunc": tirx.trunc,
     "round": vmath.round_even, "logical_not": tirx.Not, "logical_and": tirx.And, "logical_or": tirx.Or,

@@ -69,9 +69,11 @@ class Anchor:
 
     `fn(node, epilogue, target, name) -> PrimFunc` with the parameters `epilogue.params`; it calls
     `epilogue.store(idx, value)` once for each element of the result, which computes and stores every output.
+    A node that `takes` refuses is decomposed.
     """
 
     fn: Callable[..., Any]
+    takes: Callable[[Node], bool] = lambda node: True
 
 
 def compute_dtype(dtype: str) -> str:
@@ -199,6 +201,9 @@ def written(value: Any, dtype: str) -> Any:
         return read(value, dtype)
     if dtype == "uint4":
         return value & const(15, "uint8")
+    if dtype == "bfloat16" and dtype_of(value) == "float32":
+        bits = let(tirx.reinterpret("uint32", round_to_bfloat16(value)))
+        return tirx.reinterpret("bfloat16", cast(bits >> const(16, "uint32"), "uint16"))
     return cast(value, dtype)
 
 
@@ -219,7 +224,8 @@ def round_to_bfloat16(x: Any) -> Any:
     u = lambda v: const(v, "uint32")  # noqa: E731
     bits = let(tirx.reinterpret("uint32", x))
     up = let((bits + u(0x7FFF) + ((bits >> u(16)) & u(1))) & u(0xFFFF0000))
-    return tirx.Select(is_nan(x), x, tirx.reinterpret("float32", up))
+    quiet = tirx.reinterpret("float32", (bits | u(0x400000)) & u(0xFFFF0000))
+    return let(tirx.Select(is_nan(x), quiet, tirx.reinterpret("float32", up)))
 
 
 def decode_float8(raw: Any, dtype: str) -> Any:

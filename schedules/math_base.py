@@ -44,6 +44,10 @@ def from_bits(x: Any) -> Any:
 
 
 def copysign(x: Any, y: Any) -> Any:
+    """The magnitude of x with the sign of y.
+
+    Do not select between this and y itself: LLVM 21 merges the two into a masked VPTERNLOG with wrong operands.
+    """
     return from_bits((bits(x) & u32(0x7FFFFFFF)) | (bits(y) & u32(0x80000000)))
 
 

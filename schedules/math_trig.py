@@ -1,6 +1,6 @@
 """Trigonometric functions of f32 over the whole range.
 
-The quadrant and the rest of an argument come from arithmetic in f64 up to 2**24, and from a 96-bit window of
+The quadrant and the rest of an argument come from arithmetic in f64 up to 2**25, and from a 96-bit window of
 2/pi beyond (M. Payne, R. Hanek, "Radian reduction for trigonometric functions", SIGNUM 18, 1983), so that
 sin(1e38) is as right as sin(1).
 """
@@ -34,10 +34,10 @@ def near_quadrant(x: Any) -> tuple[Any, Any]:
 
 
 def far_quadrant(x: Any) -> tuple[Any, Any]:
-    """(quadrant number, rest in f64) of |x| for |x| >= 2**24: the product with the bits of 2/pi that matter."""
+    """(quadrant number, rest in f64) of |x| for |x| >= 2**25: the product with the bits of 2/pi that matter."""
     b = let(tirx.reinterpret("uint32", tirx.abs(x)))
     mantissa = let(cast((b & u32(0x7FFFFF)) | u32(0x800000), "uint64"))
-    exponent = let(tirx.Max(cast(b >> u32(23), "int32") - const(150 + 1, "int32"), const(0, "int32")))
+    exponent = let(tirx.Max(cast(b >> u32(23), "int32") - const(152, "int32"), const(0, "int32")))
     word, shift = let(exponent >> const(5, "int32")), let(cast(exponent & const(31, "int32"), "uint64"))
 
     def pick(i: int) -> Any:
@@ -51,22 +51,21 @@ def far_quadrant(x: Any) -> tuple[Any, Any]:
     low = const(0xFFFFFFFF, "uint64")
     thirty_two = const(32, "uint64")
     window = [let((((words[i] << thirty_two) | words[i + 1]) >> (thirty_two - shift)) & low) for i in range(3)]
-    product = let(((mantissa * window[0]) << thirty_two) + mantissa * window[1]
-                  + ((mantissa * window[2]) >> thirty_two))
-    # The top two bits count quadrants, as one bit of 2/pi has the weight of two (exponent is taken one less).
-    turned = let(product + (const(1, "uint64") << const(61, "uint64")))
-    quadrant = cast(turned >> const(62, "uint64"), "uint32")
+    # (mantissa * window) >> 32, modulo 2**64; put together so that no sum overflows, which TVM declares impossible.
+    rest = let(mantissa * window[1] + ((mantissa * window[2]) >> thirty_two))
+    product = let((((mantissa * window[0]) + (rest >> thirty_two)) << thirty_two) | (rest & low))
+    quadrant = cast(((product >> const(61, "uint64")) + const(1, "uint64")) >> const(1, "uint64"), "uint32")
     rest = cast(tirx.reinterpret("int64", product << const(2, "uint64")), "float64") * d(cmath.pi / 2 / 2 ** 64)
     return let(quadrant), let(tirx.Select(tirx.reinterpret("uint32", x) >= u32(0x80000000), -rest, rest))
 
 
 def reduce_angle(x: Any) -> tuple[Any, Any]:
     """(quadrant mod 4 as u32, rest in [-pi/4, pi/4] as f32); the rest of infinities and NaN is NaN."""
-    far = let(tirx.Not(tirx.abs(x) < f(16777216.0)))
+    far = let(tirx.Not(tirx.abs(x) < f(33554432.0)))
     q0, r0 = near_quadrant(tirx.Select(far, f(0.0), x))
     q1, r1 = far_quadrant(x)
     negative = tirx.reinterpret("uint32", x) >= u32(0x80000000)
-    quadrant = tirx.Select(far, tirx.Select(negative, u32(0) - q1, q1), q0) & u32(3)
+    quadrant = tirx.Select(far, tirx.Select(negative, u32(4) - q1, q1), q0) & u32(3)
     rest = cast(tirx.Select(far, r1, r0), "float32")
     return let(quadrant), let(tirx.Select(tirx.abs(x) < f(cmath.inf), rest, f(cmath.nan)))
 

@@ -21,7 +21,16 @@ from tvm.script.ir_builder import tirx as T
 
 from ..ir.graph import Node, Value
 from ..ir.opdef import rule
-from .loops import SERIAL_WORK, KernelFrame, Signature, bind_flat, lanes_for, loop, work_per_element
+from .loops import (
+    SERIAL_WORK,
+    KernelFrame,
+    Signature,
+    bind_flat,
+    lanes_for,
+    loop,
+    vectorizable,
+    work_per_element,
+)
 from .loops_eval import Evaluator, Idx, InMemory, as_offset, count_uses
 from .loops_index import Axis, Index, flatten
 from .lower_slots import compute_dtype, let
@@ -105,6 +114,8 @@ class RowKernel:
         self.columns = bool(self.loops) and not self.folds(self.loops[-1])
         self.vector = self.loops[-1] if self.loops else Axis(1)
         self.lanes = lanes_for([v for n in domain.nodes for v in n.results], target.vector_bits)
+        if not vectorizable(domain.nodes):
+            self.lanes = 1
         if not self.columns:
             self.lanes = min(self.lanes, 1 << max(self.vector.extent.bit_length() - 1, 0))
         self.outer = [a for a in self.loops if not self.folds(a) and a is not (self.vector if self.columns else None)]
@@ -342,7 +353,7 @@ class RowKernel:
         folded = math.prod(a.extent for a in self.reduced)
         while self.to_keep and width > self.lanes and folded * width * 4 * len(self.to_keep) > cache_bytes // 2:
             width //= 2
-        return min(width, self.vector.extent)
+        return max(min(width, self.vector.extent), 1)
 
     def over_tiles(self, body: Callable[[Any], None], also: int = 1) -> None:
         """`body(step)` for each row or tile, in parallel; with `also` > 1 so many times each (`step` counts them)."""

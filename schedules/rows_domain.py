@@ -108,10 +108,14 @@ def _axes_of(nodes: Sequence[Node]) -> list[Axis]:
     return [Axis(n, f"i{k}") for k, n in enumerate(refine(shapes))]
 
 
-def _reduced_axes(node: Node, full: Idx) -> frozenset[Axis]:
+def _reduced_axes(node: Node, full: Idx, axes: Sequence[Axis]) -> frozenset[Axis]:
     """The domain axes that a reduction folds."""
     folded: set[Axis] = set()
     kept: set[Axis] = set()
+    if node.operands[0].type.size == 0:  # empty axes are in no index
+        if node.operands[0].shape != tuple(a.extent for a in axes):
+            raise NotAligned("empty operands of different shapes")
+        return frozenset(axes[k] for k in node.attrs["axes"])
     for k, i in enumerate(full):
         (folded if k in node.attrs["axes"] else kept).update(i.axes)
     if folded & kept or any(not isinstance(a, Axis) for i in full for a in i.terms):
@@ -127,7 +131,7 @@ def analyse(nodes: Sequence[Node], outputs: Sequence[Value]) -> RowDomain:
     """
     domain = RowDomain(nodes, outputs, _axes_of(nodes), frozenset(), levels_of(nodes), Recorder(nodes, {}))
     reductions = [n for n in nodes if is_reduction(n)]
-    sets = {_reduced_axes(n, domain.full_index(n.operands[0])) for n in reductions}
+    sets = {_reduced_axes(n, domain.full_index(n.operands[0]), domain.axes) for n in reductions}
     # Axes of extent 1 are in no index; they count as reduced or kept as it suits.
     if len(sets) != 1:
         raise NotAligned("reductions over different axes")
