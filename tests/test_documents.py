@@ -1,4 +1,7 @@
-"""CONTRIBUTING.md's worked examples, run: each block at the end of the module that its first line names."""
+"""The documents are true: the worked examples of CONTRIBUTING.md and the example of README.md run, named files exist.
+
+A block of CONTRIBUTING.md is run as if it stood at the end of the module that its first line names.
+"""
 
 import os
 import re
@@ -6,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,3 +78,16 @@ def test_every_file_that_the_documents_name_exists():
         for name in re.findall(r"`((?:[\w.]+/)*[\w]+\.(?:py|md))`", text):
             places = [ROOT / name, *ROOT.glob(f"*/{name}"), *ROOT.glob(f"*/*/{name}")]
             assert any(place.exists() for place in places), f"{document} names {name}"
+
+
+@pytest.mark.slow
+def test_the_readme_example_works(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((64, 784), np.float32), rng.integers(0, 10, 64)
+    names = {"batches": [(x, y)] * 5}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["step"].stats.compiles == 1
+    assert names["loss"].item() < 2.3
+    assert names["predict"](x).shape == (64, 10)
