@@ -60,7 +60,7 @@ def absolute_names(tree: ast.Module) -> Iterator[tuple[str, int]]:
             yield node.module or "", node.lineno
 
 
-def report(problems: list[str]) -> None:
+def expect_none(problems: list[str]) -> None:
     assert not problems, "\n" + "\n".join(problems)
 
 
@@ -79,12 +79,12 @@ def test_layers_import_downwards_only():
                 for target in relative_targets(name, node):
                     if target[0] not in allowed:
                         problems.append(f"{name}:{node.lineno}: imports {'.'.join(target)}, which is above its layer")
-    report(problems)
+    expect_none(problems)
 
 
 def test_inside_the_package_imports_are_relative():
     inner = {"treadle", *LAYERS}
-    report([f"{name}:{line}: imports {module} absolutely"
+    expect_none([f"{name}:{line}: imports {module} absolutely"
             for name, (_, tree) in sources().items()
             for module, line in absolute_names(tree) if module.split(".")[0] in inner])
 
@@ -92,7 +92,7 @@ def test_inside_the_package_imports_are_relative():
 @pytest.mark.parametrize("library", HOMES)
 def test_a_library_is_imported_in_its_home_only(library):
     home = HOMES[library]
-    report([f"{name}:{line}: imports {module}, whose home is {home}/"
+    expect_none([f"{name}:{line}: imports {module}, whose home is {home}/"
             for name, (_, tree) in sources().items() if not name.startswith(home)
             for module, line in absolute_names(tree) if module.split(".")[0] == library])
 
@@ -134,7 +134,7 @@ def test_no_file_is_imported_in_a_circle():
 
     for name in sorted(edges):
         visit(name, ())
-    report(circles)
+    expect_none(circles)
 
 
 def test_files_and_functions_keep_to_their_budgets():
@@ -149,20 +149,20 @@ def test_files_and_functions_keep_to_their_budgets():
                 if length >= FUNCTION_LINES:
                     problems.append(f"{name}:{node.lineno}: {node.name} has {length} lines; "
                                     f"the budget is under {FUNCTION_LINES}")
-    report(problems)
+    expect_none(problems)
 
 
 def test_every_exception_to_the_budget_is_still_needed():
-    report([f"{name}: excepted ({why}) and missing or short by now" for name, why in TABLES.items()
+    expect_none([f"{name}: excepted ({why}) and missing or short by now" for name, why in TABLES.items()
             if name not in sources() or sources()[name][0].count("\n") + 1 < FILE_LINES])
 
 
 def test_every_module_says_what_it_is_for():
-    report([f"{name}: no module docstring" for name, (_, tree) in sources().items() if not ast.get_docstring(tree)])
+    expect_none([f"{name}: no module docstring" for name, (_, tree) in sources().items() if not ast.get_docstring(tree)])
 
 
 def test_no_exception_is_swallowed_whole():
-    report([f"{name}:{node.lineno}: swallows every exception"
+    expect_none([f"{name}:{node.lineno}: swallows every exception"
             for name, (_, tree) in sources().items() for node in ast.walk(tree)
             if isinstance(node, ast.ExceptHandler) and len(node.body) == 1 and isinstance(node.body[0], ast.Pass)
             and (node.type is None or ast.unparse(node.type) in ("Exception", "BaseException"))])
