@@ -72,17 +72,17 @@ class Board:
         self.console, self.epochs, self.batches = console, epochs, batches
         self.bar = Progress(
             TextColumn("epoch {task.fields[epoch]:>2}/{task.fields[epochs]}"), BarColumn(bar_width=None),
-            TextColumn("loss {task.fields[loss]:.4f}"), TextColumn("held-out accuracy {task.fields[accuracy]:.1%}"),
-            TextColumn("{task.fields[speed]:,.0f} digits/s"), TimeElapsedColumn(),
+            TextColumn("loss {task.fields[loss]}"), TextColumn("held-out accuracy {task.fields[accuracy]}"),
+            TextColumn("{task.fields[speed]} digits/s"), TimeElapsedColumn(),
             console=console, disable=not console.is_terminal)
-        self.task = self.bar.add_task("", total=epochs * batches, epoch=0, epochs=epochs, loss=float("nan"),
-                                      accuracy=0.0, speed=0.0)
+        self.task = self.bar.add_task("", total=epochs * batches, epoch=0, epochs=epochs, loss="-",
+                                      accuracy="-", speed="compiling, -")
 
     def step(self, epoch: int, loss: float, speed: float) -> None:
-        self.bar.update(self.task, advance=1, epoch=epoch, loss=loss, speed=speed)
+        self.bar.update(self.task, advance=1, epoch=epoch, loss=f"{loss:.4f}", speed=f"{speed:,.0f}")
 
     def epoch(self, epoch: int, loss: float, accuracy: float, speed: float) -> None:
-        self.bar.update(self.task, accuracy=accuracy)
+        self.bar.update(self.task, accuracy=f"{accuracy:.1%}")
         if self.bar.disable:
             print(f"epoch {epoch:2}/{self.epochs}  loss {loss:.4f}  held-out accuracy {accuracy:.1%}  "
                   f"{speed:,.0f} digits/s", flush=True)
