@@ -19,28 +19,39 @@ from ..ir.errors import CompileError
 from ..ir.graph import Graph, Node, Value
 from ..ir.opdef import rule
 from ..ir.rewrite import Rewriter, rewrite
-from . import lower_elementwise, lower_fold, lower_pool, lower_reduce, lower_scatter, lower_shape, lower_sort
+from . import (
+    attention,
+    lower_elementwise,
+    lower_fold,
+    lower_pool,
+    lower_reduce,
+    lower_scatter,
+    lower_shape,
+    lower_sort,
+)
 from .fuse import fuse
 from .group import Group, is_anchor
 from .inplace import takes_over
 from .layout import channels_last
 from .loops import Signature
 from .lower_control import lower_control
-from .lower_slots import Kernel
+from .lower_slots import Anchor, Kernel
 from .order import in_order
 from .program import Arg, Buffer, Copy, KernelCall, Program, Step, View
 from .rules import kernel_of
 from .target import Target
 
-__all__ = ["expand", "lower", "lower_elementwise", "lower_fold", "lower_pool", "lower_reduce", "lower_scatter",
-           "lower_shape", "lower_sort"]
+__all__ = ["attention", "expand", "lower", "lower_elementwise", "lower_fold", "lower_pool", "lower_reduce",
+           "lower_scatter", "lower_shape", "lower_sort"]
 
 
 class _Expand(Rewriter):
     """Decomposes ops that have no schedule of their own, until all have one."""
 
     def replace(self, node: Node) -> Sequence[Value] | None:
-        if "lower" in node.op.slots or node.op.has("regions"):
+        lowering = node.op.slots.get("lower")
+        refused = isinstance(lowering, Anchor) and not lowering.takes(node)
+        if node.op.has("regions") or lowering is not None and not refused:
             return None
         if "decompose" not in node.op.slots:
             rule("lower", node.op, node.loc)  # raises, and says what is missing
@@ -247,7 +258,7 @@ class _Region:
         args = [self.place(v) for v in signature.params]
         shift = 0
         if group.anchor is not None and is_anchor(group.anchor) and len(set(group.anchor.operands)) < 2 \
-                and group.anchor.op.name != "matmul":
+                and group.anchor.op.name not in ("matmul", "attention"):
             args, shift = [args[0], *args], 1  # both operands are one value, the kernel still has two parameters
         writes = [signature.position(v) + shift for v in group.outputs]
         for v in inplace:
