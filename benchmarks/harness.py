@@ -66,9 +66,9 @@ class Running:
             self.process.stdin.flush()
             return json.loads(self.process.stdout.readline())
         except (BrokenPipeError, json.JSONDecodeError):
-            self.process.wait(10)
+            code = self.process.wait(10)
             self.errors.seek(0)
-            last = self.errors.read().strip().splitlines()[-3:]
+            last = self.errors.read().strip().splitlines()[-3:] or [f"exit code {code}, without a word"]
             raise ContenderFailed(f"{self.name} stopped at `{command}`: " + " | ".join(last)) from None
 
     def end(self) -> None:
@@ -149,12 +149,16 @@ def measure_memory(contender: Contender, case: str, threads: int, caches: Path, 
 
 def take_turns(processes: dict[str, Running], results: dict[str, Result], rounds: int, steps: int,
                progress: Any) -> None:
-    """The interleaved rounds."""
+    """The interleaved rounds. A contender that stops is out, and the others go on."""
     for _ in range(rounds):
         for name, process in list(processes.items()):
             time.sleep(PAUSE)
-            process.ask("round 1")  # wakes its threads and caches up again
-            results[name].seconds += process.ask(f"round {steps}")["seconds"]
+            try:
+                process.ask("round 1")  # wakes its threads and caches up again
+                results[name].seconds += process.ask(f"round {steps}")["seconds"]
+            except ContenderFailed as error:
+                results[name].failure = str(error)
+                del processes[name]
             progress(name)
 
 
@@ -180,8 +184,11 @@ def compare(case: str, contenders: list[Contender], threads: int, rounds: int, s
             process.end()
         for contender in contenders:
             if contender.name in processes:
-                folder_of_its = Path(folder) / contender.name.replace(" ", "-")
-                measure_memory(contender, case, threads, folder_of_its, results[contender.name])
+                caches = Path(folder) / contender.name.replace(" ", "-")
+                try:
+                    measure_memory(contender, case, threads, caches, results[contender.name])
+                except ContenderFailed as error:
+                    results[contender.name].failure = str(error)
     check_equal_maths(case, list(results.values()))
     return list(results.values())
 

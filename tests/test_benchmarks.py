@@ -59,6 +59,14 @@ def test_a_contender_that_dies_is_reported_and_the_rest_go_on(tmp_path):
     assert not results["good"].failure
 
 
+def test_a_contender_that_dies_in_a_round_is_out(tmp_path):
+    dying = FAKE.replace("[0.0] * 1000", "[0.0] * 2")  # its steps run out in the first round
+    contenders = [fake(tmp_path, "dying", [1.0, 1.0, 1.0], dying), fake(tmp_path, "good", [1.0, 1.0, 1.0])]
+    results = {r.name: r for r in harness.compare("mlp", contenders, threads=1, rounds=2, steps=3)}
+    assert "stopped at `round 3`" in results["dying"].failure
+    assert len(results["good"].seconds) == 6 and not results["good"].failure
+
+
 def test_problems_are_the_same_for_everyone():
     first, second = problems.mlp(), problems.mlp()
     assert all(np.array_equal(first.weights[name], second.weights[name]) for name in first.weights)
