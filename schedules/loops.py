@@ -19,8 +19,9 @@ from tvm.script.ir_builder import tirx as T
 
 from ..ir.graph import Node, Value
 from ..ir.opdef import rule
-from .loops_eval import Evaluator, Idx, InMemory, Recorder, count_uses
+from .loops_eval import Access, Evaluator, Idx, InMemory, Recorder, count_uses
 from .loops_index import Axis, Index, Merged, flatten, opaque, unflatten
+from .loops_turn import emit_turned, find_turn
 from .lower_slots import Reduce, compute_dtype, let, storage_dtype
 
 SERIAL_WORK = 40_000  # element operations below which waking other threads costs more than it saves
@@ -93,7 +94,8 @@ def lanes_for(values: Sequence[Value], vector_bits: int) -> int:
 
 
 # Functions that TVM cannot write for a vector: f64 ones of the C library, and the remainder of floats.
-SCALAR_F64 = frozenset("expm1 log2 log1p cbrt hypot asin acos atan atan2 asinh acosh atanh erf erfc softplus".split())
+SCALAR_F64 = frozenset("expm1 log2 log1p cbrt hypot asin acos atan atan2 sinh cosh asinh acosh atanh erf erfc "
+                       "softplus".split())
 SCALAR_FLOAT = frozenset(("fmod", "remainder", "floor_divide"))
 
 
@@ -152,7 +154,7 @@ class Domain:
 
     loops: list[Axis]
     indices: dict[Value, Idx]
-    accesses: list[dict[Axis, int]]
+    accesses: list[Access]
 
 
 def domain_of(shape: Sequence[int], nodes: Sequence[Node], outputs: Sequence[Value],
@@ -167,7 +169,7 @@ def domain_of(shape: Sequence[int], nodes: Sequence[Node], outputs: Sequence[Val
     seen = [linear(access.position) for access in recorder.accesses]
     fixed = frozenset(recorder.exposed).union(*(other for _, other in seen))
     strides = [s for s, _ in seen] + [linear(position)[0]]
-    return Domain(collapse(axes, strides, fixed), indices, [s for s, _ in seen])
+    return Domain(collapse(axes, strides, fixed), indices, recorder.accesses)
 
 
 def refine(shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
@@ -243,17 +245,31 @@ class ElementwiseKernel:
 
     def emit_nest(self, loops: list[Axis]) -> None:
         """Several axes: the outer ones as one parallel loop, the innermost in vectors."""
+        turn = find_turn(loops, self.domain.accesses, self.lanes) if self.lanes > 1 else None
+        if turn is not None:
+            emit_turned(self, turn)
+            return
         *outer, inner = loops
-        rows = math.prod(a.extent for a in outer)
-        with loop(rows, "parallel" if self.parallel else "serial") as row:
-            bind_flat(outer, row)
-            lanes = min(self.lanes, inner.extent)
-            vectors, tail = divmod(inner.extent, lanes)
-            if vectors:
-                with loop(vectors) as j:
-                    self.vector(inner, j * lanes, lanes)
-            if tail:
-                self.vector(inner, vectors * lanes, tail)
+        with self.steps(math.prod(a.extent for a in outer)) as row:
+            self.bind_outer(outer, row)
+            self.row(inner)
+
+    def steps(self, count: int) -> Any:
+        """The loop over independent steps."""
+        return loop(count, "parallel" if self.parallel else "serial")
+
+    def bind_outer(self, axes: Sequence[Axis], position: Any) -> None:
+        bind_flat(axes, position)
+
+    def row(self, inner: Axis) -> None:
+        """The innermost axis at the current place of the others."""
+        lanes = min(self.lanes, inner.extent)
+        vectors, tail = divmod(inner.extent, lanes)
+        if vectors:
+            with loop(vectors) as j:
+                self.vector(inner, j * lanes, lanes)
+        if tail:
+            self.vector(inner, vectors * lanes, tail)
 
 
 def bind_flat(axes: Sequence[Axis], position: Any) -> None:

@@ -69,7 +69,7 @@ class Evaluator:
     """Writes expressions for values of `nodes`; `places` holds the values that are loaded, not computed."""
 
     nodes: frozenset[Node]
-    places: dict[Value, Any]
+    places: dict[Any, Any]
     uses: dict[Value, int] = field(default_factory=dict)
     memo: dict[Any, Any] = field(default_factory=dict)
 

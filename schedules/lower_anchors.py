@@ -13,6 +13,7 @@ from ..ir import ops as _ops  # noqa: F401  (declares the ops whose slots are fi
 from ..ir.graph import Node, Value
 from ..ir.opdef import fill
 from .conv import conv_input_grad_primfunc, conv_primfunc, conv_weight_grad_primfunc
+from .conv_plain import needs_plain, plain_kernel
 from .conv_problem import ConvProblem
 from .gemm import GemmHooks, GemmProblem, gemm_primfunc
 from .group import anchor_axes
@@ -90,16 +91,33 @@ class Epilogue:
             self.places[v].store(at, value)
 
 
+STORED_ONLY = frozenset({"float8_e4m3fn", "float8_e5m2", "int4", "uint4"})
+
+
 def matmul(node: Node, epilogue: Epilogue, target: Any, name: str) -> Any:
     x, y = node.operands
     transpose_x, transpose_y = node.attrs["transpose_x"], node.attrs["transpose_y"]
     m, k = x.shape[-2:][::-1] if transpose_x else x.shape[-2:]
     n = y.shape[-2] if transpose_y else y.shape[-1]
-    problem = GemmProblem(m, n, k, transpose_x, transpose_y, x.shape[:-2], y.shape[:-2], str(x.dtype), str(y.dtype),
+    dtypes = [compute_dtype(v.dtype) if v.dtype in STORED_ONLY else str(v.dtype) for v in (x, y)]
+    problem = GemmProblem(m, n, k, transpose_x, transpose_y, x.shape[:-2], y.shape[:-2], *dtypes,
                           str(node.result.dtype))
     hooks = GemmHooks(epilogue.params, a=epilogue.buffer(x), b=epilogue.buffer(y),
+                      load_a=_decoded(x, epilogue, transpose_x), load_b=_decoded(y, epilogue, transpose_y),
                       store=lambda batch, i, j, value: epilogue.store((*batch, i, j), value))
     return gemm_primfunc(problem, None, target, name, hooks)
+
+
+def _decoded(v: Value, epilogue: Epilogue, transposed: bool) -> Any:
+    """How to load an operand of a dtype that is only stored (None for the others: they are read where they lie)."""
+    if v.dtype not in STORED_ONLY:
+        return None
+
+    def load(batch: Sequence[Any], row: Any, column: Any) -> Any:
+        at = (column, row) if transposed else (row, column)
+        return read(epilogue.buffer(v)[(*batch, *at)], v.dtype)
+
+    return load
 
 
 def conv_problem(node: Node, x: Sequence[int], w: Sequence[int]) -> ConvProblem:
@@ -122,18 +140,24 @@ def _activation_store(node: Node, epilogue: Epilogue) -> Any:
 
 
 def conv(node: Node, epilogue: Epilogue, target: Any, name: str) -> Any:
+    if needs_plain(node):
+        return plain_kernel(node, epilogue, name)
     x, w = node.operands
     return conv_primfunc(conv_problem(node, x.shape, w.shape), None, target, name, _activation_store(node, epilogue),
                          _extra(node, epilogue))
 
 
 def conv_input_grad(node: Node, epilogue: Epilogue, target: Any, name: str) -> Any:
+    if needs_plain(node):
+        return plain_kernel(node, epilogue, name)
     w = node.operands[1]
     return conv_input_grad_primfunc(conv_problem(node, node.result.shape, w.shape), None, target, name,
                                     _activation_store(node, epilogue), _extra(node, epilogue))
 
 
 def conv_weight_grad(node: Node, epilogue: Epilogue, target: Any, name: str) -> Any:
+    if needs_plain(node):
+        return plain_kernel(node, epilogue, name)
     x = node.operands[0]
     return conv_weight_grad_primfunc(conv_problem(node, x.shape, node.result.shape), None, target, name,
                                      lambda o, i, at, acc: epilogue.store((o, i, *at), acc), _extra(node, epilogue))

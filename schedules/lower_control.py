@@ -69,9 +69,9 @@ def _scan(lowering: Any, node: Node, operands: Sequence[Arg], results: Sequence[
     inputs = [*(_turn(pair, var, 0) for pair in halves), *(element(x, var, reverse_length=reverse) for x in xs),
               *operands[n_carry + n_xs:]]
     outputs = [*(_turn(pair, var, 1) for pair in halves), *(element(y, var, reverse_length=reverse) for y in stacks)]
-    steps = lowering.region(body, inputs, outputs)
+    steps = lowering.region(body, inputs, outputs) if length else []
     final = [Copy(_half(pair, length % 2), result) for pair, result in zip(halves, results)]
-    return [*before, Loop(var, length, steps), *final, *after]
+    return [*before, *([Loop(var, length, steps)] if length else []), *final, *after]
 
 
 def _half(pair: Buffer, which: int) -> View:

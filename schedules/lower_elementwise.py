@@ -58,8 +58,13 @@ def wrapping(wide: Callable[..., Any], halves: Callable[..., Any]) -> Callable[.
             return wide(x, y)
         if bits_of(x) == 32:
             return cast(hide(wide(cast(x, dtype[:-2] + "64"), cast(y, dtype[:-2] + "64"))), dtype)
-        return cast(halves(let(cast(x, "uint64")), let(cast(y, "uint64"))), dtype)
+        return cast(halves(unsigned_word(x), unsigned_word(y)), dtype)
     return apply
+
+
+def unsigned_word(x: Any) -> Any:
+    """A 64-bit integer as uint64; constants stay immediates, which vectors take better than a scalar variable."""
+    return u64(int(x) % (1 << 64)) if isinstance(x, tirx.IntImm) else let(cast(x, "uint64"))
 
 
 def u64(value: int) -> Any:
@@ -158,6 +163,11 @@ def minimum(x: Any, y: Any) -> Any:
     return tirx.Select(tirx.Or(x < y, is_nan(x)), x, y)
 
 
+def differ(x: Any, y: Any) -> Any:
+    """Exactly one of two bools (TVM compares bools as floats)."""
+    return cast(x, "int8") != cast(y, "int8")
+
+
 def integer_divisor(x: Any, y: Any) -> tuple[Any, Any]:
     """(y without the values that trap, whether the quotient is -x): division by zero and by -1 are set aside."""
     one, zero = const(1, dtype_of(y)), const(0, dtype_of(y))
@@ -175,7 +185,7 @@ def floor_divide(x: Any, y: Any) -> Any:
     quotient = let(tirx.truncdiv(x, divisor))
     if minus is not None:
         rest = let(sub(x, mul(quotient, divisor)))
-        down = tirx.And(rest != zero, (rest < zero) != (divisor < zero))
+        down = tirx.And(rest != zero, differ(rest < zero, divisor < zero))
         quotient = tirx.Select(minus, neg(x), tirx.Select(down, sub(quotient, const(1, dtype_of(x))), quotient))
     return tirx.Select(y == zero, zero, quotient)
 
@@ -184,12 +194,12 @@ def remainder(x: Any, y: Any) -> Any:
     zero = const(0, dtype_of(x))
     if is_float(x):
         rest = let(float_fmod(x, y))
-        away = tirx.And(rest != zero, (rest < zero) != (y < zero))
+        away = tirx.And(rest != zero, differ(rest < zero, y < zero))
         return tirx.Select(rest == zero, copysign(zero, y), tirx.Select(away, rest + y, rest))
     divisor, minus = integer_divisor(x, y)
     rest = let(tirx.truncmod(x, divisor))
     if minus is not None:
-        rest = tirx.Select(tirx.And(rest != zero, (rest < zero) != (divisor < zero)), add(rest, divisor), rest)
+        rest = tirx.Select(tirx.And(rest != zero, differ(rest < zero, divisor < zero)), add(rest, divisor), rest)
     return tirx.Select(tirx.Or(y == zero, minus) if minus is not None else y == zero, zero, rest)
 
 
@@ -203,7 +213,9 @@ def fmod(x: Any, y: Any) -> Any:
 
 
 def float_fmod(x: Any, y: Any) -> Any:
-    return tirx.fmod(x, y)
+    """The C library's; loops with it are not vectorised."""
+    dtype = dtype_of(x)
+    return tirx.call_pure_extern(dtype, "fmod" if dtype == "float64" else "fmodf", x, y)
 
 
 def float_floor_divide(x: Any, y: Any) -> Any:
@@ -211,7 +223,7 @@ def float_floor_divide(x: Any, y: Any) -> Any:
     zero, one = const(0, dtype_of(x)), const(1, dtype_of(x))
     rest = let(float_fmod(x, y))
     exact = let((x - rest) / y)
-    away = tirx.And(rest != zero, (rest < zero) != (y < zero))
+    away = tirx.And(rest != zero, differ(rest < zero, y < zero))
     quotient = let(tirx.Select(away, exact - one, exact))
     whole = let(tirx.floor(quotient))
     nearest = tirx.Select(quotient - whole > const(0.5, dtype_of(x)), whole + one, whole)
@@ -238,16 +250,16 @@ def integer_power(x: Any, y: Any) -> Any:
     """By squaring, once per bit of y; wraps. A negative power is 0 unless x is 1 or -1."""
     dtype = dtype_of(x)
     one, zero = const(1, dtype), const(0, dtype)
-    exponent = let(unsigned_of(y))
-    base, result = x, one
-    for _ in range(int("".join(c for c in dtype if c.isdigit()))):
-        odd = (exponent & const(1, dtype_of(exponent))) != const(0, dtype_of(exponent))
-        result = let(tirx.Select(odd, mul(result, base), result))
-        exponent = let(exponent >> const(1, dtype_of(exponent)))
-        base = let(mul(base, base))
+    kind = dtype_of(unsigned_of(x))
+    exponent, base, result = let(unsigned_of(y)), let(unsigned_of(x)), const(1, kind)
+    for i in range(bits_of(x)):
+        odd = ((exponent >> const(i, kind)) & const(1, kind)) == const(1, kind)
+        result = let(tirx.Select(odd, result * base, result))
+        base = let(base * base)
+    result = cast(result, dtype)
     if not is_signed(x):
         return result
-    odd = (y & one) != zero
+    odd = (y & one) == one
     flipped = tirx.Select(x == one, one, tirx.Select(x == const(-1, dtype), tirx.Select(odd, x, one), zero))
     return tirx.Select(y < zero, flipped, result)
 
@@ -342,10 +354,10 @@ for _name, _fn in {
     "stop_gradient": lambda x: x, "add": add, "sub": sub, "mul": mul, "maximum": maximum, "minimum": minimum,
     "floor": tirx.floor, "ceil": ceil, "trunc": tirx.trunc,
     "round": vmath.round_even, "logical_not": tirx.Not, "logical_and": tirx.And, "logical_or": tirx.Or,
-    "logical_xor": lambda x, y: cast(x, "int8") != cast(y, "int8"),
+    "logical_xor": differ,
     "bitwise_not": bitwise(tirx.Not, tirx.bitwise_not),
     "bitwise_and": bitwise(tirx.And, tirx.bitwise_and), "bitwise_or": bitwise(tirx.Or, tirx.bitwise_or),
-    "bitwise_xor": bitwise(lambda x, y: cast(x, "int8") != cast(y, "int8"), tirx.bitwise_xor),
+    "bitwise_xor": bitwise(differ, tirx.bitwise_xor),
     "left_shift": left_shift, "right_shift": right_shift,
     "eq": compare(lambda x, y: x == y), "ne": compare(not_equal), "lt": compare(lambda x, y: x < y),
     "le": compare(lambda x, y: x <= y), "gt": compare(lambda x, y: x > y), "ge": compare(lambda x, y: x >= y),

@@ -202,6 +202,7 @@ def written(value: Any, dtype: str) -> Any:
     if dtype == "uint4":
         return value & const(15, "uint8")
     if dtype == "bfloat16" and dtype_of(value) == "float32":
+        value = T.bind(hide(value)) if isinstance(value, tirx.FloatImm) else value
         bits = let(tirx.reinterpret("uint32", round_to_bfloat16(value)))
         return tirx.reinterpret("bfloat16", cast(bits >> const(16, "uint32"), "uint16"))
     return cast(value, dtype)

@@ -118,13 +118,13 @@ def atan_positive(a: Any) -> Any:
     return base + fma(z * horner(z, ATAN), t, t)
 
 
-@by_dtype(tirx.atan)
+@by_dtype(libm("atan"))
 def atan(x: Any) -> Any:
     """Inverse tangent."""
     return copysign(atan_positive(let(tirx.abs(x))), x)
 
 
-@by_dtype(tirx.atan2)
+@by_dtype(libm("atan2"))
 def atan2(y: Any, x: Any) -> Any:
     """The angle of the point (x, y), all quadrants, infinities and signed zeros as in C."""
     a, b = let(tirx.abs(y)), let(tirx.abs(x))
@@ -143,7 +143,7 @@ def asin_small(a: Any, z: Any) -> Any:
     return let(fma(z * horner(z, ASIN), a, a))
 
 
-@by_dtype(tirx.asin)
+@by_dtype(libm("asin"))
 def asin(x: Any) -> Any:
     """Inverse sine; NaN outside [-1, 1]."""
     a = let(tirx.abs(x))
@@ -153,7 +153,7 @@ def asin(x: Any) -> Any:
     return copysign(tirx.Select(big, f(cmath.pi / 2) - f(2.0) * p, p), x)
 
 
-@by_dtype(tirx.acos)
+@by_dtype(libm("acos"))
 def acos(x: Any) -> Any:
     """Inverse cosine; NaN outside [-1, 1]."""
     a = let(tirx.abs(x))

@@ -31,15 +31,14 @@ from .loops import (
     vectorizable,
     work_per_element,
 )
-from .loops_eval import Evaluator, Idx, InMemory, as_offset, count_uses
+from .loops_eval import Evaluator, Idx, InMemory, as_offset, count_uses, operand_index
 from .loops_index import Axis, Index, flatten
-from .lower_slots import compute_dtype, let
+from .lower_slots import cast, compute_dtype, const, hide, let
 from .rows_domain import EXPENSIVE, RowDomain, analyse, cost_of, is_reduction
 
 UNROLL = 4           # vectors in flight: the latency of an addition over its throughput
 CHUNK = 16_384       # elements of a chunk when few rows are split
 MOST_CHUNKS = 64
-STACK_BYTES = 1024   # TVM puts a smaller buffer of scope "global" on the stack, and any of scope "local" on the heap
 
 Segments = list[tuple[int, int, int]]  # (first lane, vectors, lanes of each)
 
@@ -51,25 +50,53 @@ def segments(extent: int, lanes: int) -> Segments:
     return [*result, (full * lanes, 1, tail)] if tail else result
 
 
+class Scratch:
+    """A buffer of the kernel's own, in a compute dtype; bools are bytes in it."""
+
+    def __init__(self, size: int, dtype: str):
+        self.is_bool = dtype == "bool"
+        self.buffer = T.alloc_buffer((size,), "int8" if self.is_bool else dtype)
+
+    def __getitem__(self, at: Any) -> Any:
+        element = self.buffer[at]
+        return element != const(0, "int8") if self.is_bool else element
+
+    def put(self, value: Any, at: Any) -> None:
+        T.buffer_store(self.buffer, cast(value, "int8") if self.is_bool else value, [at])
+
+
 @dataclass
 class Held:
     """A row value of the current row or tile: one element for each lane."""
 
-    buffer: Any
+    buffer: Scratch
     kernel: RowKernel
 
     def load(self, idx: Idx) -> Any:
         return self.buffer[self.kernel.lane]
 
     def put(self, value: Any) -> None:
-        T.buffer_store(self.buffer, value, [self.kernel.lane])
+        self.buffer.put(value, self.kernel.lane)
+
+
+class RowEvaluator(Evaluator):
+    """Divides by a row value by multiplying with its reciprocal, computed once a row (at most one ulp apart)."""
+
+    def compute(self, v: Value, idx: Idx) -> Any:
+        node = v.producer
+        if node is not None and node.op.name == "div" and node in self.nodes:
+            inverse = self.places.get((node.operands[1], "inverse"))
+            if inverse is not None and v.type.size > node.operands[1].type.size:
+                x, y = node.operands
+                return hide(self.value(x, operand_index(idx, x)) * inverse.load(operand_index(idx, y)))
+        return super().compute(v, idx)
 
 
 @dataclass
 class RowBuffer:
     """A full value of the current row or tile, put aside in the compute dtype."""
 
-    buffer: Any
+    buffer: Scratch
     kernel: RowKernel
     value: Value
 
@@ -96,7 +123,7 @@ class RowBuffer:
         return self.buffer[self.offset(idx)]
 
     def put(self, idx: Idx, value: Any) -> None:
-        T.buffer_store(self.buffer, value, [self.offset(idx)])
+        self.buffer.put(value, self.offset(idx))
 
 
 class RowKernel:
@@ -107,8 +134,10 @@ class RowKernel:
         self.wide = frame.signature.wide
         self.places = dict(frame.places)
         self.sinks = {v: self.places.pop(v) for v in domain.outputs}
-        self.evaluator = Evaluator(frozenset(domain.nodes), dict(self.places),
-                                   count_uses(domain.nodes, domain.outputs))
+        self.evaluator = RowEvaluator(frozenset(domain.nodes), dict(self.places),
+                                      count_uses(domain.nodes, domain.outputs))
+        self.divisors = {n.operands[1] for n in domain.nodes if n.op.name == "div"
+                         and domain.is_row(n.operands[1]) and not domain.is_row(n.result)}
         self.loops = domain.loops()
         self.reduced = [a for a in self.loops if self.folds(a)]
         self.columns = bool(self.loops) and not self.folds(self.loops[-1])
@@ -244,19 +273,16 @@ class RowKernel:
 
     # Passes ------------------------------------------------------------------------------------------------------
 
-    def scratch(self, size: int, dtype: str) -> Any:
-        return T.alloc_buffer((size,), dtype)
-
     def accumulators(self, nodes: Sequence[Node]) -> dict[Node, Any]:
         size = self.width if self.columns or not self.reduced else self.lanes * self.unroll
         result = {}
         for node in nodes:
             dtype = compute_dtype(node.result.dtype)
-            result[node] = self.scratch(size, dtype)
+            result[node] = Scratch(size, dtype)
             identity = rule("lower", node.op).identity(node)
             for first, count, lanes in segments(size, self.lanes):
                 with loop(count, "unroll") as u, loop(lanes, "vectorized") as lane:
-                    T.buffer_store(result[node], identity, [first + u * lanes + lane])
+                    result[node].put(identity, first + u * lanes + lane)
         return result
 
     def accumulate(self, stage: int, totals: dict[Node, Any]) -> None:
@@ -265,7 +291,7 @@ class RowKernel:
         keep = [v for v, first in self.to_keep.items() if first == stage]
         for v in keep:
             size = math.prod(a.extent for a in domain.axes if a in domain.reduced) * self.width
-            evaluator.places[v] = RowBuffer(self.scratch(max(size, 1), compute_dtype(v.dtype)), self, v)
+            evaluator.places[v] = RowBuffer(Scratch(max(size, 1), compute_dtype(v.dtype)), self, v)
         outputs = [v for v in self.roots(stage) if v in self.sinks and domain.is_full(v)]
         outputs = list(dict.fromkeys(outputs))
 
@@ -279,7 +305,7 @@ class RowKernel:
             found = [let(evaluator.value(n.operands[0], domain.full_index(n.operands[0]))) for n in totals]
             written = [let(evaluator.value(v, domain.full_index(v))) for v in outputs]
             for (node, acc), value in zip(totals.items(), found):
-                T.buffer_store(acc, rule("lower", node.op).combine(node, acc[slot], value), [slot])
+                acc.put(rule("lower", node.op).combine(node, acc[slot], value), slot)
             for v, value in zip(outputs, written):
                 self.sinks[v].store(domain.full_index(v), value)
 
@@ -293,31 +319,42 @@ class RowKernel:
         combine = rule("lower", node.op).combine
         while half:
             with loop(half, "vectorized") as lane:
-                T.buffer_store(acc, combine(node, acc[lane], acc[lane + half]), [lane])
+                acc.put(combine(node, acc[lane], acc[lane + half]), lane)
             half //= 2
 
     def settle(self, totals: dict[Node, Any]) -> None:
         """Finished reductions become row values."""
         count = math.prod(a.extent for a in self.domain.axes if a in self.domain.reduced)
         for node, acc in totals.items():
-            held = Held(self.scratch(self.width, compute_dtype(node.result.dtype)), self)
+            held = Held(Scratch(self.width, compute_dtype(node.result.dtype)), self)
 
             def body(node: Node = node, acc: Any = acc, held: Held = held) -> None:
                 held.put(rule("lower", node.op).finish(node, acc[self.lane], count))
 
             self.over_lanes(body)
             self.evaluator.places[node.result] = held
+            self.invert(node.result)
+
+    def invert(self, v: Value) -> None:
+        """Keeps the reciprocal of a row value that later passes divide by."""
+        if v not in self.divisors:
+            return
+        held = Held(Scratch(self.width, compute_dtype(v.dtype)), self)
+        one = const(1, compute_dtype(v.dtype))
+        self.over_lanes(lambda: held.put(one / self.evaluator.value(v, self.domain.row_index(v))))
+        self.evaluator.places[(v, "inverse")] = held
 
     def hoist(self, level: int) -> None:
         """Computes the row values that are known after a pass and needed later."""
         for v in self.row_values(level):
-            held = Held(self.scratch(self.width, compute_dtype(v.dtype)), self)
+            held = Held(Scratch(self.width, compute_dtype(v.dtype)), self)
 
             def body(v: Value = v, held: Held = held) -> None:
                 held.put(let(self.evaluator.value(v, self.domain.row_index(v))))
 
             self.over_lanes(body)
             self.evaluator.places[v] = held
+            self.invert(v)
 
     def store_rows(self) -> None:
         rows = [v for v in self.domain.outputs if not self.domain.is_full(v)]
@@ -397,7 +434,7 @@ class RowKernel:
         nodes = self.domain.reductions(1)
         count = chunks + (rest > 0)
         rows = self.domain.rows
-        partial = {n: T.alloc_buffer((count * rows,), compute_dtype(n.result.dtype)) for n in nodes}
+        partial = {n: Scratch(count * rows, compute_dtype(n.result.dtype)) for n in nodes}
 
         def place(v: Value, chunk: Any) -> Any:
             return chunk * rows + InMemory(v, None, self.wide).offset(self.domain.row_index(v))
@@ -411,19 +448,18 @@ class RowKernel:
             self.chunk = None
             for n, acc in totals.items():
                 self.fold(n, acc)
-                self.over_lanes(lambda n=n, acc=acc: T.buffer_store(
-                    partial[n], acc[self.lane], [place(n.result, chunk)]))
+                self.over_lanes(lambda n=n, acc=acc: partial[n].put(acc[self.lane], place(n.result, chunk)))
 
         def finish(step: Any) -> None:
             self.evaluator.places = dict(self.places)
             self.hoist(0)
-            totals = {n: self.scratch(self.width, compute_dtype(n.result.dtype)) for n in nodes}
+            totals = {n: Scratch(self.width, compute_dtype(n.result.dtype)) for n in nodes}
             for n, acc in totals.items():
                 combine = rule("lower", n.op).combine
-                self.over_lanes(lambda n=n, acc=acc: T.buffer_store(acc, partial[n][place(n.result, 0)], [self.lane]))
+                self.over_lanes(lambda n=n, acc=acc: acc.put(partial[n][place(n.result, 0)], self.lane))
                 with loop(count - 1) as c:
-                    self.over_lanes(lambda n=n, acc=acc, c=c, combine=combine: T.buffer_store(
-                        acc, combine(n, acc[self.lane], partial[n][place(n.result, c + 1)]), [self.lane]))
+                    self.over_lanes(lambda n=n, acc=acc, c=c, combine=combine: acc.put(
+                        combine(n, acc[self.lane], partial[n][place(n.result, c + 1)]), self.lane))
             self.settle(totals)
             self.hoist(1)
             self.store_rows()
