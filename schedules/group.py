@@ -103,7 +103,8 @@ class Facts:
             if node in found:
                 continue
             found.add(node)
-            stack.extend(v.producer for v in node.operands if v.producer in self.free)
+            if fusible(node):  # what a kernel of its own reads lies in memory
+                stack.extend(v.producer for v in node.operands if v.producer in self.free)
         return sorted(found, key=self.position.__getitem__)
 
     def boundary(self, nodes: Sequence[Node]) -> tuple[list[Value], list[Value]]:

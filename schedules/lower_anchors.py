@@ -50,12 +50,17 @@ class Given:
         return self.element
 
 
+def _declared(v: Value, anchor: Node) -> str:
+    """The dtype of a parameter: contractions read bfloat16 operands as such, all else as bits."""
+    return "bfloat16" if v.dtype == "bfloat16" and v in anchor.operands else storage_dtype(v.dtype)
+
+
 class Epilogue:
     """The parameters of an anchor's kernel, and what happens to each element of its result."""
 
     def __init__(self, anchor: Node, nodes: Sequence[Node], signature: Signature):
         self.signature = signature
-        self.places = {v: Shaped(v, tirx.decl_buffer(v.shape or (1,), storage_dtype(v.dtype), f"p{i}",
+        self.places = {v: Shaped(v, tirx.decl_buffer(v.shape or (1,), _declared(v, anchor), f"p{i}",
                                                      data_alignment=v.dtype.itemsize))
                        for i, v in enumerate(signature.params)}
         for output, source in signature.inplace.items():

@@ -126,11 +126,12 @@ def looked_up(value: Any, size: int, at: Idx) -> Index:
     loops."""
     dtype = str(value.ty.dtype)
     top = max(size - 1, 0)
-    if dtype.startswith("uint"):
-        value = tirx.Min(value, const(min(top, 2 ** int(dtype[4:]) - 1), dtype))
-    else:
-        limit = min(top, 2 ** (int(dtype[3:]) - 1) - 1)
-        value = tirx.Max(tirx.Min(value, const(limit, dtype)), const(0, dtype))
+    value = let(value)
+    signed = not dtype.startswith("uint")
+    limit = const(min(top, 2 ** (int(dtype[3:]) - 1) - 1 if signed else 2 ** int(dtype[4:]) - 1), dtype)
+    # not Min and Max: TVM's simplifier fails on some nests of them over 64-bit vectors
+    clamped = tirx.Select(value > limit, limit, value)
+    value = tirx.Select(value < const(0, dtype), const(0, dtype), clamped) if signed else clamped
     axes = frozenset().union(*(i.axes for i in at)) if at else frozenset()
     return opaque(let(cast(value, "int32" if top < 1 << 31 else "int64")), 0, top, axes)
 

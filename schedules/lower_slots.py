@@ -87,7 +87,7 @@ def storage_dtype(dtype: str) -> str:
     """The dtype a kernel's parameter is declared with: bytes for what TVM does not compute with rightly."""
     if dtype in FLOAT8:
         return "uint8"
-    return {"int4": "int8", "uint4": "uint8"}.get(dtype, str(dtype))
+    return {"int4": "int8", "uint4": "uint8", "bfloat16": "uint16"}.get(dtype, str(dtype))
 
 
 def dtype_of(expr: Any) -> str:
@@ -185,7 +185,8 @@ def read(raw: Any, dtype: str) -> Any:
     if dtype in FLOAT8:
         return decode_float8(raw, dtype)
     if dtype == "bfloat16":  # the upper half of an f32; TVM's own cast reads the bits as a number in some places
-        return tirx.reinterpret("float32", cast(tirx.reinterpret("uint16", raw), "uint32") << const(16, "uint32"))
+        half = raw if dtype_of(raw) == "uint16" else tirx.reinterpret("uint16", raw)
+        return tirx.reinterpret("float32", cast(half, "uint32") << const(16, "uint32"))
     if dtype == "int4":
         return (raw << const(4, "int8")) >> const(4, "int8")
     if dtype == "uint4":
@@ -202,9 +203,8 @@ def written(value: Any, dtype: str) -> Any:
     if dtype == "uint4":
         return value & const(15, "uint8")
     if dtype == "bfloat16" and dtype_of(value) == "float32":
-        value = T.bind(hide(value)) if isinstance(value, tirx.FloatImm) else value
         bits = let(tirx.reinterpret("uint32", round_to_bfloat16(value)))
-        return tirx.reinterpret("bfloat16", cast(bits >> const(16, "uint32"), "uint16"))
+        return cast(bits >> const(16, "uint32"), "uint16")
     return cast(value, dtype)
 
 
