@@ -80,7 +80,8 @@ class MemoryPlan:
 
     def offset(self, buffer: Buffer) -> int:
         """The arena offset of a temp's storage."""
-        return self.offsets[id(buffer.root)]
+        root = buffer.root
+        return self.offsets[id(root)] if root.nbytes else self.offsets.get(id(root), 0)  # an empty one lies anywhere
 
     @property
     def peak_bytes(self) -> int:
