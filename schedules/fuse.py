@@ -63,10 +63,20 @@ class Fuser:
 
     def sources(self, group: Group) -> list[Group]:
         """The groups that a group reads from, the nearest first."""
-        nodes = self.facts.closure(group.nodes)
-        found = {self.owner[v.producer] for n in nodes for v in n.operands
-                 if v.producer in self.owner and v.producer not in group.nodes}
-        return sorted(found - {group}, key=lambda g: -g.position)
+        return sorted(self.read_by(group.nodes) - {group}, key=lambda g: -g.position)
+
+    def read_by(self, nodes: Iterable[Node]) -> set[Group]:
+        """The groups that compute what some nodes read, themselves or through views."""
+        found: set[Group] = set()
+        stack, seen = list(nodes), set(nodes)
+        while stack:
+            for v in stack.pop().operands:
+                if v.producer in self.owner:
+                    found.add(self.owner[v.producer])
+                elif v.producer in self.facts.free and v.producer not in seen:
+                    stack.append(v.producer)
+                    seen.add(v.producer)
+        return found
 
     def join(self, first: Group, second: Group) -> bool:
         """Joins two groups if that is one good kernel."""
@@ -102,7 +112,9 @@ class Fuser:
             return False
         if first.anchor is not None:
             return not second.has_reduction
-        return second.anchor is None
+        if second.anchor is not None:  # beside the anchor (a decayed parameter, say), not before it
+            return not first.has_reduction and first not in self.read_by([second.anchor])
+        return True
 
     def across(self, first: Group, second: Group) -> bool:
         """Whether joining would move the second group ahead of an anchor that the graph has between the two.
