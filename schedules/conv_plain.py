@@ -109,7 +109,7 @@ def _forward(node: Node, epilogue: Any, at: Sequence[Any], add: Any) -> None:
     x, w = node.operands
     n, o, q = _place(node, at)
     inner, per_group = w.shape[1], w.shape[0] // node.attrs["groups"]
-    sizes = spatial_sizes(x.shape, node.attrs["channels_last"])
+    sizes: Any = spatial_sizes(x.shape, node.attrs["channels_last"])
 
     def term(p: list[Any]) -> tuple[Any, Any]:
         i, *k = p
@@ -146,7 +146,7 @@ def _weight_grad(node: Node, epilogue: Any, at: Sequence[Any], add: Any) -> None
     o, i, *k = at
     last = node.attrs["channels_last"]
     inner, per_group = node.result.shape[1], node.result.shape[0] // node.attrs["groups"]
-    sizes = spatial_sizes(x.shape, last)
+    sizes: Any = spatial_sizes(x.shape, last)
 
     def term(position: list[Any]) -> tuple[Any, Any]:
         n, *q = position

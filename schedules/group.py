@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..ir.graph import Graph, Node, Value
 from .loops import domain_of, refine, vectorizable
@@ -135,7 +136,7 @@ class Facts:
         return found
 
 
-def repeats_work(recorder: Recorder, size: int, rows: int = 0) -> bool:
+def repeats_work(recorder: Recorder, size: Any, rows: int = 0) -> bool:
     """Whether something costly is computed at several places, or for more elements than it has (values of each of
     `rows` rows are computed once for the row)."""
     for v, times in recorder.computed.items():

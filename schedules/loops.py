@@ -204,7 +204,7 @@ class ElementwiseKernel:
             self.lanes = 1
         self.domain = domain_of(refine([v.shape for v in outputs]), nodes, outputs)
         self.parallel = target.threads > 1 and \
-            outputs[0].type.size * work_per_element(nodes) > SERIAL_WORK
+            int(outputs[0].type.size) * work_per_element(nodes) > SERIAL_WORK
 
     def element(self) -> None:
         """Computes every output at the current indices, then stores them."""

@@ -34,10 +34,10 @@ from .group import Group, is_anchor
 from .inplace import takes_over
 from .layout import channels_last
 from .loops import Signature
-from .lower_control import lower_control
+from .lower_control import Place, lower_control
 from .lower_slots import Anchor, Kernel
 from .order import in_order
-from .program import Arg, Buffer, Copy, KernelCall, Program, Step, View
+from .program import Buffer, Copy, KernelCall, Program, Step, View
 from .rules import kernel_of
 from .target import Target
 
@@ -113,7 +113,7 @@ def _distinct(buffers: Sequence[Buffer]) -> list[Buffer]:
     return list(buffers)
 
 
-def reshaped(arg: Arg, shape: Sequence[int]) -> Arg:
+def reshaped(arg: Place, shape: Sequence[int]) -> Place:
     """The same memory under another shape."""
     shape = tuple(shape)
     if isinstance(arg, View):
@@ -133,7 +133,7 @@ class Lowering:
     def temp(self, v: Value, hint: str = "t") -> Buffer:
         return Buffer(f"{v.name or hint}_{next(self.numbers)}", v.shape, v.dtype)
 
-    def region(self, graph: Graph, inputs: Sequence[Arg], outputs: Sequence[Arg]) -> list[Step]:
+    def region(self, graph: Graph, inputs: Sequence[Place], outputs: Sequence[Place]) -> list[Step]:
         """The steps that compute `outputs` (places to write) from `inputs`."""
         return _Region(self, without_dead(graph), inputs, outputs).run()
 
@@ -148,9 +148,9 @@ class Lowering:
 class _Region:
     """The lowering of one graph: where each value lies, and the steps so far."""
 
-    def __init__(self, shared: Lowering, graph: Graph, inputs: Sequence[Arg], outputs: Sequence[Arg]):
+    def __init__(self, shared: Lowering, graph: Graph, inputs: Sequence[Place], outputs: Sequence[Place]):
         self.shared, self.graph, self.target = shared, graph, shared.target
-        self.places: dict[Value, Arg] = dict(zip(graph.inputs, inputs))
+        self.places: dict[Value, Place] = dict(zip(graph.inputs, inputs))
         self.outputs = list(outputs)
         self.steps: list[Step] = []
         self.copies: list[Step] = []
@@ -199,7 +199,7 @@ class _Region:
                     owned[v] = source
         return owned
 
-    def source_of(self, output: Arg) -> Value | None:
+    def source_of(self, output: Place) -> Value | None:
         """The graph input whose storage an output takes over."""
         if not isinstance(output, Buffer) or output.alias_of is None:
             return None
@@ -211,7 +211,7 @@ class _Region:
     def defer(self, v: Value, source: Value) -> None:
         self.places[v] = self.shared.temp(v)
 
-    def place(self, v: Value) -> Arg:
+    def place(self, v: Value) -> Place:
         """Where a value lies; a view of one that lies somewhere is another name for it."""
         if v not in self.places:
             node = v.producer
@@ -271,7 +271,7 @@ class _Region:
     def emit_own(self, node: Node, lowering: Kernel) -> None:
         kernel = lowering.fn(node, self.target, "kernel")
         shared = {result: operand for operand, result in lowering.inplace}
-        operands: list[Arg] = [self.place(v) for v in node.operands]
+        operands: list[Place] = [self.place(v) for v in node.operands]
         results = [self.place(v) for v in node.results]
         writes: list[int] = []
         args = list(operands)

@@ -86,7 +86,7 @@ class Epilogue:
         """Computes and stores every output for one element of the anchor's result."""
         for axis, expr in zip(self.axes, idx):
             for atom in axis.terms:
-                atom.bind(expr)
+                atom.bind(expr)  # type: ignore[attr-defined]
         self.evaluator.fresh()
         self.given.element = let(cast(element, compute_dtype(self.result.dtype)))
         position = flatten(self.axes, self.result.shape)
@@ -105,7 +105,7 @@ def matmul(node: Node, epilogue: Epilogue, target: Any, name: str) -> Any:
     m, k = x.shape[-2:][::-1] if transpose_x else x.shape[-2:]
     n = y.shape[-2] if transpose_y else y.shape[-1]
     dtypes = [compute_dtype(v.dtype) if v.dtype in STORED_ONLY else str(v.dtype) for v in (x, y)]
-    problem = GemmProblem(m, n, k, transpose_x, transpose_y, x.shape[:-2], y.shape[:-2], *dtypes,
+    problem = GemmProblem(m, n, k, transpose_x, transpose_y, x.shape[:-2], y.shape[:-2], dtypes[0], dtypes[1],
                           str(node.result.dtype))
     hooks = GemmHooks(epilogue.params, a=epilogue.buffer(x), b=epilogue.buffer(y),
                       load_a=_decoded(x, epilogue, transpose_x), load_b=_decoded(y, epilogue, transpose_y),
@@ -119,8 +119,8 @@ def _decoded(v: Value, epilogue: Epilogue, transposed: bool) -> Any:
         return None
 
     def load(batch: Sequence[Any], row: Any, column: Any) -> Any:
-        at = (column, row) if transposed else (row, column)
-        return read(epilogue.buffer(v)[(*batch, *at)], v.dtype)
+        at = (*batch, column, row) if transposed else (*batch, row, column)
+        return read(epilogue.buffer(v)[at], v.dtype)
 
     return load
 

@@ -11,15 +11,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..ir.graph import Node
-from .program import Arg, Branch, Buffer, Copy, Loop, LoopVar, Step, Term, View, While, element
+from .program import Branch, Buffer, Copy, Loop, LoopVar, Step, Term, View, While, element
+
+Place = Buffer | View  # where a value lies
 
 
-def lower_control(lowering: Any, node: Node, operands: Sequence[Arg], results: Sequence[Arg]) -> list[Step]:
+def lower_control(lowering: Any, node: Node, operands: Sequence[Place], results: Sequence[Place]) -> list[Step]:
     """The steps of a `cond`, `while_loop` or `scan` node; `lowering` is the `lower.Lowering` of the program."""
     return {"cond": _cond, "while_loop": _while, "scan": _scan}[node.op.name](lowering, node, operands, results)
 
 
-def _whole(lowering: Any, arg: Arg, shape: Sequence[int], dtype: str, steps: list[Step]) -> Buffer:
+def _whole(lowering: Any, arg: Place, shape: Sequence[int], dtype: str, steps: list[Step]) -> Buffer:
     """The argument as a buffer: copied if it is a view."""
     if isinstance(arg, Buffer):
         return arg
@@ -28,14 +30,14 @@ def _whole(lowering: Any, arg: Arg, shape: Sequence[int], dtype: str, steps: lis
     return buffer
 
 
-def _cond(lowering: Any, node: Node, operands: Sequence[Arg], results: Sequence[Arg]) -> list[Step]:
+def _cond(lowering: Any, node: Node, operands: Sequence[Place], results: Sequence[Place]) -> list[Step]:
     steps: list[Step] = []
     pred = _whole(lowering, operands[0], (), "bool", steps)
     then, orelse = (lowering.region(region, operands[1:], results) for region in node.regions)
     return [*steps, Branch(pred, then, orelse)]
 
 
-def _while(lowering: Any, node: Node, operands: Sequence[Arg], results: Sequence[Arg]) -> list[Step]:
+def _while(lowering: Any, node: Node, operands: Sequence[Place], results: Sequence[Place]) -> list[Step]:
     count = node.attrs["n_carry"]
     condition, body = node.regions
     carries = [lowering.temp(v, "carry") for v in body.outputs]
@@ -47,7 +49,7 @@ def _while(lowering: Any, node: Node, operands: Sequence[Arg], results: Sequence
     return [*map(Copy, operands[:count], carries), loop, *map(Copy, carries, results)]
 
 
-def _scan(lowering: Any, node: Node, operands: Sequence[Arg], results: Sequence[Arg]) -> list[Step]:
+def _scan(lowering: Any, node: Node, operands: Sequence[Place], results: Sequence[Place]) -> list[Step]:
     n_carry, n_xs, length = (node.attrs[k] for k in ("n_carry", "n_xs", "length"))
     body = node.regions[0]
     var = LoopVar(f"i{next(lowering.numbers)}")
@@ -58,11 +60,12 @@ def _scan(lowering: Any, node: Node, operands: Sequence[Arg], results: Sequence[
         before.append(Copy(start, _half(pair, 0)))
     xs = [_whole(lowering, x, v.shape, v.dtype, before)
           for x, v in zip(operands[n_carry:n_carry + n_xs], node.operands[n_carry:n_carry + n_xs])]
-    stacks = []
+    stacks: list[Buffer] = []
     after: list[Step] = []
     for v, result in zip(node.results[n_carry:], results[n_carry:]):
-        stack = result
-        if not isinstance(result, Buffer):
+        if isinstance(result, Buffer):
+            stack = result
+        else:
             stack = Buffer(f"ys{next(lowering.numbers)}", v.shape, v.dtype)
             after.append(Copy(stack, result))
         stacks.append(stack)

@@ -31,14 +31,13 @@ from .loops import (
     vectorizable,
     work_per_element,
 )
-from .loops_eval import Evaluator, Idx, InMemory, as_offset, count_uses, operand_index
+from .loops_eval import Evaluator, Idx, as_offset, count_uses, operand_index
 from .loops_index import Axis, Index, flatten
-from .lower_slots import cast, compute_dtype, const, hide, let
+from .lower_slots import compute_dtype, const, hide, let
 from .rows_domain import EXPENSIVE, RowDomain, analyse, cost_of, is_reduction
+from .rows_split import CHUNK, Scratch, emit_split
 
 UNROLL = 4           # vectors in flight: the latency of an addition over its throughput
-CHUNK = 16_384       # elements of a chunk when few rows are split
-MOST_CHUNKS = 64
 
 Segments = list[tuple[int, int, int]]  # (first lane, vectors, lanes of each)
 
@@ -48,21 +47,6 @@ def segments(extent: int, lanes: int) -> Segments:
     full, tail = divmod(extent, lanes)
     result = [(0, full, lanes)] if full else []
     return [*result, (full * lanes, 1, tail)] if tail else result
-
-
-class Scratch:
-    """A buffer of the kernel's own, in a compute dtype; bools are bytes in it."""
-
-    def __init__(self, size: int, dtype: str):
-        self.is_bool = dtype == "bool"
-        self.buffer = T.alloc_buffer((size,), "int8" if self.is_bool else dtype)
-
-    def __getitem__(self, at: Any) -> Any:
-        element = self.buffer[at]
-        return element != const(0, "int8") if self.is_bool else element
-
-    def put(self, value: Any, at: Any) -> None:
-        T.buffer_store(self.buffer, cast(value, "int8") if self.is_bool else value, [at])
 
 
 @dataclass
@@ -414,7 +398,7 @@ class RowKernel:
         rows = math.prod(a.extent for a in self.outer)
         steps = rows * (-(-self.vector.extent // self.tile) if self.columns else 1)
         if steps < 2 * self.threads and self.can_split():
-            self.emit_split(steps)
+            emit_split(self, steps)
         else:
             self.over_tiles(lambda step: self.passes())
 
@@ -422,53 +406,6 @@ class RowKernel:
         """One level of reductions and no full output: chunks of a row can be folded apart."""
         return (self.parallel and self.domain.passes == 1 and not self.full_outputs()
                 and self.domain.size >= 2 * CHUNK and self.reduced[0].extent > 1)
-
-    def emit_split(self, steps: int) -> None:
-        """Folds chunks of each row or tile into partial results, then these."""
-        axis = self.reduced[0]
-        inner = axis is self.vector
-        unit = self.lanes * self.unroll if inner else 1
-        chunks = max(min(self.domain.size // CHUNK // max(steps, 1), MOST_CHUNKS, axis.extent // unit), 1)
-        length = axis.extent // chunks // unit * unit
-        rest = axis.extent - chunks * length
-        nodes = self.domain.reductions(1)
-        count = chunks + (rest > 0)
-        rows = self.domain.rows
-        partial = {n: Scratch(count * rows, compute_dtype(n.result.dtype)) for n in nodes}
-
-        def place(v: Value, chunk: Any) -> Any:
-            return chunk * rows + InMemory(v, None, self.wide).offset(self.domain.row_index(v))
-
-        def part(chunk: Any, start: Any, extent: int) -> None:
-            self.evaluator.places = dict(self.places)
-            self.hoist(0)
-            self.chunk = (start, extent)
-            totals = self.accumulators(nodes)
-            self.accumulate(1, totals)
-            self.chunk = None
-            for n, acc in totals.items():
-                self.fold(n, acc)
-                self.over_lanes(lambda n=n, acc=acc: partial[n].put(acc[self.lane], place(n.result, chunk)))
-
-        def finish(step: Any) -> None:
-            self.evaluator.places = dict(self.places)
-            self.hoist(0)
-            totals = {n: Scratch(self.width, compute_dtype(n.result.dtype)) for n in nodes}
-            for n, acc in totals.items():
-                combine = rule("lower", n.op).combine
-                self.over_lanes(lambda n=n, acc=acc: acc.put(partial[n][place(n.result, 0)], self.lane))
-                with loop(count - 1) as c:
-                    self.over_lanes(lambda n=n, acc=acc, c=c, combine=combine: acc.put(
-                        combine(n, acc[self.lane], partial[n][place(n.result, c + 1)]), self.lane))
-            self.settle(totals)
-            self.hoist(1)
-            self.store_rows()
-
-        self.over_tiles(lambda chunk: part(chunk, chunk * length, length), also=chunks)
-        if rest:
-            self.over_tiles(lambda step: part(chunks, chunks * length, rest))
-        self.parallel = False
-        self.over_tiles(finish)
 
 
 def let_index(value: Any) -> Any:
