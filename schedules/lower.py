@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..ir import decompose_rules as _rules  # noqa: F401  (fills the slot `decompose`)
+from ..ir.decompose import INLINE, MARKERS, erase
 from ..ir.errors import CompileError
 from ..ir.graph import Graph, Node, Value
 from ..ir.opdef import rule
@@ -34,7 +34,7 @@ from .group import Group, is_anchor
 from .inplace import takes_over
 from .layout import channels_last
 from .loops import Signature
-from .lower_control import Place, lower_control
+from .lower_control import CONTROL, Place, lower_control
 from .lower_slots import Anchor, Kernel
 from .order import in_order
 from .program import Buffer, Copy, KernelCall, Program, Step, View
@@ -51,22 +51,23 @@ class _Expand(Rewriter):
     def replace(self, node: Node) -> Sequence[Value] | None:
         lowering = node.op.slots.get("lower")
         refused = isinstance(lowering, Anchor) and not lowering.takes(node)
-        if node.op.has("regions") or lowering is not None and not refused:
+        if node.op.name in CONTROL or node.op.name in MARKERS or lowering is not None and not refused:
             return None
         if "decompose" not in node.op.slots:
             rule("lower", node.op, node.loc)  # raises, and says what is missing
         self.stats[node.op.name] += 1
-        found = node.op.slots["decompose"](*node.operands, **node.attrs)
+        regions = {"regions": node.regions} if node.op.has("regions") else {}
+        found = node.op.slots["decompose"](*node.operands, **node.attrs, **regions)
         return [found] if isinstance(found, Value) else list(found)
 
 
 def expand(graph: Graph) -> Graph:
-    """The graph with every op that has no lowering decomposed, regions included.
+    """The graph with every op that has no lowering decomposed, regions included; marks for passes are gone.
 
     Raises:
         MissingRuleError: an op has neither rule; the message names it and the user's line.
     """
-    return rewrite(graph, _Expand(graph.name))
+    return rewrite(erase(INLINE.run(graph).graph).graph, _Expand(graph.name))
 
 
 def without_dead(graph: Graph) -> Graph:

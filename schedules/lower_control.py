@@ -16,11 +16,6 @@ from .program import Branch, Buffer, Copy, Loop, LoopVar, Step, Term, View, Whil
 Place = Buffer | View  # where a value lies
 
 
-def lower_control(lowering: Any, node: Node, operands: Sequence[Place], results: Sequence[Place]) -> list[Step]:
-    """The steps of a `cond`, `while_loop` or `scan` node; `lowering` is the `lower.Lowering` of the program."""
-    return {"cond": _cond, "while_loop": _while, "scan": _scan}[node.op.name](lowering, node, operands, results)
-
-
 def _whole(lowering: Any, arg: Place, shape: Sequence[int], dtype: str, steps: list[Step]) -> Buffer:
     """The argument as a buffer: copied if it is a view."""
     if isinstance(arg, Buffer):
@@ -85,3 +80,11 @@ def _half(pair: Buffer, which: int) -> View:
 def _turn(pair: Buffer, var: LoopVar, shift: int) -> View:
     """The half that step `var` reads (shift 0) or writes (shift 1)."""
     return View(pair, pair.shape[1:], 0, (Term(var, pair.size // 2, shift, 2),))
+
+
+CONTROL = {"cond": _cond, "while_loop": _while, "scan": _scan}
+
+
+def lower_control(lowering: Any, node: Node, operands: Sequence[Place], results: Sequence[Place]) -> list[Step]:
+    """The steps of a `cond`, `while_loop` or `scan` node; `lowering` is the `lower.Lowering` of the program."""
+    return CONTROL[node.op.name](lowering, node, operands, results)
