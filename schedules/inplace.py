@@ -7,6 +7,7 @@ from .group import Group, NotAligned, Recorder, anchor_axes, is_reduction
 from .loops import refine
 from .loops_index import Axis, Index, flatten, unflatten
 from .lower_slots import Kernel
+from .order import sources_of
 from .rows_domain import analyse
 
 
@@ -20,7 +21,9 @@ def takes_over(group: Group, output: Value, source: Value) -> bool:
     if last.op.has("regions"):
         return False
     if isinstance(last.op.slots.get("lower"), Kernel):
-        return source not in group.inputs
+        return not any(source in (v, *sources_of(v)) for v in group.inputs)
+    if any(source in sources_of(v) for v in group.inputs):
+        return False  # read under another name, somewhere else
     if source not in group.inputs:
         return True
     if source.type.size != output.type.size or source.dtype != output.dtype:

@@ -10,6 +10,8 @@ can run before. Control flow becomes loops and branches over the kernels of its 
 from __future__ import annotations
 
 import itertools
+import math
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -36,7 +38,7 @@ from .layout import channels_last
 from .loops import Signature
 from .lower_control import CONTROL, Place, lower_control
 from .lower_slots import Anchor, Kernel
-from .order import in_order
+from .order import in_order, is_other_name
 from .program import Buffer, Copy, KernelCall, Program, Step, View
 from .rules import kernel_of
 from .target import Target
@@ -123,6 +125,17 @@ def reshaped(arg: Place, shape: Sequence[int]) -> Place:
     return arg if arg.shape == shape else Buffer(arg.name, shape, arg.dtype, "temp", alias_of=arg)
 
 
+def other_name(node: Node, place: Place) -> Place:
+    """The memory of a view whose elements lie together in its operand's."""
+    if node.op.name == "reshape":
+        return reshaped(place, node.result.shape)
+    sizes = node.operands[0].shape
+    offset = sum(start * math.prod(sizes[i + 1:]) for i, start in enumerate(node.attrs["starts"]))
+    if isinstance(place, View):
+        return View(place.buffer, node.result.shape, place.offset + offset, place.terms)
+    return View(place, node.result.shape, offset)
+
+
 class Lowering:
     """Lowers graphs and their regions for one target; shared between the regions of one program."""
 
@@ -156,6 +169,7 @@ class _Region:
         self.steps: list[Step] = []
         self.copies: list[Step] = []
         self.saved: set[int] = set()
+        self.readers = Counter(v for node in graph.nodes for v in node.operands)
 
     def run(self) -> list[Step]:
         self.save_inputs()
@@ -219,8 +233,8 @@ class _Region:
             assert node is not None, f"{v!r} is not of this graph"
             if node.op.name == "constant":
                 self.places[v] = self.shared.constant(node)
-            elif node.op.name == "reshape":
-                self.places[v] = reshaped(self.place(node.operands[0]), v.shape)
+            elif is_other_name(node):
+                self.places[v] = other_name(node, self.place(node.operands[0]))
             else:
                 self.places[v] = self.shared.temp(v)
         return self.places[v]
@@ -240,7 +254,7 @@ class _Region:
     def is_alias(self, group: Group) -> bool:
         """A reshape, or a constant, that needs no kernel: it is found by `place` (and copied if it is an output)."""
         last = group.nodes[-1]
-        if last.op.name == "constant" or all(n.op.name == "reshape" for n in group.nodes):
+        if last.op.name == "constant" or all(map(is_other_name, group.nodes)):
             self.places.pop(last.result, None)
             return True
         return False
@@ -269,16 +283,28 @@ class _Region:
         self.steps.append(KernelCall(kernel, args, writes, reads, group.label,
                                      float(sum(n.flops for n in group.nodes))))
 
+    def reuse(self, operand: Value, result: Value) -> None:
+        """Gives a result the memory of an operand that nothing else needs."""
+        place = self.places[operand]
+        own = isinstance(place, Buffer) and place.kind == "temp" and place.alias_of is None
+        dies = operand.producer is not None and operand not in self.graph.outputs and self.readers[operand] == 1
+        if own and dies and result not in self.places:
+            assert isinstance(place, Buffer)
+            self.places[result] = Buffer(f"{place.name}_kept", result.shape, result.dtype, alias_of=place)
+
     def emit_own(self, node: Node, lowering: Kernel) -> None:
         kernel = lowering.fn(node, self.target, "kernel")
         shared = {result: operand for operand, result in lowering.inplace}
         operands: list[Place] = [self.place(v) for v in node.operands]
+        for k, operand in shared.items():
+            self.reuse(node.operands[operand], node.results[k])
         results = [self.place(v) for v in node.results]
         writes: list[int] = []
         args = list(operands)
         for i, result in enumerate(results):
             if i in shared:
-                self.steps.append(Copy(operands[shared[i]], result))
+                if not (isinstance(result, Buffer) and result.alias_of is operands[shared[i]]):
+                    self.steps.append(Copy(operands[shared[i]], result))
                 args[shared[i]] = result
                 writes.append(shared[i])
             else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 
-from ..ir.graph import Graph, Value
+from ..ir.graph import Graph, Node, Value
 from .group import Group
 
 
@@ -18,11 +18,11 @@ def in_order(groups: Sequence[Group], graph: Graph, owned: Mapping[Value, Value]
     maker = {v: g for g in groups for v in g.outputs}
     before: dict[Group, set[Group]] = {g: {maker[v] for v in g.inputs if v in maker} - {g} for g in groups}
     for g in groups:  # views of values: the group that makes what is viewed
-        before[g] |= {maker[s] for v in g.inputs for s in _sources(v) if s in maker} - {g}
+        before[g] |= {maker[s] for v in g.inputs for s in sources_of(v) if s in maker} - {g}
     refused = []
     for output, source in owned.items():
         writer = maker[output]
-        readers = {g for g in groups if g is not writer and any(source in (v, *_sources(v)) for v in g.inputs)}
+        readers = {g for g in groups if g is not writer and any(source in (v, *sources_of(v)) for v in g.inputs)}
         if any(_reaches(before, reader, writer) for reader in readers):
             refused.append(output)
         else:
@@ -30,10 +30,24 @@ def in_order(groups: Sequence[Group], graph: Graph, owned: Mapping[Value, Value]
     return _sorted(groups, before), refused
 
 
-def _sources(v: Value) -> list[Value]:
-    """What a reshape is another name for."""
+def is_other_name(node: Node) -> bool:
+    """A view whose elements lie together in its operand's memory: a reshape, or a slice of whole rows."""
+    if node.op.name == "reshape":
+        return True
+    if node.op.name != "slice" or any(s != 1 for s in node.attrs["strides"]):
+        return False
+    seen_part = False
+    for size, whole in zip(reversed(node.result.shape), reversed(node.operands[0].shape)):
+        if seen_part and size != 1:
+            return False
+        seen_part = seen_part or size != whole
+    return node.result.type.size > 0
+
+
+def sources_of(v: Value) -> list[Value]:
+    """What a view is another name for."""
     found = []
-    while v.producer is not None and v.producer.op.name == "reshape":
+    while v.producer is not None and is_other_name(v.producer):
         v = v.producer.operands[0]
         found.append(v)
     return found

@@ -156,3 +156,35 @@ def test_symbolic_shapes_are_refused():
     graph = build_graph("main", lambda x: x + 1.0, TensorType((Dim("n"),), F32))
     with pytest.raises(CompileError, match="symbolic"):
         lower(graph)
+
+
+def test_a_weight_read_under_another_name_is_not_overwritten_by_its_reader():
+    def step(w, x):
+        square = emit("reshape", w, shape=(6, 6))
+        return [(emit("reshape", emit("matmul", square, x), shape=(36,)), w)]
+
+    with GraphBuilder("step") as b:
+        w, x = b.input(TensorType((36,), F32), "w", "state"), b.input(TensorType((6, 6), F32), "x")
+        for value, alias in step(w, x):
+            b.output(value, alias=alias)
+    check(b.graph)
+
+
+def test_rows_of_a_stack_are_not_copied():
+    def fn(x, w):
+        h = emit("tanh", x)
+        parts = [emit("reshape", emit("slice", h, starts=(i, 0, 0), limits=(i + 1, 5, 6), strides=(1, 1, 1)),
+                      shape=(5, 6)) for i in range(3)]
+        return [emit("matmul", p, w) for p in parts]
+
+    check(graph_of(fn, (3, 5, 6), (6, 4)), count=4)
+
+
+def test_a_scatter_works_in_the_memory_of_a_dying_operand():
+    def fn(i, u):
+        zeros = emit("broadcast_to", c(0.0), shape=(10, 4))
+        return emit("scatter_add", zeros, i, u, axis=0) * 2.0
+
+    graph = graph_of(fn, ((3,), "int32"), (3, 4))
+    assert not copies(graph)
+    check(graph, [np.array([1, 9, 1], np.int32), np.ones((3, 4), np.float32)])
