@@ -319,6 +319,8 @@ def not_equal(x: Any, y: Any) -> Any:
 def convert(node: Any, x: Any) -> Any:
     source, target = node.operands[0].dtype, node.result.dtype
     dtype = compute_dtype(target)
+    if is_bool(x) and dtype != "bool":  # TVM's cast fails on a vector that is compared with a constant
+        return tirx.Select(x, const(1, dtype), const(0, dtype))
     if target == "bool":
         return x if is_bool(x) else not_equal(x, const(0, dtype_of(x)))
     if is_float(x) and str(dtype) in ("int8", "int16", "uint8", "uint16", "uint32", "uint64"):

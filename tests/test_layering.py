@@ -158,7 +158,8 @@ def test_every_exception_to_the_budget_is_still_needed():
 
 
 def test_every_module_says_what_it_is_for():
-    expect_none([f"{name}: no module docstring" for name, (_, tree) in sources().items() if not ast.get_docstring(tree)])
+    silent = [name for name, (_, tree) in sources().items() if not ast.get_docstring(tree)]
+    expect_none([f"{name}: no module docstring" for name in silent])
 
 
 def test_no_exception_is_swallowed_whole():

@@ -6,6 +6,7 @@ Graphs are well typed by construction (only the builder makes nodes), finite in 
 
 import numpy as np
 from hypothesis import strategies as st
+
 from treadle.ir import ops as _ops  # noqa: F401
 from treadle.ir.builder import GraphBuilder, emit
 from treadle.ir.types import TensorType

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from treadle.ir.dims import Dim, evaluate, solve
 from treadle.ir.errors import ShapeError
 
