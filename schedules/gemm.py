@@ -168,6 +168,9 @@ class GemmHooks:
     load_b:  (batch, k, j) -> element of op(B)
     store:   (batch, i, j, value) emits the stores of one element; value is of `acc_dtype`, batch indexes C's
 
+    apart:   compile the stores of a tile as a function of their own. For a store that computes much, whose constants
+             would otherwise take registers from the accumulators (gelu behind a product: four times slower)
+
     A load hook gives elements of `dtype_a` / `dtype_b` and may be called several times for one element, so it is
     best cheap. A store is called exactly once for each element, and so may update a buffer that it reads.
     """
@@ -179,6 +182,7 @@ class GemmHooks:
     load_a: Callable[..., Any] | None = None
     load_b: Callable[..., Any] | None = None
     store: Callable[..., None] | None = None
+    apart: bool = False
 
 def gemm_primfunc(problem: GemmProblem, config: GemmConfig | None, target: GemmTarget, name: str = "gemm",
                   hooks: GemmHooks | None = None) -> Any:

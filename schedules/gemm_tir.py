@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -237,7 +237,8 @@ class Emitter:
                 self.write_row(at, r, acc[r], (), 0, self.cols)
         else:
             self.each(lambda r, c: T.buffer_store(stack, acc[r][c], [r, c]))
-            self.write_stack(at, stack)
+            with T.attr(0, "compute_scope", "store_tile") if self.hooks.apart else nullcontext():
+                self.write_stack(at, stack)
 
     def write_stack(self, at: Where, stack: tirx.Buffer) -> None:
         def write_rows(low: int, high: int) -> None:

@@ -21,6 +21,7 @@ from .loops import Signature
 from .loops_eval import Evaluator, Idx, count_uses
 from .loops_index import flatten, unflatten
 from .lower_slots import Anchor, cast, compute_dtype, let, read, storage_dtype, written
+from .rows_domain import EXPENSIVE, cost_of
 
 
 @dataclass
@@ -70,6 +71,7 @@ class Epilogue:
         self.given = Given()
         self.outputs = signature.outputs
         rest = [n for n in nodes if n is not anchor]
+        self.is_heavy = sum(map(cost_of, rest)) >= EXPENSIVE
         loads = {v: p for v, p in self.places.items() if v not in self.outputs}
         self.evaluator = Evaluator(frozenset(rest), {**loads, self.result: self.given},
                                    count_uses(rest, self.outputs))
@@ -109,7 +111,8 @@ def matmul(node: Node, epilogue: Epilogue, target: Any, name: str) -> Any:
                           str(node.result.dtype))
     hooks = GemmHooks(epilogue.params, a=epilogue.buffer(x), b=epilogue.buffer(y),
                       load_a=_decoded(x, epilogue, transpose_x), load_b=_decoded(y, epilogue, transpose_y),
-                      store=lambda batch, i, j, value: epilogue.store((*batch, i, j), value))
+                      store=lambda batch, i, j, value: epilogue.store((*batch, i, j), value),
+                      apart=epilogue.is_heavy)
     return gemm_primfunc(problem, None, target, name, hooks)
 
 
