@@ -93,7 +93,7 @@ def install(extras):
     named = [extra for extra in missing if extra != "core"]
     target = ROOT + ("[%s]" % ",".join(named) if named else "")
     say("installing %s" % ", ".join(missing))
-    code = subprocess.call([PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
+    code = subprocess.call([PYTHON, "-m", "pip", "install", "-qq", "--disable-pip-version-check",
                             "--editable", target])
     if code:
         give_up("installing %s failed with the message above; the package index must be reachable the first time."

@@ -85,8 +85,8 @@ def test_layers_import_downwards_only():
 def test_inside_the_package_imports_are_relative():
     inner = {"treadle", *LAYERS}
     expect_none([f"{name}:{line}: imports {module} absolutely"
-            for name, (_, tree) in sources().items()
-            for module, line in absolute_names(tree) if module.split(".")[0] in inner])
+                 for name, (_, tree) in sources().items()
+                 for module, line in absolute_names(tree) if module.split(".")[0] in inner])
 
 
 @pytest.mark.parametrize("library", HOMES)
