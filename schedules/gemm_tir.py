@@ -239,6 +239,8 @@ class Emitter:
             self.each(lambda r, c: T.buffer_store(stack, acc[r][c], [r, c]))
             with T.attr(0, "compute_scope", "store_tile") if self.hooks.apart else nullcontext():
                 self.write_stack(at, stack)
+            if self.hooks.apart:  # any statement here: TVM leaves its debug location in the other function
+                T.buffer_store(stack, tirx.const(0, stack.dtype), [0, 0])
 
     def write_stack(self, at: Where, stack: tirx.Buffer) -> None:
         def write_rows(low: int, high: int) -> None:

@@ -152,3 +152,19 @@ def test_random_graphs_fuse_rightly(steps):
     graph = random_graph(steps)
     arrays = [np.clip(a, -1, 1) for a in data(graph)]
     check(graph, arrays, tol=2e-3)
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (1, 40, 7), (5, 16, 3), (33, 31, 20), (64, 64, 64), (130, 97, 30),
+                                           (3, 200, 0), (1, 300, 256), (257, 1, 12)])
+def test_heavy_epilogues_of_products_of_any_size(m, n, k):
+    def fn(x, w, r, b):
+        y = emit("matmul", x, w, transpose_y=True) + b
+        return [gelu(y) * r, emit("tanh", y)]
+
+    check(graph_of(fn, (m, k), (n, k), (m, n), (n,)), count=1, tol=2e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
+def test_heavy_epilogues_in_other_dtypes(dtype):
+    shapes = [((3, 20, 30), dtype), ((30, 17), dtype), ((17,), dtype)]
+    check(graph_of(lambda x, w, b: emit("sigmoid", emit("matmul", x, w) + b), *shapes), count=1)
