@@ -8,6 +8,7 @@ are computed before the first is stored, so that an output may take over the mem
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ class KernelFrame:
 
     @contextmanager
     def building(self) -> Iterator[KernelFrame]:
+        _indices.wide = self.signature.wide
         with IRBuilder() as builder:
             with T.prim_func(s_tir=True):
                 T.func_name(self.name)
@@ -109,10 +111,21 @@ def vectorizable(nodes: Iterable[Node]) -> bool:
     return True
 
 
+class _Indices(threading.local):
+    wide = False
+
+
+_indices = _Indices()
+
+
 def loop(extent: Any, kind: str = "serial") -> Any:
-    """A loop context giving its variable; a loop of one step gives 0 and no loop."""
-    if isinstance(extent, int) and extent == 1:
-        return nullcontext(0)
+    """A loop context giving its variable; a loop of one step gives 0 and no loop. Counts in 64 bits in a kernel with a
+    parameter of 2**31 elements or more."""
+    if isinstance(extent, int):
+        if extent == 1:
+            return nullcontext(0)
+        if _indices.wide and kind in ("serial", "parallel"):
+            extent = tirx.const(extent, "int64")
     return getattr(T, kind)(extent)
 
 

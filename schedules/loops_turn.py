@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from ..ir.graph import Value
@@ -90,15 +91,19 @@ def emit_turned(kernel: Any, turn: Turn) -> None:
     tiles, rest = divmod(across.extent, lanes)
     plain = {v: kernel.evaluator.places[v] for v in turn.strides}
     shuffles = {v: Transpose(lanes, *TURNED_AS[v.dtype]) for v in turn.strides}
+
+    def wide(count: int) -> Any:
+        return tirx.const(count, "int64") if any(place.wide for place in plain.values()) else count
+
     with import_llvm(*shuffles.values()):
         with kernel.steps(rows * tiles) as p:
             kernel.bind_outer(others, p // tiles)
             first = T.bind(p % tiles * lanes)
-            with T.serial(inner.extent // lanes) as j:
+            with T.serial(wide(inner.extent // lanes)) as j:
                 _one_tile(kernel, turn, plain, shuffles, first, T.bind(j * lanes))
             kernel.evaluator.places.update(plain)
             if tail := inner.extent % lanes:
-                with T.serial(lanes) as i:
+                with T.serial(wide(lanes)) as i:
                     across.bind(first + i)
                     kernel.vector(inner, inner.extent - tail, tail)
         if rest:

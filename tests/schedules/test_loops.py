@@ -217,3 +217,14 @@ def test_sums_do_not_depend_on_the_number_of_threads():
     finally:
         set_num_threads(before)
     assert len(results) == 1
+
+
+def test_kernels_of_more_than_two_to_the_31_elements_count_in_64_bits():
+    from treadle.schedules.lower import lower
+
+    huge = ((1 << 16, 1 << 16), "int8")
+    graph = graph_of(lambda x: [emit("abs", x), emit("reduce_max", x, axes=(1,))], huge)
+    for call in lower(graph, "cpu").kernel_calls:
+        assert "T.int64" in call.kernel.script()
+    small = lower(graph_of(lambda x: emit("abs", x), (8, 8)), "cpu").kernel_calls[0]
+    assert "T.int64" not in small.kernel.script()
