@@ -85,10 +85,10 @@ def test_equal_to_the_eager_loop(make, clip):
 
 
 def test_nothing_that_changes_between_steps_compiles_again():
-    (model, opt), _ = pair(lambda p: td.optim.SGD(p, lr=td.optim.OneCycle(0.1, 100)))
+    (model, opt), _ = pair(lambda p: td.optim.SGD(p, lr=td.optim.OneCycle(0.1, 1000)))
     step = td.train_step(model, loss_fn, opt, clip_norm=1.0)
-    for i in range(20):
-        step.clip_norm = 1.0 + i
+    for i in range(1000):
+        step.clip_norm = 1.0 + i % 20
         step(X, Y)
     opt.lr = 0.5
     opt.groups[0].options["weight_decay"] = 0.1
