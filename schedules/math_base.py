@@ -44,11 +44,12 @@ def from_bits(x: Any) -> Any:
 
 
 def copysign(x: Any, y: Any) -> Any:
-    """The magnitude of x with the sign of y.
+    """x, which is not negative, with the sign of y.
 
-    Do not select between this and y itself: LLVM 21 merges the two into a masked VPTERNLOG with wrong operands.
+    Not the usual two masks: where their result is selected against an operand, LLVM 22 merges both into a masked
+    VPTERNLOG whose operands it confuses.
     """
-    return from_bits((bits(x) & u32(0x7FFFFFFF)) | (bits(y) & u32(0x80000000)))
+    return from_bits(bits(x) | (bits(y) & u32(0x80000000)))
 
 
 def select(*cases: Any) -> Any:
