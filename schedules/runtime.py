@@ -123,6 +123,8 @@ def _configure() -> None:
         with _PoolSettings(size):
             ffi.get_global_func("runtime.NumThreads")()
             ffi.get_global_func("runtime.config_threadpool")(1, min(count, size))
+        # TVM reads this at every parallel launch too, and runs serially where it finds 1 (its default on two cores)
+        os.environ["TVM_NUM_THREADS"] = str(size)
         if count > size:
             log.warning(
                 "this Python thread's pool was made with %d threads and cannot grow to %d", size, count
