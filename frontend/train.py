@@ -2,15 +2,18 @@
 
 Parameters, optimizer state, running statistics and the random state are inputs of the graph that outputs take over, so
 a step updates them where they lie. What changes from step to step (learning rate, bias corrections, clip norm, which
-parameters are frozen) enters as run-time scalars: none of it compiles anything again.
+parameters are frozen) enters as run-time scalars: none of it compiles anything again. Each frozen parameter has a flag of
+its own rather than an element of one mask, so that the updates of equal parameters stay one kernel.
 
 The protocol of optimizers (base class `optim.Optimizer`):
 
 * `opt.params`: list of parameters; `opt.state`: for each a dict name -> tensor; `opt.steps`: steps taken so far;
-* `opt.hyperparameters(step) -> dict[str, float]`: every number of that step, computed on the host;
+* `opt.hyperparameters(step, each=False) -> dict[str, float]`: every number of that step, computed on the host; with
+  `each` those that count a parameter's own updates stand there once for every parameter;
 * `opt.update(params, grads, state, hyper) -> (new_params, new_state)`: pure functions of tensors; `hyper` holds
   scalar tensors under the names of `hyperparameters`, a gradient that is None means: leave this parameter alone;
-* `opt.groups` with `.options`, and `opt.static_options`: the options that shape the update.
+* `opt.groups` with `.options`, and `opt.static_options`: the options that shape the update;
+* `opt.skip(flags)`: notes for which parameters the step was none.
 """
 
 from __future__ import annotations
@@ -34,12 +37,16 @@ from .tensor import Tensor
 from .trace import leaf_type
 from .transforms import gradients
 
-CLIP, MASK = "clip_norm", "trainable"
+CLIP, FLAG = "clip_norm", "trainable."
 
 
 def train_step(model: Any, loss_fn: Callable[..., Any], opt: Any, amp: Any = None, clip_norm: float | None = None,
-               accumulate: int = 1, memory_budget: int | None = None, target: str = "cpu") -> TrainStep:
+               accumulate: int = 1, memory_budget: int | None = None, target: str = "cpu", freezable: bool = False,
+               prune_frozen: bool = False) -> TrainStep:
     """A compiled training step.
+
+    A parameter whose `requires_grad` is False is frozen: neither it nor its optimizer state moves. That is a run-time
+    input, so freezing and unfreezing between steps compiles nothing, but for the first freeze unless `freezable`.
 
     Args:
         model: what `loss_fn` gets first, usually an `nn.Module`.
@@ -52,6 +59,9 @@ def train_step(model: Any, loss_fn: Callable[..., Any], opt: Any, amp: Any = Non
         memory_budget: bytes that values waiting between kernels may take; what costs least to compute again is
             recomputed in the backward pass until that is met.
         target: as for `compile`.
+        freezable: compile the flags in from the start, for a model that will be frozen later.
+        prune_frozen: leave out the backward pass and the update of what is frozen. Faster and smaller; each new set of
+            frozen parameters compiles once.
 
     Returns:
         A function of the batch: the loss (and aux) before the update. `.stats` counts compilations.
@@ -59,7 +69,7 @@ def train_step(model: Any, loss_fn: Callable[..., Any], opt: Any, amp: Any = Non
     Raises:
         ArgumentsError, AttributeValueError: an argument outside its domain.
     """
-    return TrainStep(model, loss_fn, opt, amp, clip_norm, accumulate, memory_budget, target)
+    return TrainStep(model, loss_fn, opt, amp, clip_norm, accumulate, memory_budget, target, freezable, prune_frozen)
 
 
 class TrainStep:
@@ -71,7 +81,7 @@ class TrainStep:
     """
 
     def __init__(self, model: Any, loss_fn: Callable[..., Any], opt: Any, amp: Any, clip_norm: float | None,
-                 accumulate: int, memory_budget: int | None, target: str):
+                 accumulate: int, memory_budget: int | None, target: str, freezable: bool, prune_frozen: bool):
         if not callable(loss_fn):
             raise ArgumentsError(f"train_step: loss_fn(model, *batch) must be a function, got {loss_fn!r}",
                                  user_location())
@@ -84,10 +94,12 @@ class TrainStep:
         self.model, self.loss_fn, self.opt = model, loss_fn, opt
         self.clip_norm, self.accumulate, self.memory_budget = clip_norm, accumulate, memory_budget
         _name_parts(model, opt)
-        self._masked = False
+        self.prune_frozen = bool(prune_frozen)
+        self._flagged = bool(freezable)  # whether flags are part of the program
         self._wide = np.float64 if any(p.dtype == "float64" for p in opt.params) else np.float32
         self._freezes = -1  # of the count at which `_trainable` was read
-        self._trainable: np.ndarray = np.zeros(0, bool)
+        self._trainable: tuple[bool, ...] = ()
+        self._any_frozen = False
         self._numbers: dict[str, np.ndarray] = {}
         self._layout: tuple[str, ...] = ()
         self._compiled = _CompiledStep(self, target, amp)
@@ -114,6 +126,8 @@ class TrainStep:
         found.arrays += numbers.values()
         result = self._compiled._run(found, (batch, numbers, structure), {})
         self.opt.steps += 1
+        if self._any_frozen:
+            self.opt.skip(self._trainable)
         return result
 
     def trace(self, *batch: Any) -> Graph:
@@ -122,39 +136,43 @@ class TrainStep:
 
     def _scalars(self) -> dict[str, np.ndarray]:
         numbers = self._numbers
-        given = self.opt.hyperparameters(self.opt.steps)
+        if self._freezes != records.freezes or len(self._trainable) != len(self.opt.params):
+            self._freezes = records.freezes
+            self._trainable = tuple(bool(p.requires_grad) for p in self.opt.params)
+            self._any_frozen = not all(self._trainable)
+            self._flagged = self._flagged or self._any_frozen
+        given: dict[str, Any] = self.opt.hyperparameters(self.opt.steps, each=self._flagged)
         if self.clip_norm is not None:
             given[CLIP] = self.clip_norm
-        if self._freezes != records.freezes:
-            self._freezes = records.freezes
-            self._trainable = np.array([p.requires_grad for p in self.opt.params])
-            self._masked = self._masked or not self._trainable.all()
-        if len(numbers) != len(given) + self._masked or not given.keys() <= numbers.keys():
-            names = sorted([*given, *([MASK] if self._masked else [])])
-            numbers = self._numbers = {name: np.zeros((), self._wide) for name in names}
-            self._layout = tuple(names)
+        if self._flagged and not self.prune_frozen:
+            given.update((f"{FLAG}{i}", flag) for i, flag in enumerate(self._trainable))
+        if len(numbers) != len(given) or not given.keys() <= numbers.keys():
+            numbers = self._numbers = {name: np.zeros((), bool if name.startswith(FLAG) else self._wide)
+                                       for name in sorted(given)}
+            self._layout = tuple(numbers)
         for name, value in given.items():
             numbers[name][()] = value
-        if self._masked:
-            numbers[MASK] = self._trainable
         return numbers
 
     def _structure(self) -> tuple[Any, ...]:
         names = self.opt.static_options
-        return tuple((len(g.params), *(g.options[n] for n in names)) for g in self.opt.groups)
+        groups = tuple((len(g.params), *(g.options[n] for n in names)) for g in self.opt.groups)
+        return (*groups, self._trainable) if self.prune_frozen else groups
 
     # The function that is traced --------------------------------------------------------------------------------
 
     def step(self, batch: tuple[Any, ...], numbers: dict[str, Tensor], structure: tuple[Any, ...]) -> Any:
         """Forward, backward, clipping, update, as tensor functions with assignments."""
         params = list(self.opt.params)
-        result, grads = self._forward_backward(batch, params)
-        mask = numbers.get(MASK)
-        flags = [None if mask is None else mask[i] for i in range(len(params))]
+        live = [p for p, trains in zip(params, self._trainable) if trains or not self.prune_frozen]
+        result, found = self._forward_backward(batch, live)
+        by_parameter = {id(p): g for p, g in zip(live, found)}
+        grads = [by_parameter.get(id(p)) for p in params]
+        flags = [numbers.get(f"{FLAG}{i}") for i in range(len(params))]
         grads = [g if g is None or f is None else F.where(f, g, F.zeros((), g.dtype)) for g, f in zip(grads, flags)]
         if CLIP in numbers:
             grads, _ = clip_by_global_norm(grads, numbers[CLIP].astype("float32"))
-        hyper = {name: value for name, value in numbers.items() if name not in (CLIP, MASK)}
+        hyper = {name: value for name, value in numbers.items() if name != CLIP and not name.startswith(FLAG)}
         new_params, new_state = self.opt.update(params, grads, self.opt.state, hyper)
         for param, new, flag in zip(params, new_params, flags):
             _replace(param, new, flag)

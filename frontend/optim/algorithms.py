@@ -29,6 +29,7 @@ class SGD(Optimizer):
     """
 
     static_options = ("nesterov",)
+    counted = ("fresh",)
 
     def __init__(self, params: Iterable[Any], lr: Rate = 1e-3, momentum: Rate = 0.0, dampening: float = 0.0,
                  weight_decay: Rate = 0.0, nesterov: bool = False):
@@ -58,6 +59,8 @@ class SGD(Optimizer):
 
 class AdaGrad(Optimizer):
     """Step sizes by the root of the sum of squared gradients (Duchi, Hazan & Singer 2011)."""
+
+    counted = ("lr",)
 
     def __init__(self, params: Iterable[Any], lr: Rate = 1e-2, lr_decay: float = 0.0, weight_decay: Rate = 0.0,
                  initial_accumulator: float = 0.0, eps: float = 1e-10):
@@ -128,6 +131,7 @@ class Adam(Optimizer):
     """
 
     static_options = ("amsgrad",)
+    counted = ("step_size", "root_correction")
 
     def __init__(self, params: Iterable[Any], lr: Rate = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
                  eps: float = 1e-8, weight_decay: Rate = 0.0, amsgrad: bool = False):

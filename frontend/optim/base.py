@@ -55,6 +55,8 @@ class Optimizer:
 
     #: options that change the structure of the update: a change of theirs needs a new compilation
     static_options: tuple[str, ...] = ()
+    #: scalars that follow how often a parameter was updated, not only the step: a frozen one is not (as in torch)
+    counted: tuple[str, ...] = ()
 
     def __init__(self, params: Iterable[Any], lr: Rate, **options: Any):
         self.defaults = {"lr": lr, **options}
@@ -66,6 +68,7 @@ class Optimizer:
                                  "model's layers are assigned to attributes or held in a ModuleList")
         for group in listed if isinstance(listed[0], Mapping) else [{"params": listed}]:
             self.add_group(group)
+        self.skipped: list[int] = [0] * len(self.params)  # steps in which the parameter was frozen
         self.state: list[State] = self.init_state(self.params)
 
     def add_group(self, group: Mapping[str, Any]) -> None:
@@ -90,6 +93,7 @@ class Optimizer:
         self.groups.append(ParameterGroup(params, merged))
         if hasattr(self, "state"):
             self.state += [self.init_parameter(p, merged) for p in params]
+            self.skipped += [self.steps] * len(params)
 
     @property
     def params(self) -> list[Tensor]:
@@ -134,14 +138,29 @@ class Optimizer:
         options = [g.options for g in self.groups for _ in g.params]
         return [self.init_parameter(p, o) for p, o in zip(params, options, strict=True)]
 
-    def hyperparameters(self, step: int) -> dict[str, float]:
-        """Every run-time number of the step, keyed `group.name`: the role-`scalar` inputs of the graph."""
-        numbers = {}
+    def hyperparameters(self, step: int, each: bool = False) -> dict[str, float]:
+        """Every run-time number of the step, keyed `group.name`: the role-`scalar` inputs of the graph.
+
+        With `each`, those in `counted` stand there for every parameter instead, `group.name.parameter`.
+        """
+        numbers: dict[str, float] = {}
+        at = 0
         for i, group in enumerate(self.groups):
             values = {k: float(as_schedule(v)(step)) for k, v in group.options.items()
                       if k not in self.static_options and v is not None}
-            numbers.update({f"{i}.{k}": v for k, v in self.scalars(step, values).items()})
+            counts = [step - skipped for skipped in self.skipped[at:at + len(group.params)]]
+            taken = {count: self.scalars(count, values) for count in {step, *counts}}
+            alike = taken[step]
+            numbers.update({f"{i}.{k}": v for k, v in alike.items() if not (each and k in self.counted)})
+            if each:
+                numbers.update({f"{i}.{k}.{at + j}": taken[count][k] for j, count in enumerate(counts)
+                                for k in self.counted if k in alike})
+            at += len(group.params)
         return numbers
+
+    def skip(self, flags: Sequence[bool]) -> None:
+        """Notes that the step just counted in `steps` was none for the parameters whose flag is False."""
+        self.skipped = [n + (not flag) for n, flag in zip(self.skipped, flags, strict=True)]
 
     def structure(self) -> tuple[Any, ...]:
         """What the compiled update depends on besides shapes: part of the compilation key."""
@@ -157,9 +176,12 @@ class Optimizer:
         new_params, new_state, at = [], [], 0
         for i, group in enumerate(self.groups):
             prefix = f"{i}."
-            scalars = {k[len(prefix):]: v for k, v in hyper.items() if k.startswith(prefix)}
+            named = {k[len(prefix):]: v for k, v in hyper.items() if k.startswith(prefix)}
+            shared = {k: v for k, v in named.items() if "." not in k}
             for _ in group.params:
                 param, grad, slots = params[at], grads[at], state[at]
+                own = {k: named[f"{k}.{at}"] for k in self.counted if f"{k}.{at}" in named}
+                scalars = {**shared, **own}
                 at += 1
                 if grad is None:
                     new_params.append(param)
@@ -177,7 +199,8 @@ class Optimizer:
 
     def step(self) -> None:
         """Updates every parameter that has a `.grad`, eagerly."""
-        hyper = {k: Tensor(np.asarray(v, np.float64)) for k, v in self.hyperparameters(self.steps).items()}
+        each = any(self.skipped) or any(p.grad is None for p in self.params)
+        hyper = {k: Tensor(np.asarray(v, np.float64)) for k, v in self.hyperparameters(self.steps, each).items()}
         params = [p.detach() for p in self.params]
         grads = [None if p.grad is None else p.grad.detach() for p in self.params]
         new_params, new_state = self.update(params, grads, self.state, hyper)
@@ -188,6 +211,7 @@ class Optimizer:
             for name, value in new_slots.items():
                 slots[name].assign(value)
         self.steps += 1
+        self.skip([g is not None for g in grads])
 
     def zero_grad(self) -> None:
         """Forgets every parameter's gradient."""
@@ -197,9 +221,9 @@ class Optimizer:
     # -- checkpoints
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """`steps`, and `index.slot` for every state tensor, as NumPy arrays."""
+        """`steps`, `skipped` and `index.slot` for every state tensor, as NumPy arrays."""
         arrays = {f"{i}.{name}": t.numpy() for i, slots in enumerate(self.state) for name, t in slots.items()}
-        return {"steps": np.asarray(self.steps, np.int64), **arrays}
+        return {"steps": np.asarray(self.steps, np.int64), "skipped": np.asarray(self.skipped, np.int64), **arrays}
 
     def load_state_dict(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Restores what `state_dict` gave.
@@ -209,7 +233,7 @@ class Optimizer:
         """
         expected = {f"{i}.{name}": t for i, slots in enumerate(self.state) for name, t in slots.items()}
         missing = expected.keys() - arrays.keys()
-        extra = arrays.keys() - expected.keys() - {"steps"}
+        extra = arrays.keys() - expected.keys() - {"steps", "skipped"}
         wrong = [f"{k} has shape {arrays[k].shape}, needs {expected[k].shape}"
                  for k in expected.keys() & arrays.keys() if tuple(arrays[k].shape) != tuple(expected[k].shape)]
         if missing or extra or wrong or "steps" not in arrays:
@@ -218,6 +242,8 @@ class Optimizer:
         for name, tensor in expected.items():
             tensor.assign(Tensor(np.asarray(arrays[name], tensor.dtype.np)))
         self.steps = int(arrays["steps"])
+        skipped = np.asarray(arrays.get("skipped", np.zeros(len(self.state), np.int64)))  # older files have none
+        self.skipped = [int(n) for n in np.broadcast_to(skipped, (len(self.state),))]
 
 
 def compute_dtype(param: Tensor) -> Any:

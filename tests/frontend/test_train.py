@@ -97,7 +97,7 @@ def test_nothing_that_changes_between_steps_compiles_again():
     model.first.weight.requires_grad = False
     before = model.first.weight.numpy()
     step(X, Y)
-    assert step.stats.compiles == 2, "the first frozen parameter brings in the mask"
+    assert step.stats.compiles == 2, "the first frozen parameter brings in the flags"
     assert (model.first.weight.numpy() == before).all() and "trainable" in step.stats.reasons[1]
     model.first.weight.requires_grad = True
     model.last.bias.requires_grad = False
@@ -107,6 +107,58 @@ def test_nothing_that_changes_between_steps_compiles_again():
     assert (model.first.weight.numpy() != before).any() and (model.last.bias.numpy() == bias).all()
     step(X[:4], Y[:4])
     assert step.stats.compiles == 3 and "f32[8,4], now f32[4,4]" in step.stats.reasons[2]
+
+
+def freezing_run(make, compiled, **options):
+    """Three stages of two steps each: all train, then the first layer is frozen, then the last instead."""
+    (model, opt), _ = pair(make)
+    step = td.train_step(model, loss_fn, opt, clip_norm=1.0, **options) if compiled else None
+    for stage in range(3):
+        model.first.requires_grad_(stage != 1)
+        model.last.requires_grad_(stage != 2)
+        for _ in range(2):
+            td.random.seed(stage)
+            step(X, Y) if compiled else eager_step(model, opt, X, Y, 1.0)
+    return model, opt, step
+
+
+@pytest.mark.parametrize("make", [
+    lambda p: td.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
+    lambda p: td.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.5, weight_decay=0.1),
+    lambda p: td.optim.AdaGrad(p, lr=0.1, lr_decay=0.5),
+])
+def test_what_is_frozen_does_not_move_and_its_steps_do_not_count(make):
+    expected, expected_opt, _ = freezing_run(make, compiled=False)
+    for options, compiles in (({"freezable": True}, 1), ({"prune_frozen": True}, 3)):
+        model, opt, step = freezing_run(make, compiled=True, **options)
+        same_state(model, expected)
+        assert step.stats.compiles == compiles
+        assert opt.skipped[1:] == expected_opt.skipped[1:] and set(opt.skipped) == {0, 2}  # the first is the unused one
+        for slots, others in zip(opt.state, expected_opt.state):
+            for name, tensor in slots.items():
+                np.testing.assert_allclose(tensor.numpy(), others[name].numpy(), 2e-4, 2e-5)
+
+
+def test_pruning_leaves_the_frozen_backward_out():
+    sizes = {}
+    for prune in (False, True):
+        (model, opt), _ = pair()
+        model.first.requires_grad_(False)
+        graph = td.train_step(model, loss_fn, opt, prune_frozen=prune).trace(X, Y)
+        sizes[prune] = len(graph.nodes)
+        names = {v.name for i, v in enumerate(graph.inputs) if i in set(graph.aliases.values())}
+        assert ("first.weight" in names) is not prune and "last.weight" in names
+    assert sizes[True] < sizes[False]
+
+
+def test_equal_updates_stay_one_kernel_when_frozen():
+    layers = td.nn.Sequential(*[td.nn.Linear(8, 8) for _ in range(6)])
+    step = td.train_step(layers, lambda m, x: (m(x) ** 2).mean(), td.optim.AdamW(layers.parameters()))
+    step(np.ones((4, 8), np.float32))
+    kernels = step.stats.kernels
+    layers[1].requires_grad_(False)
+    step(np.ones((4, 8), np.float32))
+    assert step.stats.kernels <= kernels + 1
 
 
 def test_accumulation_equals_the_whole_batch():
