@@ -78,10 +78,24 @@ def build_executable(graph: Graph, target: str, amp: Any = None, meta: dict[str,
     Raises:
         CompileError: the memory budget is out of reach, or a kernel cannot be compiled.
     """
+    from ..schedules.program_cache import fetch, keep, program_key
+
+    key = program_key(graph, target, amp, memory_budget)
+    executable = fetch(key) if key is not None else None
+    if executable is None:
+        executable = _build(graph, target, amp, memory_budget)
+        if key is not None:
+            keep(key, executable)
+    else:
+        executable.profile_builder = lambda: _build(graph, target, amp, memory_budget).profile_builder()
+    executable.signature.meta.update(meta or {})
+    return executable
+
+
+def _build(graph: Graph, target: str, amp: Any, memory_budget: int | None) -> Any:
     from ..schedules.build import build  # importing TVM takes a second: only who compiles pays
 
     program = _within(graph, memory_budget, target, amp) if memory_budget is not None else _lowered(graph, target, amp)
-    program.meta = dict(meta or {})
     with Progress() as progress:
         return build(program, target, progress.update)
 

@@ -56,7 +56,7 @@ def register_op(name: str, operands: str, infer: Callable[..., Any], reference: 
         RegistryError: the name is taken, or a trait unknown.
     """
     record = register(OpDef(
-        name, tuple(operands.split()), infer, reference, dict(attrs or {}), frozenset(traits), doc=doc,
+        name, tuple(operands.split()), infer, reference, dict(attrs or {}), frozenset(traits) | {"plugin"}, doc=doc,
         undifferentiable=None if vjp is not None else "registered without a vjp",
         unlowered=None if lower is not None or decompose is not None else "registered without lower or decompose"))
     _registered.add(name)

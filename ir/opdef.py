@@ -36,6 +36,7 @@ TRAITS = frozenset({
     "contraction",     # matmul, conv: anchors of fusion
     "constant",        # no operands, value known when compiling
     "barrier",         # passes must not merge or move it (recomputation)
+    "plugin",          # registered from outside the package
     "effect",          # must not be removed or reordered (collectives)
 })
 

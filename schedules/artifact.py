@@ -51,9 +51,9 @@ def save(executable: Executable, path: Any, tensors: dict[str, np.ndarray] | Non
     path = Path(path)
     members = {_CODE + name: data for name, data in executable.library.files.items()}
     if executable.constants:
-        members[_CONSTANTS] = _write_constants(executable.constants)
+        members[_CONSTANTS] = write_tensors(executable.constants)
     if tensors:
-        members[_TENSORS] = _write_constants(tensors)
+        members[_TENSORS] = write_tensors(tensors)
     manifest = {
         "format": FORMAT,
         "signature": executable.signature.to_json(),
@@ -134,12 +134,12 @@ def _read(archive: zipfile.ZipFile, path: Path) -> Executable:
             )
     signature = Signature.from_json(manifest["signature"])
     code = {name[len(_CODE) :]: data for name, data in members.items() if name.startswith(_CODE)}
-    values = _read_constants(members.get(_CONSTANTS), signature.constants)
+    values = read_tensors(members.get(_CONSTANTS), signature.constants)
     bound = [info for info in signature.inputs if info.name in manifest.get("tensors", ())]
     log.info("%s: %s, written by %s", path, signature.name, manifest["versions"])
     executable = Executable(signature, Library(code), values)
     executable.prepare()
-    executable.tensors = _read_constants(members.get(_TENSORS), bound)
+    executable.tensors = read_tensors(members.get(_TENSORS), bound)
     return executable
 
 
@@ -152,7 +152,7 @@ def _check_name(name: str, path: Path) -> None:
         raise ArtifactError(f"{path} is no saved program: it names a member {name!r}")
 
 
-def _write_constants(constants: dict[str, np.ndarray]) -> bytes:
+def write_tensors(constants: dict[str, np.ndarray]) -> bytes:
     """As safetensors. What NumPy itself has no dtype for (bfloat16, int4...) is stored as its bytes in memory."""
     from safetensors.numpy import save as serialize
 
@@ -165,7 +165,12 @@ def _write_constants(constants: dict[str, np.ndarray]) -> bytes:
     )
 
 
-def _read_constants(data: bytes | None, infos: list[TensorInfo]) -> dict[str, np.ndarray]:
+def read_tensors(data: bytes | None, infos: list[TensorInfo]) -> dict[str, np.ndarray]:
+    """The tensors that `write_tensors` wrote, of the types that `infos` give.
+
+    Raises:
+        ArtifactError: the data are damaged.
+    """
     if data is None:
         return {}
     import safetensors

@@ -11,12 +11,11 @@ import functools
 import logging
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from typing import Any
 
 from .cache import Cache, cache, digest
 from .check import check_program
-from .executable import Executable, KernelInfo, Signature, TensorInfo
+from .executable import BuildStats, Executable, KernelInfo, Signature, TensorInfo
 from .ffi import import_tvm
 from .link import SHARED, Library, link, linker, load
 from .plan import MemoryPlan, Slots, plan_memory
@@ -29,15 +28,6 @@ import_tvm()  # this module is imported to compile
 log = logging.getLogger("treadle.build")
 
 Progress = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True)
-class BuildStats:
-    """What a build did: distinct kernels, how many of them were compiled now, whether the linked library was cached."""
-
-    kernels: int
-    compiled: int
-    library_cached: bool
 
 
 def build(program: Program, target: Target | str = "cpu", progress: Progress | None = None) -> Executable:
@@ -110,12 +100,13 @@ def _library(
     native = target.arch == Target.parse("cpu").arch  # the linker knows its own architecture only
     data = store.get(name) if native and linker() else None
     if data is not None:
-        return Library({SHARED: data}), BuildStats(len(kernels), 0, True), timed
+        return Library({SHARED: data}), BuildStats(len(kernels), 0, True, name), timed
     objects, compiled = _objects(kernels, (f"d_{driver_key}", driver), target, store, progress)
     library = link(objects) if native else Library(objects)
-    if SHARED in library.files:
+    kept = name if native and SHARED in library.files else None
+    if kept:
         store.put(name, library.files[SHARED])
-    return library, BuildStats(len(kernels), compiled, False), timed
+    return library, BuildStats(len(kernels), compiled, False, kept), timed
 
 
 def _objects(

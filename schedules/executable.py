@@ -51,6 +51,19 @@ class KernelInfo:
 
 
 @dataclass(frozen=True)
+class BuildStats:
+    """What a build did: distinct kernels, how many of them were compiled now, whether the linked library was cached.
+
+    `library` is the name under which the cache keeps it (None: it does not).
+    """
+
+    kernels: int
+    compiled: int
+    library_cached: bool
+    library: str | None = None
+
+
+@dataclass(frozen=True)
 class KernelTime:
     """Time that one call site took in one run: how often it ran, and seconds in total."""
 
@@ -156,7 +169,7 @@ class Executable:
         plan: MemoryPlan | None = None,
     ):
         self.signature, self.library, self.plan = signature, library, plan
-        self.stats: Any = None
+        self.stats: BuildStats | None = None
         self.tensors: dict[str, np.ndarray] = {}  # values for inputs, of a program that was saved with them
         self.profile_builder: Callable[[], tuple[Any, list[tuple[str, float]]]] | None = None
         self._entry: Callable[[int], Any] | None = None

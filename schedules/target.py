@@ -96,6 +96,16 @@ def host_caches() -> dict[int, int]:
 
 
 @functools.cache
+def host_model() -> str:
+    """What the operating system calls the processor; "" where it does not say."""
+    try:
+        found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else ""
+
+
+@functools.cache
 def _host_cpu_name() -> str:
     from tvm.target import codegen
 

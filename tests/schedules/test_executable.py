@@ -1,5 +1,8 @@
 """Calling a compiled program: who owns what, what is checked, threads, profile, without a linker."""
 
+import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -330,14 +333,33 @@ def test_thread_count_holds_in_every_python_thread_and_can_change(threads, monke
 
 
 def test_nothing_is_pinned_and_the_environment_is_left_alone(threads):
-    import os
-
     affinity, environment = os.sched_getaffinity(0), dict(os.environ)
     executable = build(chain(2, (64,)))
     for count in (1, 2):
         set_num_threads(count)
         executable.run([np.zeros(64, np.float32)])
     assert os.sched_getaffinity(0) == affinity and dict(os.environ) == environment
+
+
+@pytest.mark.skipif(available_cpus() < 2, reason="one core: nothing runs in parallel")
+def test_kernels_run_in_parallel_where_no_variable_says_so():
+    """In a process of its own: TVM takes variables of other libraries too, and the suite's may be set."""
+    script = (
+        "import os, threading, numpy as np, treadle as td\n"
+        "x = np.ones(1 << 22, np.float32)\n"
+        "f = td.compile(lambda x: td.tanh(td.exp(td.sin(x))))\n"
+        "f(x)\n"
+        "def ticks():\n"
+        "    folder = '/proc/self/task'\n"
+        "    def used(t): return sum(map(int, open(f'{folder}/{t}/stat').read().rsplit(')')[1].split()[11:13]))\n"
+        "    return {t: used(t) for t in os.listdir(folder)}\n"
+        "before = ticks()\n"
+        "for _ in range(60): f(x)\n"
+        "spent = [count - before.get(t, 0) for t, count in ticks().items()]\n"
+        "print(sum(2 * s > max(spent) for s in spent))\n")  # an idle worker waits actively for a moment
+    clean = {k: v for k, v in os.environ.items() if not k.endswith("NUM_THREADS")}
+    done = subprocess.run([sys.executable, "-c", script], env=clean, capture_output=True, text=True, check=True)
+    assert int(done.stdout) == available_cpus()
 
 
 @pytest.mark.parametrize("bad", [0, -1, 1.5, True, "2"])
