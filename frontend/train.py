@@ -2,8 +2,8 @@
 
 Parameters, optimizer state, running statistics and the random state are inputs of the graph that outputs take over, so
 a step updates them where they lie. What changes from step to step (learning rate, bias corrections, clip norm, which
-parameters are frozen) enters as run-time scalars: none of it compiles anything again. Each frozen parameter has a flag of
-its own rather than an element of one mask, so that the updates of equal parameters stay one kernel.
+parameters are frozen) enters as run-time scalars: none of it compiles anything again. Each parameter has a flag of its
+own rather than an element of one mask, so that the updates of equal parameters stay one kernel.
 
 The protocol of optimizers (base class `optim.Optimizer`):
 

@@ -3,6 +3,9 @@
 The conventions are torch's, so that code and checkpoints carry over: assigning a `Parameter` or a
 `Module` to an attribute registers it, names join with dots, `state_dict` holds parameters and
 persistent buffers.
+
+A parameter may be read *through* a function (`parametrize`): low-rank adaptation, weight normalisation or quantised
+weights then need no layer of their own. The stored parameter keeps its name, the function's own stand beside it.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from ...ir.dtypes import as_dtype
 from ...ir.errors import ArgumentsError, CheckpointError
 from .. import recording
 from ..dispatch import as_tensor
+from ..grad_mode import no_grad
 from ..tensor import Tensor
 from .parameter import Parameter
 
@@ -28,6 +32,7 @@ class Module:
         object.__setattr__(self, "_buffers", {})
         object.__setattr__(self, "_modules", {})
         object.__setattr__(self, "_transient", set())  # buffers that state_dict leaves out
+        object.__setattr__(self, "_readers", {})  # parameter -> names of the modules that it is read through
         object.__setattr__(self, "_hooks", {"pre": [], "post": []})
         object.__setattr__(self, "_training", True)
         object.__setattr__(self, "_edits", 0)  # parts replaced: what was compiled with the old ones is stale
@@ -86,13 +91,15 @@ class Module:
         for table in ("_parameters", "_buffers", "_modules"):
             held = self.__dict__.get(table, {})
             if name in held:
-                return held[name]
+                return self.read(name) if name in self.__dict__.get("_readers", ()) else held[name]
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def __delattr__(self, name: str) -> None:
         for table in self._tables():
             if name in table:
                 del table[name]
+                for part in self._readers.pop(name, ()):
+                    del self._modules[part]
                 self._edited()
                 return
         object.__delattr__(self, name)
@@ -119,6 +126,57 @@ class Module:
         """Adds a child under a name that need not be an identifier."""
         self.__dict__.pop(name, None)
         self._modules[name] = module
+        self._edited()
+
+    def read(self, name: str) -> Any:
+        """The parameter (None if the layer does without) as `forward` sees it: through its parametrizations.
+
+        What an attribute gives, for names that are no identifiers.
+        """
+        value: Any = self._parameters[name]
+        for part in self._readers.get(name, ()):
+            value = self._modules[part](value)
+        return value
+
+    def parametrize(self, name: str, kind: str, function: Module) -> None:
+        """From now on the parameter `name` is read as `function(parameter)`, after what was added before.
+
+        The parameters of `function` are those of this module under `name.kind`.
+
+        Raises:
+            ArgumentsError: there is no such parameter, or it has a parametrization of this kind.
+        """
+        part = f"{name}.{kind}"
+        if self._parameters.get(name) is None:
+            raise ArgumentsError(f"{type(self).__name__} has no parameter {name!r} to parametrize")
+        if part in self._modules:
+            raise ArgumentsError(f"the parameter {name!r} has a parametrization {kind!r} already; remove it first")
+        self.add_module(part, function)
+        self._readers.setdefault(name, []).append(part)
+
+    def parametrized(self) -> Iterator[tuple[str, str, Module]]:
+        """(parameter, kind, function) for each parametrization of this module's own parameters."""
+        for name, parts in self._readers.items():
+            for part in parts:
+                yield name, part[len(name) + 1:], self._modules[part]
+
+    def remove_parametrization(self, name: str, kind: str, merge: bool = True) -> None:
+        """Ends `parametrize`; with `merge` the parameter takes over the value it was read as.
+
+        Raises:
+            ArgumentsError: there is no such parametrization, or another one was added on top of it.
+        """
+        parts = self._readers.get(name, [])
+        if f"{name}.{kind}" not in parts or (merge and parts[0] != f"{name}.{kind}"):
+            raise ArgumentsError(f"{name!r} is not read through {kind!r}"
+                                 + (f" first but through {parts[0][len(name) + 1:]!r}" if parts else ""))
+        if merge:
+            with no_grad():
+                self._parameters[name].assign(self._modules[parts[0]](self._parameters[name].detach()))
+        parts.remove(f"{name}.{kind}")
+        if not parts:
+            del self._readers[name]
+        del self._modules[f"{name}.{kind}"]
         self._edited()
 
     def register_forward_hook(self, hook: Callable[[Module, tuple[Any, ...], Any], Any]) -> Callable[[], None]:

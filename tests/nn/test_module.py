@@ -150,3 +150,40 @@ def test_orthogonal_and_truncated():
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+class Scaled(nn.Module):
+    def __init__(self, start):
+        super().__init__()
+        self.factor = nn.Parameter(np.float32(start))
+
+    def forward(self, weight):
+        return weight * self.factor
+
+
+def test_a_parameter_is_read_through_functions():
+    layer = nn.Linear(3, 2)
+    x = np.ones((4, 3), np.float32)
+    compiled = td.compile(lambda x: layer(x))
+    plain, stored = compiled(x).numpy(), layer.weight.numpy()
+    layer.parametrize("weight", "scale", Scaled(2.0))
+    layer.parametrize("weight", "half", Scaled(0.5))
+    assert list(layer.state_dict()) == ["weight", "bias", "weight.scale.factor", "weight.half.factor"]
+    assert [(n, k) for n, k, _ in layer.parametrized()] == [("weight", "scale"), ("weight", "half")]
+    assert np.allclose(compiled(x).numpy(), plain) and compiled.stats.compiles == 2, "the old program is stale"
+    layer._modules["weight.half"].factor.assign(td.tensor(3.0))
+    assert np.allclose(layer.weight.numpy(), 6 * stored) and np.allclose(layer._parameters["weight"].numpy(), stored)
+    (layer(x) ** 2).sum().backward()
+    grads = {n: p.grad for n, p in layer.named_parameters()}
+    assert all(g is not None for g in grads.values())
+    assert np.isclose(grads["weight.scale.factor"].numpy() * 2, (grads["weight"].numpy() * stored).sum(), rtol=1e-4)
+    with pytest.raises(td.ArgumentsError, match="first but through 'scale'"):
+        layer.remove_parametrization("weight", "half")
+    layer.remove_parametrization("weight", "scale")
+    assert np.allclose(layer._parameters["weight"].numpy(), 2 * stored)
+    layer.remove_parametrization("weight", "half", merge=False)
+    assert np.allclose(layer.weight.numpy(), 2 * stored) and list(layer.state_dict()) == ["weight", "bias"]
+    for wrong in (lambda: layer.parametrize("gain", "scale", Scaled(1)),
+                  lambda: layer.remove_parametrization("bias", "scale")):
+        with pytest.raises(td.ArgumentsError, match="gain|bias"):
+            wrong()
