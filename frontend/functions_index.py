@@ -338,12 +338,23 @@ def _scatter(x: Tensor, index: Any, plan: _Plan, values: Tensor, how: str) -> Te
     else:
         shape = x.shape
         positions = reshape(apply("iota", shape=(math.prod(shape),), axis=0, dtype=int64), shape)
-        indices = getitem(positions, index)
+        indices = _dropped(getitem(positions, index), plan, math.prod(shape))
         updates = _fitted(values, indices.shape, x)
         flat = reshape(x, (math.prod(shape),))
     op = "scatter_nd" if how == "set" else "scatter_add_nd"
     result: Tensor = apply(op, flat, expand_dims(indices, -1), updates)
     return reshape(result, shape)
+
+
+def _dropped(positions: Tensor, plan: _Plan, size: Any) -> Tensor:
+    """Flat positions, gathered by the plan, with those that lie out of range moved to `size`, where scatters drop them."""
+    inside = None
+    for axis, indices in plan.arrays:
+        fits = (indices >= 0) & (indices < plan.result[axis])
+        inside = fits if inside is None else inside & fits
+    assert inside is not None
+    after = positions.ndim - plan.place - inside.ndim
+    return where(reshape(inside, inside.shape + (1,) * after), positions, size)
 
 
 def setitem(x: Tensor, index: Any, values: Any) -> None:

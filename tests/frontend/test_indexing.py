@@ -187,3 +187,22 @@ def test_gradients_of_indexing():
         ).item() / 2e-6
         gradient = td.grad(lambda x: td.sum(td.sin(fn(x))))(x)  # noqa: B023
         np.testing.assert_allclose((gradient.numpy() * d).sum(), slope, rtol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["set", "add"])
+@pytest.mark.parametrize("index, axes", [
+    (lambda i, j: i, (0,)), (lambda i, j: (slice(None), i), (1,)), (lambda i, j: (1, slice(None), i), (2,)),
+    (lambda i, j: (slice(None), i, j), (1, 2)), (lambda i, j: (i, slice(None), j), (0, 2)),
+    (lambda i, j: (i, ..., slice(1, 3)), (0,)),
+])
+def test_compiled_updates_drop_what_is_out_of_range(how, index, axes):
+    i, j = np.array([0, 7, -2, -9]), np.array([1, 2, 3, 9])
+    expected = X.copy()
+    for pair in zip(i, j):
+        place = index(*pair)
+        used = [k for k in (place if isinstance(place, tuple) else (place,)) if isinstance(k, np.integer)]
+        assert len(used) == len(axes)
+        if all(-X.shape[a] <= k < X.shape[a] for a, k in zip(axes, used)):
+            expected[place] = 7 if how == "set" else expected[place] + 7
+    found = td.compile(lambda x, i, j: getattr(x.at[index(i, j)], how)(7.0))(X, i, j)
+    np.testing.assert_array_equal(found.numpy(), expected)
