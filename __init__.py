@@ -7,6 +7,8 @@ Functions of tensors are in one flat namespace under NumPy's (the array API stan
 because a second one, `td.numpy`, would hold the same names once more.
 """
 
+from typing import Any as _Any
+
 from . import ir
 from .frontend import methods as _methods
 from .frontend import nn, optim, plugins, random
@@ -51,6 +53,7 @@ from .ir.errors import (
     DTypeError,
     GradientError,
     MissingRuleError,
+    OnnxError,
     ParseError,
     RegistryError,
     ShapeError,
@@ -62,3 +65,12 @@ from .ir.errors import (
 from .schedules.runtime import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> _Any:
+    """`td.onnx` is imported when it is first used: most programs do without."""
+    if name == "onnx":
+        from .frontend import onnx
+
+        return onnx
+    raise AttributeError(f"module 'treadle' has no attribute {name!r}")

@@ -75,3 +75,7 @@ class CheckpointError(TreadleError, ValueError):
 
 class ConfigError(TreadleError, ValueError):
     """An environment variable or option with a value outside its domain."""
+
+
+class OnnxError(TreadleError, ValueError):
+    """An ONNX model that is damaged, not valid, or uses what is not supported; the message names the node."""

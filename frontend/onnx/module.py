@@ -1,0 +1,225 @@
+"""`OnnxModule`: an ONNX model as a module that runs eagerly, traces, compiles, differentiates and trains.
+
+Its `forward` walks the ONNX graph and calls the rules, which emit our ops. Float initializers (and `Constant` weights)
+are parameters under the names they have in the file; statistics and other large arrays are buffers; the rest, such as
+shapes, axes and scalars, is known while tracing and part of the program.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import onnx
+
+from ...ir.dims import Dim
+from ...ir.errors import ArgumentsError, DTypeError, OnnxError
+from ...ir.types import TensorType
+from ..dispatch import as_tensor
+from ..nn.module import Module
+from ..nn.parameter import Parameter
+from ..tensor import Tensor
+from ..trace import Spec
+from .node import array_of, dense_of
+from .reader import MAX_ELEMENTS, opsets_of, read
+from .run import Context, Frame, concrete
+from .uses import Uses
+
+SMALL = 64
+"""Integer arrays of up to so many elements are known while tracing, wherever they are used."""
+
+
+class OnnxModule(Module):
+    """An imported model. Called with its inputs in order (or by name), gives its output, or a tuple of several.
+
+    Attributes:
+        model: the ModelProto it was made from; weights in it are not kept up to date.
+        input_names, output_names: as in the file.
+        inputs: a `Spec` for each input, with symbolic sizes; None where the file says nothing of it.
+        constants: known arrays by name.
+        opsets: the version of each domain.
+    """
+
+    def __init__(self, model: onnx.ModelProto, label: str = "model", max_elements: int = MAX_ELEMENTS):
+        super().__init__()
+        self.model = model
+        self.label = label
+        self.max_elements = max_elements
+        self.opsets = opsets_of(model)
+        self.functions = {(f.domain, f.name, f.overload): f for f in model.functions}
+        graph = model.graph
+        stored = {t.name for t in graph.initializer} | {s.values.name for s in graph.sparse_initializer}
+        self.input_names = [v.name for v in graph.input if v.name not in stored]
+        self.output_names = [v.name for v in graph.output]
+        self.inputs = [_spec(v) for v in graph.input if v.name not in stored]
+        self.constants: dict[str, np.ndarray] = {}
+        self._uses = Uses(graph, self.opsets, self.functions)
+        self._overridable = {v.name for v in graph.input} & stored
+        for name, array in _stored(graph):
+            self._take(name, array)
+        self._nodes = [n for n in graph.node if not self._is_weight(n)]
+
+    # What is stored ---------------------------------------------------------------------------------------------
+
+    def _take(self, name: str, array: np.ndarray) -> None:
+        """Files an initializer as parameter, buffer or constant."""
+        kind = self._uses.kind(name, array)
+        try:
+            if kind == "parameter":
+                self.register_parameter(name, Parameter(array, name=name))
+                return
+            if kind == "buffer" or (array.size > SMALL and array.dtype != object
+                                    and name not in self._uses.static):
+                self.register_buffer(name, Tensor(array, name=name))
+                return
+        except DTypeError:
+            pass  # a dtype that only shapes are computed in, or that nothing uses
+        self.constants[name] = array
+
+    def _is_weight(self, node: onnx.NodeProto) -> bool:
+        """Takes a `Constant` node that holds weights as an initializer of its output's name."""
+        if node.op_type != "Constant" or node.domain not in ("", "ai.onnx") or len(node.output) != 1:
+            return False
+        value = next((a for a in node.attribute if a.name == "value" and a.HasField("t")), None)
+        if value is None or value.ref_attr_name:
+            return False
+        array = array_of(value.t)
+        if self._uses.kind(node.output[0], array) == "known" and array.size <= SMALL:
+            return False
+        self._take(node.output[0], array)
+        return True
+
+    # Running ----------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the model.
+
+        Args:
+            *args: the inputs in order: tensors or arrays; lists or tuples of ints for inputs that decide shapes;
+                lists of tensors for sequences; None for optionals.
+            **kwargs: inputs by name, also those that have a default in the file.
+
+        Raises:
+            ArgumentsError: another number of inputs, or one of another type than the model declares.
+            OnnxError: a node cannot be run; it is named.
+        """
+        results = self.run(self._bind(args, kwargs))
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def run(self, given: dict[str, Any]) -> list[Any]:
+        """The outputs, from the inputs by name."""
+        frame = self.frame(given)
+        frame.run(self._nodes)
+        return [concrete(frame.lookup(name)) for name in self.output_names]
+
+    def frame(self, given: dict[str, Any]) -> Frame:
+        """A frame with everything stored and the given inputs."""
+        frame = Frame(Context(self.label, self.functions, self.max_elements), self.opsets)
+        frame.env.update(self.constants)
+        frame.env.update({name: t for name, t in self._buffers.items() if t is not None})
+        frame.env.update({name: p for name, p in self._parameters.items() if p is not None})
+        frame.env.update(given)
+        return frame
+
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        if len(args) > len(self.input_names):
+            raise ArgumentsError(f"{self.label} takes {len(self.input_names)} inputs ({self._signature()}), got "
+                                 f"{len(args)}")
+        given = dict(zip(self.input_names, args))
+        for name, value in kwargs.items():
+            if name in given:
+                raise ArgumentsError(f"{self.label}: the input {name!r} is given twice")
+            if name not in self.input_names and name not in self._overridable:
+                raise ArgumentsError(f"{self.label} has no input {name!r}; it takes {self._signature()}")
+            given[name] = value
+        missing = [n for n in self.input_names if n not in given]
+        if missing:
+            raise ArgumentsError(f"{self.label}: the inputs {', '.join(missing)} are missing; it takes "
+                                 f"{self._signature()}")
+        specs = dict(zip(self.input_names, self.inputs))
+        return {name: self._argument(name, value, specs.get(name)) for name, value in given.items()}
+
+    def _argument(self, name: str, value: Any, declared: Spec | None) -> Any:
+        """An argument as a value of the graph; checked against what the model declares of it."""
+        if value is None:
+            return None
+        if isinstance(value, (list, tuple)) and any(isinstance(x, (Tensor, np.ndarray, list)) for x in value):
+            return [as_tensor(x) for x in value]
+        if not isinstance(value, Tensor):
+            dtype = declared.dtype.np if declared is not None else None
+            known = np.array(value, dtype)
+            if isinstance(value, np.ndarray) or known.dtype.kind == "f":
+                value = as_tensor(known)
+            else:
+                value = known
+        if declared is None:
+            return value
+        fits = len(declared.shape) == len(value.shape) and all(
+            isinstance(d, Dim) or isinstance(s, Dim) or d == s for d, s in zip(declared.shape, value.shape))
+        if not fits or (isinstance(value, Tensor) and value.dtype != declared.dtype):
+            found = value.type if isinstance(value, Tensor) else f"{value.dtype}{list(value.shape)}"
+            raise ArgumentsError(f"{self.label}: the input {name!r} is {declared.type}, got {found}")
+        return value
+
+    def _signature(self) -> str:
+        return ", ".join(f"{n}: {s}" if s is not None else n for n, s in zip(self.input_names, self.inputs))
+
+    def extra_repr(self) -> str:
+        """The inputs with their types, and the outputs."""
+        return f"{self._signature()} -> {', '.join(self.output_names)}"
+
+
+def _stored(graph: onnx.GraphProto) -> Iterable[tuple[str, np.ndarray]]:
+    for tensor in graph.initializer:
+        yield tensor.name, array_of(tensor)
+    for sparse in graph.sparse_initializer:
+        yield sparse.values.name, dense_of(sparse)
+
+
+def _spec(value: onnx.ValueInfoProto) -> Spec | None:
+    """What the file says of an input; None if that is not a tensor's rank and dtype."""
+    kind = value.type
+    if not kind.HasField("tensor_type") or not kind.tensor_type.HasField("shape"):
+        return None
+    sizes: list[Any] = []
+    for axis, dim in enumerate(kind.tensor_type.shape.dim):
+        if dim.HasField("dim_value"):
+            sizes.append(dim.dim_value)
+        else:
+            sizes.append(Dim(identifier(dim.dim_param or f"{value.name}_{axis}")))
+    try:
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.tensor_type.elem_type)
+        return Spec(TensorType(tuple(sizes), dtype), value.name)
+    except (DTypeError, KeyError, TypeError):
+        return None
+
+
+def identifier(name: str) -> str:
+    """A name as a Python identifier: symbolic sizes need one."""
+    clean = re.sub(r"\W", "_", name)
+    return clean if clean and not clean[0].isdigit() else f"d_{clean}"
+
+
+def load(source: Any, *, max_elements: int = MAX_ELEMENTS) -> OnnxModule:
+    """Reads an ONNX model.
+
+    Args:
+        source: a path, the bytes of a file, or a ModelProto.
+        max_elements: a model that makes a tensor with more is refused before it is allocated.
+
+    Returns:
+        A module in inference mode: its parameters carry the names of the file.
+
+    Raises:
+        OnnxError: the file is missing or damaged, or the model is not valid; the message names the node.
+    """
+    model, _ = read(source, max_elements)
+    label = str(source) if isinstance(source, str) or hasattr(source, "__fspath__") else model.graph.name or "model"
+    try:
+        module = OnnxModule(model, label, max_elements)
+    except OnnxError as error:
+        raise OnnxError(f"{label}: {error.message}") from error
+    module.eval()
+    return module
