@@ -347,7 +347,7 @@ def _scatter(x: Tensor, index: Any, plan: _Plan, values: Tensor, how: str) -> Te
 
 
 def _dropped(positions: Tensor, plan: _Plan, size: Any) -> Tensor:
-    """Flat positions, gathered by the plan, with those that lie out of range moved to `size`, where scatters drop them."""
+    """Flat positions gathered by the plan; those out of range are moved to `size`, where scatters drop them."""
     inside = None
     for axis, indices in plan.arrays:
         fits = (indices >= 0) & (indices < plan.result[axis])
