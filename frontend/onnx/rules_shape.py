@@ -7,7 +7,6 @@ graph is traced. They may hold symbolic sizes (`Dim`), which pass through.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -321,6 +320,17 @@ def pad_index(node: OnnxNode, size: Any, before: int, after: int, mode: str) -> 
 
 
 # Making ----------------------------------------------------------------------------------------------------------
+
+@onnx_rule("Constant")
+def constant_rule(node: OnnxNode) -> np.ndarray:
+    for name, dtype in (("value", None), ("sparse_value", None), ("value_float", np.float32),
+                        ("value_floats", np.float32), ("value_int", np.int64), ("value_ints", np.int64),
+                        ("value_string", object), ("value_strings", object)):
+        if node.has(name):
+            value = node.attr(name)
+            return value if dtype is None else np.array(value, dtype)
+    raise node.fail("it has no value")
+
 
 @onnx_rule("ConstantOfShape", static=(0,))
 def constant_of_shape(node: OnnxNode, shape: Any) -> Tensor:
