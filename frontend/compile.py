@@ -451,7 +451,8 @@ def compile(fn: Any = None, *, target: str = "cpu", amp: Any = None) -> Any:
     """
     if fn is None:
         return lambda function: compile(function, target=target, amp=amp)
-    return Compiled(fn, target, amp)
+    kind = getattr(fn, "compiled_as", Compiled)  # a module may bring a way of its own
+    return kind(fn, target, amp)
 
 
 def load(path: Any) -> Loaded:

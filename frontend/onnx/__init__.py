@@ -6,4 +6,5 @@
 Only this folder imports the package `onnx`, and it is imported when `td.onnx` is first used.
 """
 
+from . import backend
 from .module import OnnxModule, load

@@ -25,6 +25,7 @@ from ..trace import Spec
 from .node import array_of, dense_of
 from .reader import MAX_ELEMENTS, opsets_of, read
 from .run import Context, Frame, concrete
+from .staged import Fixed, OnnxCompiled
 from .uses import Uses
 
 SMALL = 64
@@ -38,9 +39,13 @@ class OnnxModule(Module):
         model: the ModelProto it was made from; weights in it are not kept up to date.
         input_names, output_names: as in the file.
         inputs: a `Spec` for each input, with symbolic sizes; None where the file says nothing of it.
+        static_inputs: the inputs that decide shapes: their elements are part of a compiled program.
         constants: known arrays by name.
+        nodes: the nodes that are run.
         opsets: the version of each domain.
     """
+
+    compiled_as = OnnxCompiled
 
     def __init__(self, model: onnx.ModelProto, label: str = "model", max_elements: int = MAX_ELEMENTS):
         super().__init__()
@@ -59,7 +64,9 @@ class OnnxModule(Module):
         self._overridable = {v.name for v in graph.input} & stored
         for name, array in _stored(graph):
             self._take(name, array)
-        self._nodes = [n for n in graph.node if not self._is_weight(n)]
+        self.nodes = [n for n in graph.node if not self._is_weight(n)]
+        self.stored_names = {*self.constants, *self._parameters, *self._buffers}
+        self.static_inputs = {n for n in (*self.input_names, *self._overridable) if n in self._uses.static}
 
     # What is stored ---------------------------------------------------------------------------------------------
 
@@ -105,13 +112,13 @@ class OnnxModule(Module):
             ArgumentsError: another number of inputs, or one of another type than the model declares.
             OnnxError: a node cannot be run; it is named.
         """
-        results = self.run(self._bind(args, kwargs))
+        results = self.run(self.bind(args, kwargs))
         return results[0] if len(results) == 1 else tuple(results)
 
     def run(self, given: dict[str, Any]) -> list[Any]:
         """The outputs, from the inputs by name."""
         frame = self.frame(given)
-        frame.run(self._nodes)
+        frame.run(self.nodes)
         return [concrete(frame.lookup(name)) for name in self.output_names]
 
     def frame(self, given: dict[str, Any]) -> Frame:
@@ -123,7 +130,8 @@ class OnnxModule(Module):
         frame.env.update(given)
         return frame
 
-    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call as values by the names of the inputs; see `forward`."""
         if len(args) > len(self.input_names):
             raise ArgumentsError(f"{self.label} takes {len(self.input_names)} inputs ({self._signature()}), got "
                                  f"{len(args)}")
@@ -145,6 +153,8 @@ class OnnxModule(Module):
         """An argument as a value of the graph; checked against what the model declares of it."""
         if value is None:
             return None
+        if isinstance(value, Fixed):
+            return value.array
         if isinstance(value, (list, tuple)) and any(isinstance(x, (Tensor, np.ndarray, list)) for x in value):
             return [as_tensor(x) for x in value]
         if not isinstance(value, Tensor):
@@ -162,6 +172,11 @@ class OnnxModule(Module):
             found = value.type if isinstance(value, Tensor) else f"{value.dtype}{list(value.shape)}"
             raise ArgumentsError(f"{self.label}: the input {name!r} is {declared.type}, got {found}")
         return value
+
+    def input_dtype(self, name: str) -> Any:
+        """The NumPy dtype that an input is declared with, or None."""
+        declared = dict(zip(self.input_names, self.inputs)).get(name)
+        return None if declared is None else declared.dtype.np
 
     def _signature(self) -> str:
         return ", ".join(f"{n}: {s}" if s is not None else n for n, s in zip(self.input_names, self.inputs))

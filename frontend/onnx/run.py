@@ -17,6 +17,7 @@ import onnx
 from ...ir.errors import OnnxError, TreadleError
 from ...ir.location import Loc
 from .. import eager
+from ..recording import current_trace
 from ..tensor import Tensor
 from .fold import fold_symbolic
 from .functions import FunctionBody, standard_body
@@ -54,13 +55,20 @@ class Context:
         self.answers: list[np.ndarray] = []
         self.asked = 0
         self.depth = 0
+        self.trace = current_trace()
+        self._told: dict[Any, np.ndarray] = {}
 
     def answer(self, value: Tensor) -> np.ndarray | None:
-        """The next of the answers, if there is one left."""
-        if self.asked < len(self.answers):
+        """The elements of a tensor of the outermost trace, if they are among the answers."""
+        key = value._value
+        if key not in self._told and value._trace is self.trace and self.asked < len(self.answers):
+            self._told[key] = self.answers[self.asked]
             self.asked += 1
-            return self.answers[self.asked - 1]
-        return None
+        return self._told.get(key)
+
+    def is_outermost(self, value: Tensor) -> bool:
+        """Whether a tensor exists outside of all loops and branches."""
+        return value._trace is self.trace
 
 
 class Frame:
@@ -249,7 +257,7 @@ def _call(node: OnnxNode, body: FunctionBody, operands: Sequence[Any]) -> list[A
     opsets = dict(body.opsets or {}) or {i.domain if i.domain != "ai.onnx" else "": i.version
                                          for i in proto.opset_import}
     frame = Frame(context, {**node.frame.opsets, **opsets}, None, attributes)
-    frame.env.update({name: None for name in proto.input})
+    frame.env.update(dict.fromkeys(proto.input))
     frame.env.update(zip(proto.input, operands))
     context.depth += 1
     try:

@@ -92,3 +92,13 @@ def is_float(array: np.ndarray) -> bool:
         return as_dtype(array.dtype).is_float
     except DTypeError:
         return False
+
+
+def names_used(nodes: Iterable[onnx.NodeProto]) -> set[str]:
+    """The names that nodes read, in their subgraphs too."""
+    found: set[str] = set()
+    for node in nodes:
+        found.update(node.input)
+        for inner in subgraphs(node):
+            found |= names_used(inner.node) | {o.name for o in inner.output}
+    return found

@@ -13,7 +13,7 @@ A value is one of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Union
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from ..dispatch import as_tensor
 from ..tensor import Tensor
 
 Known = np.ndarray
-OnnxValue = Union[Tensor, np.ndarray, list, None]
+OnnxValue: TypeAlias = "Tensor | np.ndarray | list[Any] | None"
 
 
 def is_known(value: Any) -> bool:

@@ -1,0 +1,179 @@
+"""Compiling models whose shapes depend on data.
+
+`NonZero`, `Unique`, `NonMaxSuppression` or a loop that collects an unknown number of results make tensors whose sizes
+follow from elements that exist at run time only. A program has fixed sizes, so the model is cut where a rule asks for
+such elements (a count, say): the part before the cut is one compiled program that also gives what the rest reads, and
+the rest is a program for each answer, kept under it. Nothing is computed by NumPy, and nothing twice but the node at
+the cut. Where the answers stay within a range, so do the programs; the others are compiled when they first come up.
+
+Inputs that decide shapes (`Reshape`'s second) need no cut: their elements are part of the key, as those of any argument
+that is no tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ...ir.errors import OnnxError
+from .. import tree
+from ..compile import Compiled
+from ..recording import current_trace
+from ..signature import Scanned
+from ..tensor import Tensor
+from .node import NeedsValue
+from .run import Frame, concrete
+from .uses import names_used
+
+ANSWER_ELEMENTS = 4096
+"""A program cannot depend on more elements than this."""
+STATIC_ELEMENTS = 64
+PROGRAMS = 256
+"""Programs kept behind one cut."""
+
+
+class Fixed:
+    """Elements of an argument that are part of the program."""
+
+    def __init__(self, array: np.ndarray):
+        self.array = array
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Fixed) and _key(self.array) == _key(other.array)
+
+    def __hash__(self) -> int:
+        return hash(_key(self.array))
+
+    def __repr__(self) -> str:
+        return f"{self.array.dtype}{self.array.tolist()}"
+
+
+def _key(array: np.ndarray) -> tuple[Any, ...]:
+    return (array.shape, array.dtype.str, array.tobytes())
+
+
+@dataclass
+class Cut:
+    """Where a program ends and the next begins.
+
+    Attributes:
+        position: number of the node that asked.
+        structure, leaves: the values that the rest reads; a traced tensor's place is taken by None.
+        traced: which leaves those are.
+        answers: what the node has been told before.
+        programs: the rest, by the answer.
+    """
+
+    position: int
+    structure: tree.Structure
+    leaves: list[Any]
+    traced: list[int]
+    answers: list[np.ndarray]
+    programs: dict[Any, Compiled]
+
+
+class Stages:
+    """A model as compiled parts; called with its arguments."""
+
+    def __init__(self, module: Any, target: str, amp: Any):
+        self.module = module
+        self.target, self.amp = target, amp
+        self.cuts: list[Cut] = []
+        self.first = Compiled(self._begin, target, amp)
+
+    def __call__(self, args: Sequence[Any], keywords: dict[str, Any]) -> Any:
+        """Runs part after part."""
+        result = self.first(*args, **keywords)
+        while "outputs" not in result:
+            (number,) = (int(k[4:]) for k in result if k.startswith("cut:"))
+            cut = self.cuts[number]
+            result = self._rest(cut, result["answer"].numpy())(result["live"])
+        outputs = result["outputs"]
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def _rest(self, cut: Cut, answer: np.ndarray) -> Compiled:
+        key = _key(answer)
+        if key not in cut.programs:
+            if len(cut.programs) >= PROGRAMS:
+                cut.programs.pop(next(iter(cut.programs)))
+            cut.programs[key] = Compiled(lambda live: self._continue(cut, live, answer), self.target, self.amp)
+        return cut.programs[key]
+
+    def _begin(self, *args: Any, **keywords: Any) -> Any:
+        frame = self.module.frame(self.module.bind(args, keywords))
+        return self._advance(frame, 0, [])
+
+    def _continue(self, cut: Cut, live: list[Tensor], answer: np.ndarray) -> Any:
+        leaves = list(cut.leaves)
+        for place, tensor in zip(cut.traced, live):
+            leaves[place] = tensor
+        frame = self.module.frame({})
+        frame.env.update(tree.unflatten(cut.structure, leaves))
+        return self._advance(frame, cut.position, [*cut.answers, answer])
+
+    def _advance(self, frame: Frame, position: int, answers: list[np.ndarray]) -> Any:
+        """Runs nodes from `position` on, up to the end or the next cut."""
+        context, nodes = frame.context, self.module.nodes
+        context.answers = answers
+        for i in range(position, len(nodes)):
+            try:
+                frame.step(nodes[i])
+            except NeedsValue as error:
+                if error.value._trace is not current_trace():
+                    raise
+                return self._cut(frame, i, context.answers, error)
+            context.answers, context.asked = [], 0
+        return {"outputs": [concrete(frame.lookup(name)) for name in self.module.output_names]}
+
+    def _cut(self, frame: Frame, position: int, answers: list[np.ndarray], error: NeedsValue) -> Any:
+        value = error.value
+        if value.type.is_static and value.size > ANSWER_ELEMENTS:
+            raise OnnxError(f"{error.message}. A program for every value of {value.size:,} elements is out of reach")
+        wanted = names_used(self.module.nodes[position:]) | set(self.module.output_names)
+        live = {name: v for name, v in frame.env.items()
+                if name in wanted and name not in self.module.stored_names}
+        leaves, structure = tree.flatten(live)
+        traced = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_tracer]
+        tensors = [leaves[i] for i in traced]
+        for i in traced:
+            leaves[i] = None
+        self.cuts.append(Cut(position, structure, leaves, traced, answers, {}))
+        return {f"cut:{len(self.cuts) - 1}": None, "live": tensors, "answer": value}
+
+
+class OnnxCompiled(Compiled):
+    """A compiled model; in parts where shapes depend on data."""
+
+    def __init__(self, fn: Any, target: str = "cpu", amp: Any = None, memory_budget: int | None = None):
+        super().__init__(fn, target, amp, memory_budget)
+        self._stages: dict[Any, Stages] = {}
+
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        """Runs the program for these arguments; see `Compiled`."""
+        names = self.fn.input_names
+        args = tuple(self._fix(name, value) for name, value in zip(names, args)) + args[len(names):]
+        keywords = {name: self._fix(name, value) for name, value in keywords.items()}
+        return super().__call__(*args, **keywords)
+
+    def _fix(self, name: str, value: Any) -> Any:
+        """The argument with its elements as part of the program, where it decides shapes."""
+        if name not in self.fn.static_inputs or isinstance(value, Fixed) or value is None:
+            return value
+        if isinstance(value, Tensor):
+            if value.is_tracer:
+                return value
+            value = value.numpy()
+        array = np.asarray(value, self.fn.input_dtype(name))
+        return Fixed(array) if array.size <= STATIC_ELEMENTS else array
+
+    def _run(self, found: Scanned, args: Sequence[Any], keywords: dict[str, Any]) -> Any:
+        if found.key not in self._stages:
+            try:
+                return super()._run(found, args, keywords)
+            except NeedsValue:
+                self._stages[found.key] = Stages(self.fn, self.target, self.amp)
+        self.stats.calls += 1
+        return self._stages[found.key](args, keywords)
