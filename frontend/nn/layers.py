@@ -45,6 +45,9 @@ class Linear(Module):
     def forward(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.weight, self.bias)
 
+    def product_weights(self) -> dict[str, bool]:
+        return {"weight": False}
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
 

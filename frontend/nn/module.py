@@ -10,7 +10,7 @@ weights then need no layer of their own. The stored parameter keeps its name, th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -243,6 +243,15 @@ class Module:
     def buffers(self) -> Iterator[Tensor]:
         """Buffers, each once."""
         return (b for _, b in self.named_buffers())
+
+    def parameter_aliases(self) -> Mapping[str, Sequence[str]]:
+        """Further names that patterns may call this module's own parameters by (`td.finetune`)."""
+        return {}
+
+    def product_weights(self) -> Mapping[str, bool]:
+        """Own parameters that inputs are multiplied by (matrix products, convolutions): name -> whether the inputs'
+        axis comes first, as in `x @ w`, and not the outputs'."""
+        return {}
 
     # -- modes and state
 

@@ -8,7 +8,7 @@ shapes, axes and scalars, is known while tracing and part of the program.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from .node import array_of, dense_of
 from .reader import MAX_ELEMENTS, opsets_of, read
 from .run import Context, Frame, concrete
 from .staged import Fixed, OnnxCompiled
-from .uses import Uses
+from .uses import Uses, names_used
 
 SMALL = 64
 """Integer arrays of up to so many elements are known while tracing, wherever they are used."""
@@ -65,6 +65,7 @@ class OnnxModule(Module):
         for name, array in _stored(graph):
             self._take(name, array)
         self.nodes = [n for n in graph.node if not self._is_weight(n)]
+        self._wrappers: dict[str, list[Module]] = {}
         self.stored_names = {*self.constants, *self._parameters, *self._buffers}
         self.static_inputs = {n for n in (*self.input_names, *self._overridable) if n in self._uses.static}
 
@@ -123,12 +124,65 @@ class OnnxModule(Module):
 
     def frame(self, given: dict[str, Any]) -> Frame:
         """A frame with everything stored and the given inputs."""
-        frame = Frame(Context(self.label, self.functions, self.max_elements), self.opsets)
+        frame = Frame(Context(self.label, self.functions, self.max_elements, self._wrappers), self.opsets)
         frame.env.update(self.constants)
         frame.env.update({name: t for name, t in self._buffers.items() if t is not None})
-        frame.env.update({name: p for name, p in self._parameters.items() if p is not None})
+        frame.env.update({name: self.read(name) for name, p in self._parameters.items() if p is not None})
         frame.env.update(given)
         return frame
+
+    # Changing it ------------------------------------------------------------------------------------------------
+
+    def select_outputs(self, names: Sequence[str]) -> None:
+        """Makes other values of the graph its outputs; nodes, parameters and buffers that none of them needs go.
+
+        Raises:
+            OnnxError: the graph has no such value.
+        """
+        made = {o for n in self.nodes for o in n.output} | {*self.input_names, *self._parameters, *self._buffers}
+        if unknown := [n for n in names if n not in made]:
+            raise OnnxError(f"{self.label}: the graph has no value {unknown[0]!r} that could be an output")
+        needed, kept = set(names), []
+        for node in reversed(self.nodes):
+            if needed & set(node.output):
+                kept.append(node)
+                needed.update(names_used([node]))
+        self.nodes = kept[::-1]
+        self.output_names = list(names)
+        for name in [n for table in (self._parameters, self._buffers) for n in table if n not in needed]:
+            delattr(self, name)
+        self._edited()
+
+    def wrap(self, value: str, kind: str, wrapper: Module) -> None:
+        """From now on the node that makes `value` is run by `wrapper(run, operands)`, which gives the list of its
+        results; `run()` gives those of the node itself (or of the wrapper before).
+
+        The parameters of `wrapper` are those of this module under `value.kind`.
+
+        Raises:
+            OnnxError: no node of the graph makes the value.
+        """
+        maker = next((n for n in self.nodes if value in n.output), None)
+        if maker is None:
+            raise OnnxError(f"{self.label}: no node of the graph makes a value {value!r}")
+        self._wrappers.setdefault(maker.output[0], []).append(wrapper)
+        self.add_module(f"{value}.{kind}", wrapper)
+
+    def parameter_aliases(self) -> dict[str, tuple[str, ...]]:
+        """The paths of the nodes that use a parameter: exporters drop names of weights, but seldom those of nodes."""
+        found: dict[str, list[str]] = {}
+        for node in self.nodes:
+            for name in names_used([node]):
+                if name in self._parameters and node.name:
+                    found.setdefault(name, []).append(node.name)
+        return {name: tuple(nodes) for name, nodes in found.items()}
+
+    def product_weights(self) -> dict[str, bool]:
+        """Second operands of products that are parameters."""
+        return {node.input[1]: inputs_first for node in self.nodes if len(node.input) > 1
+                and node.input[1] in self._parameters and (inputs_first := _inputs_first(node)) is not None}
+
+    # Arguments --------------------------------------------------------------------------------------------------
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call as values by the names of the inputs; see `forward`."""
@@ -191,6 +245,20 @@ def _stored(graph: onnx.GraphProto) -> Iterable[tuple[str, np.ndarray]]:
         yield tensor.name, array_of(tensor)
     for sparse in graph.sparse_initializer:
         yield sparse.values.name, dense_of(sparse)
+
+
+def _inputs_first(node: onnx.NodeProto) -> bool | None:
+    """Whether the second operand of a product has the inputs' axis first; None for what is no product."""
+    if node.op_type in ("MatMul", "FusedMatMul", "Gemm", "FusedGemm"):
+        return not any(a.name == "transB" and a.i for a in node.attribute)
+    return False if node.op_type in ("Conv", "FusedConv") else None
+
+
+def _inputs_first(node: onnx.NodeProto) -> bool | None:
+    """Whether the second operand of a product has the inputs' axis first; None for what is no product."""
+    if node.op_type in ("MatMul", "FusedMatMul", "Gemm", "FusedGemm"):
+        return not any(a.name == "transB" and a.i for a in node.attribute)
+    return False if node.op_type in ("Conv", "FusedConv") else None
 
 
 def _spec(value: onnx.ValueInfoProto) -> Spec | None:

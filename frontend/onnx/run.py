@@ -8,6 +8,7 @@ its body.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -45,11 +46,14 @@ class Context:
         label: what messages call the model.
         functions: the model's own, by (domain, name, overload).
         max_elements: a tensor with more is refused before it is made.
+        wrappers: modules that run a node in its rule's place, by its first output; see `OnnxModule.wrap`.
         answers: elements of tensors that decide shapes, in the order in which they are asked for; see `staged`.
     """
 
-    def __init__(self, label: str, functions: Mapping[tuple[str, str, str], onnx.FunctionProto], max_elements: int):
+    def __init__(self, label: str, functions: Mapping[tuple[str, str, str], onnx.FunctionProto], max_elements: int,
+                 wrappers: Mapping[str, Sequence[Any]] | None = None):
         self.label = label
+        self.wrappers = wrappers or {}
         self.functions = functions
         self.max_elements = max_elements
         self.answers: list[np.ndarray] = []
@@ -129,10 +133,17 @@ class Frame:
         """Runs one node."""
         node = self.node(proto)
         operands = [self.lookup(name) if name else None for name in proto.input]
-        results = run_node(node, operands)
+        results = self.run_wrapped(node, operands)
         for name, result in zip(proto.output, results):
             if name:
                 self.env[name] = result
+
+    def run_wrapped(self, node: OnnxNode, operands: Sequence[Any]) -> Sequence[Any]:
+        """The results of a node, or what the modules wrapped around it make of it."""
+        run = functools.partial(run_node, node, operands)
+        for wrapper in self.context.wrappers.get(node.outputs[0], ()) if node.outputs else ():
+            run = functools.partial(wrapper, run, operands)
+        return run()
 
 
 class Subgraph:
@@ -252,7 +263,8 @@ def _call(node: OnnxNode, body: FunctionBody, operands: Sequence[Any]) -> list[A
     proto = body.proto
     if len(operands) > len(proto.input):
         raise node.fail(f"the function takes {len(proto.input)} operands, not {len(operands)}")
-    attributes = {a.name: a for a in proto.attribute_proto}
+    attributes = dict(node.defaults()) if body.opsets else {}
+    attributes.update({a.name: a for a in proto.attribute_proto})
     attributes.update(node._attributes)
     opsets = dict(body.opsets or {}) or {i.domain if i.domain != "ai.onnx" else "": i.version
                                          for i in proto.opset_import}
@@ -268,7 +280,7 @@ def _call(node: OnnxNode, body: FunctionBody, operands: Sequence[Any]) -> list[A
         raise OnnxError(f"{node}: in its function body: {error.message}") from error
     finally:
         context.depth -= 1
-    return [frame.lookup(name) if i < len(node.outputs) else None for i, name in enumerate(proto.output)]
+    return [frame.lookup(name) if node.wants(i) else None for i, name in enumerate(proto.output)]
 
 
 def concrete(value: Any) -> Any:
