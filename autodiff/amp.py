@@ -39,7 +39,8 @@ from ..ir.rewrite import with_operands
 NARROW = "matmul conv conv_input_grad conv_weight_grad attention"
 WIDE = """reduce_sum reduce_mean reduce_prod logsumexp cumsum cumprod softmax log_softmax layer_norm rms_norm group_norm
     batch_norm cross_entropy scatter_add scatter_add_along_axis scatter_add_nd exp exp2 expm1 log log2 log10 log1p
-    pow sqrt rsqrt cbrt reciprocal tan sinh cosh asin acos asinh acosh atanh atan2 hypot sin cos softplus erfc"""
+    pow sqrt rsqrt cbrt reciprocal tan sinh cosh asin acos asinh acosh atanh atan2 hypot sin cos softplus erfc
+    bitcast"""
 CAST = "cast"
 
 

@@ -194,10 +194,21 @@ def cast_reference(x: Any, dtype: Any) -> Any:
     return x.astype(bool if target == np.bool_ else target)
 
 
-
 define("cast", "x", cast_infer, cast_reference, "x in another dtype: floats round to the nearest, floats to integers "
        "truncate, integers wrap, bool is x != 0.", attrs={"dtype": REQUIRED}, traits=["elementwise"],
        flops=per_element())
+
+
+def bitcast_infer(x: TensorType, dtype: Any) -> TensorType:
+    check_compute(x, x.with_dtype(check_dtype_attr(dtype)))
+    if dtype.bits != x.dtype.bits:
+        fail_attr(f"dtype is {dtype}, of {dtype.bits} bits; {x.dtype} has {x.dtype.bits}, and no bit is added or lost")
+    return x.with_dtype(dtype)
+
+
+define("bitcast", "x", bitcast_infer, lambda x, dtype: np.copy(x).view(as_dtype(dtype).np),
+       "The same bits, read as another dtype of the same width.", attrs={"dtype": REQUIRED}, traits=["elementwise"],
+       flops=per_element(), undifferentiable="bits, not numbers")
 
 
 def clip_infer(x: TensorType, lo: Any, hi: Any) -> TensorType:

@@ -338,6 +338,23 @@ def convert(node: Any, x: Any) -> Any:
     return cast(x, dtype)
 
 
+def same_bits(node: Any, x: Any) -> Any:
+    """Narrow floats are computed with as f32, and bools as one bit: their stored form is made first, and read last."""
+    source, target = node.operands[0].dtype, node.result.dtype
+    if is_bool(x):
+        return tirx.Select(x, const(1, target), const(0, target))
+    if source == "bfloat16":
+        x = cast(tirx.reinterpret("uint32", let(x)) >> const(16, "uint32"), "uint16")
+    elif source == "float16":
+        x = let(cast(x, "float16"))
+    if target == "bool":
+        return not_equal(x, const(0, dtype_of(x)))
+    if target == "bfloat16":
+        word = cast(tirx.reinterpret("uint16", let(x)), "uint32")
+        return tirx.reinterpret("float32", let(word << const(16, "uint32")))
+    return cast(tirx.reinterpret(target, let(x)), compute_dtype(target))
+
+
 def to_f32_for_rounding(x: Any) -> Any:
     """f64 to f32 rounded to odd: a second rounding, to fewer bits, is then as if it were the only one."""
     x = let(x)
@@ -383,3 +400,4 @@ for _name in ("exp exp2 expm1 log log2 log10 log1p cbrt sin cos tan asin acos at
 elementwise("pow", power, 3 * POLYNOMIAL)
 fill("lower", "clip", Pointwise(clip, CHEAP, elementwise=True))
 fill("lower", "cast", Pointwise(convert, CHEAP, elementwise=True))
+fill("lower", "bitcast", Pointwise(same_bits, CHEAP, elementwise=True))

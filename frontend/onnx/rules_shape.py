@@ -345,7 +345,7 @@ def range_rule(node: OnnxNode, start: Any, limit: Any, delta: Any) -> Any:
     first, last, step = (number_of(node, v, n) for v, n in ((start, "start"), (limit, "limit"), (delta, "delta")))
     if isinstance(first, Dim) or isinstance(last, Dim):
         return F.arange(first, last, step, dtype="int64")
-    dtype = np.asarray(known(start)).dtype
+    dtype = require_known(node, start, "start").dtype
     if step == 0:
         raise node.fail("delta is 0")
     count = max(math.ceil((last - first) / step), 0)

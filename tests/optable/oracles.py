@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -167,6 +168,20 @@ def cast(x: Any, dtype: Any) -> Any:
     if dtype.is_integer and x.dtype.kind == "f":
         return by_element(int, x, dtype=np.int64)
     return x.astype(np.float64) if dtype.is_float else x.astype(np.int64)
+
+
+@oracle("bitcast")
+def bitcast(x: Any, dtype: Any) -> Any:
+    code = {64: "d", 32: "f", 16: "e"}.get(dtype.bits) if x.dtype.kind == "f" else {64: "q", 32: "i", 16: "h", 8: "b"}[
+        dtype.bits]
+    words = [struct.pack(code, v if x.dtype.kind == "f" else wrapped(v, dtype.bits)) for v in x.reshape(-1).tolist()]
+    return np.frombuffer(b"".join(words), dtype.np).reshape(x.shape)
+
+
+def wrapped(v: int, bits: int) -> int:
+    """A number as the signed one of so many bits."""
+    v = int(v) % 2**bits
+    return v - 2**bits if v >= 2 ** (bits - 1) else v
 
 
 # Reductions ------------------------------------------------------------------------------------------------------

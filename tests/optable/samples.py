@@ -176,6 +176,17 @@ def cast_to(*targets: str) -> Generator:
     return cast
 
 
+def bitcast(make: Maker) -> Iterator[Sample]:
+    """To every dtype of the same width."""
+    for target in ("float64 float32 float16 bfloat16 int64 int32 int16 int8 uint64 uint32 uint16 uint8").split():
+        if as_dtype(target).bits == make.dtype.bits:
+            for shape in [(), (0, 3), (33, 65)]:
+                x = make(shape)
+                if as_dtype(target).is_float:  # only bits that are finite numbers have one reading
+                    x = make(shape).astype(target).view(make.dtype.np) if make.dtype.bits > 8 else x
+                yield Sample((x,), {"dtype": as_dtype(target)}, target)
+
+
 # Reductions ------------------------------------------------------------------------------------------------------
 
 REDUCED = [((), ()), ((7,), (0,)), ((7,), ()), ((3, 5), (0,)), ((3, 5), (1,)), ((3, 5), (0, 1)), ((2, 3, 4, 5), (1, 3)),

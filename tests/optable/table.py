@@ -116,6 +116,7 @@ ELEMENTWISE = [
     Row("cast", s.cast_to(*FLOATS, "int64", "int32", "int8", "bool"), (*FLOATS, "int64", "int8"), grad=2),
     Row("cast", s.cast_to(*STORAGE, *FLOATS, "uint8", "bool"), (*FLOATS, "uint8", "bool", *STORAGE), "positive",
         variant="storage"),
+    Row("bitcast", s.bitcast, ("float64", "float32", "float16", *INTS, *MORE_INTS, "bool")),
 ]
 
 REDUCTIONS = [
