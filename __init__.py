@@ -68,9 +68,13 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> _Any:
-    """`td.onnx` is imported when it is first used: most programs do without."""
+    """`td.onnx` and `td.finetune` are imported when they are first used: most programs do without."""
     if name == "onnx":
         from .frontend import onnx
 
         return onnx
+    if name == "finetune":
+        from .frontend import finetune
+
+        return finetune
     raise AttributeError(f"module 'treadle' has no attribute {name!r}")
