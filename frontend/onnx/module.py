@@ -59,6 +59,7 @@ class OnnxModule(Module):
         self.input_names = [v.name for v in graph.input if v.name not in stored]
         self.output_names = [v.name for v in graph.output]
         self.inputs = [_spec(v) for v in graph.input if v.name not in stored]
+        self._sequences = {v.name for v in graph.input if _is_sequence(v.type)}
         self.constants: dict[str, np.ndarray] = {}
         self._uses = Uses(graph, self.opsets, self.functions)
         self._overridable = {v.name for v in graph.input} & stored
@@ -129,6 +130,7 @@ class OnnxModule(Module):
         frame.env.update({name: t for name, t in self._buffers.items() if t is not None})
         frame.env.update({name: self.read(name) for name, p in self._parameters.items() if p is not None})
         frame.env.update(given)
+        frame.nodes = self.nodes
         return frame
 
     # Changing it ------------------------------------------------------------------------------------------------
@@ -209,8 +211,9 @@ class OnnxModule(Module):
             return None
         if isinstance(value, Fixed):
             return value.array
-        if isinstance(value, (list, tuple)) and any(isinstance(x, (Tensor, np.ndarray, list)) for x in value):
-            return [as_tensor(x) for x in value]
+        if isinstance(value, (list, tuple)) and (
+                name in self._sequences or any(isinstance(x, (Tensor, np.ndarray, list)) for x in value)):
+            return [self._argument("", x, None) for x in value]
         if not isinstance(value, Tensor):
             dtype = declared.dtype.np if declared is not None else None
             known = np.array(value, dtype)
@@ -247,11 +250,10 @@ def _stored(graph: onnx.GraphProto) -> Iterable[tuple[str, np.ndarray]]:
         yield sparse.values.name, dense_of(sparse)
 
 
-def _inputs_first(node: onnx.NodeProto) -> bool | None:
-    """Whether the second operand of a product has the inputs' axis first; None for what is no product."""
-    if node.op_type in ("MatMul", "FusedMatMul", "Gemm", "FusedGemm"):
-        return not any(a.name == "transB" and a.i for a in node.attribute)
-    return False if node.op_type in ("Conv", "FusedConv") else None
+def _is_sequence(kind: onnx.TypeProto) -> bool:
+    if kind.HasField("optional_type"):
+        return _is_sequence(kind.optional_type.elem_type)
+    return kind.HasField("sequence_type")
 
 
 def _inputs_first(node: onnx.NodeProto) -> bool | None:

@@ -80,6 +80,7 @@ class Frame:
 
     Attributes:
         env: by name.
+        nodes: those of the graph.
         parent: the frame around a subgraph's.
         opsets: the version of each domain.
         attributes: of the function call that this frame belongs to.
@@ -92,6 +93,7 @@ class Frame:
         self.parent = parent
         self.attributes = attributes if attributes is not None else parent.attributes if parent is not None else None
         self.env: dict[str, Any] = {}
+        self.nodes: list[onnx.NodeProto] = []
 
     def lookup(self, name: str) -> Any:
         """The value of a name, here or around.
@@ -126,7 +128,8 @@ class Frame:
 
     def run(self, nodes: Iterable[onnx.NodeProto]) -> None:
         """Runs nodes in their order."""
-        for proto in nodes:
+        self.nodes = list(nodes)
+        for proto in self.nodes:
             self.step(proto)
 
     def step(self, proto: onnx.NodeProto) -> None:
