@@ -38,8 +38,8 @@ lint:  ## ruff, and mypy over the package.
 	@cd .venv/names && ../bin/python -m mypy --config-file ../../pyproject.toml \
 	  -m treadle -p treadle.ir -p treadle.autodiff -p treadle.schedules -p treadle.frontend
 
-bench:  ## Speed and memory beside torch eager, torch.compile and JAX (installs them).
-	$(call ready,bench)
+bench:  ## Speed and memory beside torch eager, torch.compile, JAX and ONNX Runtime (installs them).
+	$(call ready,bench test)
 	@$(PY) benchmarks/run.py $(ARGS)
 
 clean:  ## Remove the environment and what the tools left.

@@ -41,6 +41,7 @@ CONTENDERS = (
     Contender("torch.compile", "with_torch.py", "torch", {"TREADLE_BENCH_COMPILE": "1"}),
     Contender("jax jit", "with_jax.py", "jax"),
 )
+ONNX_CONTENDERS = (CONTENDERS[0], Contender("onnxruntime", "with_onnxruntime.py", "onnxruntime"))
 
 
 class ContenderFailed(Exception):

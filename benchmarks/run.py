@@ -1,9 +1,11 @@
-"""`make bench`: Treadle beside torch eager, torch.compile and JAX, on the same training steps.
+"""`make bench`: Treadle beside torch and JAX on the same training steps, beside ONNX Runtime on real models.
 
     python benchmarks/run.py [CASE ...] [--threads N] [--rounds N] [--only NAME] [--json FILE]
 
-Cases: mlp, resnet18, gpt2 (training steps), call (what a call of a compiled function costs); gemm, gemm-bf16 and conv
-(single kernels) are the scripts gemm.py and conv.py, which take more options when run by themselves.
+Cases: mlp, resnet18, gpt2 (training steps); call (what a call of a compiled function costs); minilm-1, minilm-8 and so on
+(the models of models.py in batches of 1 and 8: their first call, warm, is the start from a saved program, or of a
+session; `onnx` names all of them); gemm, gemm-bf16 and conv (single kernels: scripts of their own, gemm.py and conv.py,
+which take more options).
 """
 
 from __future__ import annotations
@@ -24,15 +26,18 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import harness
+import models
 import problems
 
 # Comparisons of single kernels have scripts of their own.
 SCRIPTS = {"gemm": ["gemm.py"], "gemm-bf16": ["gemm.py", "--dtype", "bfloat16"], "conv": ["conv.py"]}
-CASES = (*problems.PROBLEMS, "call", *SCRIPTS)
+CASES = (*problems.PROBLEMS, "call", *models.CASES, *SCRIPTS)
+GROUPS = {"onnx": tuple(models.CASES)}
 ROUNDS = {"mlp": 7, "resnet18": 5, "gpt2": 5, "call": 7}
 STEPS = {"mlp": 20, "resnet18": 2, "gpt2": 2, "call": 2000}
 DESCRIBE = {"mlp": "MLP 784-1024-1024-10, batch 256, AdamW, f32", "resnet18": "ResNet-18, 8 x 3 x 224 x 224, SGD, f32",
-            "gpt2": "GPT-2 small, 1 x 256 tokens, AdamW, f32", "call": "x + 1 on 16 numbers: the cost of a call"}
+            "gpt2": "GPT-2 small, 1 x 256 tokens, AdamW, f32", "call": "x + 1 on 16 numbers: the cost of a call",
+            **{case: models.describe(case) for case in models.CASES}}
 KERNELS_SHOWN = 12
 
 
@@ -79,11 +84,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", action="append", help="a contender's name; may be repeated")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()
+    options.cases = [case for name in options.cases for case in GROUPS.get(name, (name,))] or list(CASES)
     if unknown := set(options.cases) - set(CASES):
-        parser.error(f"unknown case {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
-    if unknown := set(options.only or ()) - {c.name for c in harness.CONTENDERS}:
-        parser.error(f"unknown contender {', '.join(sorted(unknown))}; "
-                     f"there are {', '.join(c.name for c in harness.CONTENDERS)}")
+        parser.error(f"unknown case {', '.join(sorted(unknown))}; there are {', '.join((*CASES, *GROUPS))}")
+    known = dict.fromkeys(c.name for c in (*harness.CONTENDERS, *harness.ONNX_CONTENDERS))
+    if unknown := set(options.only or ()) - set(known):
+        parser.error(f"unknown contender {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     return options
 
 
@@ -94,27 +100,43 @@ def run_script(case: str, threads: int) -> bool:
     return subprocess.run(command, check=False).returncode == 0
 
 
+def contenders_of(case: str, only: list[str] | None, console: Console) -> list[harness.Contender]:
+    """Who takes part in a case; names who is missing."""
+    fitting = harness.ONNX_CONTENDERS if case in models.CASES else harness.CONTENDERS
+    asked = [c for c in fitting if not only or c.name in only]
+    present = [c for c in asked if importlib.util.find_spec(c.module) is not None]
+    for absent in (c for c in asked if c not in present):
+        console.print(f"{absent.name}: {absent.module} is not installed; `make bench` installs it")
+    return present
+
+
+def run_case(case: str, options: argparse.Namespace, console: Console) -> list[harness.Result]:
+    """Measures a case and prints its tables."""
+    if case in models.CASES and models.CASES[case][0].file is None:
+        console.print(f"{case}: its model is not installed; `make bench` installs it")
+        return []
+    contenders = contenders_of(case, options.only, console)
+    with console.status(case) as status:
+        results = harness.compare(case, contenders, options.threads, options.rounds or ROUNDS.get(case, 5),
+                                  STEPS.get(case, 10), lambda name: status.update(f"{case}: {name}"))
+    console.print(table_of(case, results))
+    if (kernels := kernels_of(results)) is not None:
+        console.print(kernels)
+    return results
+
+
 def main() -> int:
     """Runs the cases asked for; the exit code is 1 if Treadle failed in one of them."""
     options = arguments()
     console = Console(width=None if sys.stdout.isatty() else 150)
-    asked = [c for c in harness.CONTENDERS if not options.only or c.name in options.only]
-    contenders = [c for c in asked if importlib.util.find_spec(c.module) is not None]
-    for absent in (c for c in asked if c not in contenders):
-        console.print(f"{absent.name}: {absent.module} is not installed; `make bench` installs it")
     console.print(f"{platform.processor() or platform.machine()}, {options.threads} threads, medians of "
                   "interleaved rounds; x: the contender's figure over Treadle's")
     report, failed = {}, []
-    for case in options.cases or CASES:
+    for case in options.cases:
         if case in SCRIPTS:
             failed += [] if run_script(case, options.threads) else [case]
             continue
-        with console.status(case) as status:
-            results = harness.compare(case, contenders, options.threads, options.rounds or ROUNDS[case], STEPS[case],
-                                      lambda name, case=case: status.update(f"{case}: {name}"))
-        console.print(table_of(case, results))
-        if (kernels := kernels_of(results)) is not None:
-            console.print(kernels)
+        results = run_case(case, options, console)
         report[case] = [asdict(r) | {"median": r.median} for r in results]
         failed += [r.failure for r in results if r.name == "treadle" and r.failure]
     if options.json:

@@ -9,6 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import harness
+import models
 import problems
 
 FAKE = """
@@ -73,6 +74,17 @@ def test_problems_are_the_same_for_everyone():
     assert first.weights["layers.0.weight"].shape == (1024, 784)
     count = sum(w.size for w in problems.resnet18(32).weights.values())
     assert count == 11_689_512  # torchvision's resnet18
+
+
+@pytest.mark.parametrize("case", models.CASES)
+def test_models_get_the_inputs_that_their_files_declare(case):
+    model, batch = models.CASES[case]
+    if model.file is None:
+        pytest.skip("the model's package is not installed")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    session, inputs = onnxruntime.InferenceSession(str(model.file)), models.inputs_of(case)
+    assert list(inputs) == [i.name for i in session.get_inputs()] and models.describe(case).endswith(str(batch))
+    assert all(np.isfinite(result).all() for result in session.run(None, inputs))
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import os
 import sys
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from treadle import nn  # noqa: E402
 imported = time.perf_counter() - started
 
 import contender  # noqa: E402
+import models  # noqa: E402
 import problems  # noqa: E402
 
 F = nn.functional
@@ -125,7 +127,7 @@ def training_step(problem):
     def step():
         return train(x, y).item()
 
-    step.train = train
+    step.program = lambda: (train._compiled._last, step)
     return step
 
 
@@ -139,18 +141,47 @@ def call():
     return step
 
 
+def onnx_model(case):
+    """An imported model. The first process compiles it and saves the program, the next ones start from that file."""
+    model, _ = models.CASES[case]
+    inputs = list(models.inputs_of(case).values())
+    saved = Path(os.environ["TREADLE_CACHE_DIR"]) / f"{case}.treadle"
+    f = None
+
+    def step():
+        nonlocal f
+        if f is None and saved.exists():
+            f = td.load(saved)
+        elif f is None:
+            f = td.compile(td.onnx.load(model.file))
+            f(*inputs)
+            f.save(saved)
+        first = f(*inputs)
+        return float(abs((first[0] if isinstance(first, tuple) else first).numpy(copy=False)).mean())
+
+    def program():
+        compiled = td.compile(td.onnx.load(model.file))
+        compiled(*inputs)
+        return compiled._last, lambda: compiled(*inputs)
+
+    step.program = program
+    return step
+
+
 def prepare(case, threads):
     td.set_num_threads(threads)
+    if case in models.CASES:
+        return onnx_model(case)
     return call() if case == "call" else training_step(problems.PROBLEMS[case]())
 
 
 def kernels(step):
     """[name, seconds of a step, GFLOP/s] of each kernel, call sites with the same name together, the slowest first."""
-    if not hasattr(step, "train"):
+    if not hasattr(step, "program"):
         return None
-    program, seen = step.train._compiled._last, []
+    (program, run), seen = step.program(), []
     program.run = lambda arrays: (seen.append(list(arrays)), program.executable.run(arrays))[1]
-    step()
+    run()
     program.run = program.executable.run
     together = collections.defaultdict(lambda: [0.0, 0.0])
     for time_of in program.executable.kernel_times(seen[0], repeat=5):
