@@ -2,8 +2,8 @@
 
     python benchmarks/run.py [CASE ...] [--threads N] [--rounds N] [--only NAME] [--json FILE]
 
-Cases: mlp, resnet18, gpt2 (training steps); call (what a call of a compiled function costs); minilm-1, minilm-8 and so on
-(the models of models.py in batches of 1 and 8: their first call, warm, is the start from a saved program, or of a
+Cases: mlp, resnet18, gpt2 (training steps); call (what a call of a compiled function costs); minilm-1, minilm-8 and so
+on (the models of models.py in batches of 1 and 8: their first call, warm, is the start from a saved program, or of a
 session; `onnx` names all of them); gemm, gemm-bf16 and conv (single kernels: scripts of their own, gemm.py and conv.py,
 which take more options).
 """
