@@ -21,6 +21,7 @@ SLOTS = {
     "lower": "compile",
     "shard": "partition",
     "amp": "choose a precision for",
+    "onnx": "export to ONNX",
 }
 
 REQUIRED = object()

@@ -1,0 +1,275 @@
+"""`save`: any traced graph as an ONNX file.
+
+    td.onnx.save(m, "out.onnx")                                          # an imported module: its inputs are known
+    td.onnx.save(net, "net.onnx", td.spec(("batch", 784)))               # any module or function, with specs
+    td.onnx.save(net, "net.onnx", example)                               # or with an example, whose sizes are fixed
+    td.onnx.save(graph, "graph.onnx", opset=17)
+
+The function is traced, the graph tidied by the passes that compiling uses too, and each op written by its rule in the
+slot `onnx` (`export_rules`). What a traced function uses from outside becomes an initializer under its name. What it
+*assigns* (running statistics, parameters and optimizer state of a training step) is an input with the present value as
+its default, and an output `<name>.new`: run it, feed the outputs back, and the step goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from ...ir.dims import Dim
+from ...ir.errors import ArgumentsError, OnnxError
+from ...ir.graph import Graph
+from ...ir.location import user_location
+from ...ir.passes import TIDY
+from ...ir.pipeline import Pipeline
+from ...ir.types import TensorType
+from ..compile import Compiled
+from ..nn.module import Module
+from ..tensor import Tensor
+from ..trace import record
+from ..train import TrainStep
+from .export_fuse import fuse
+from .export_proto import LIMIT, Storage, initializer, live, node_proto, validate, value_info, write_files
+from .export_rules import load_rules, write_graph
+from .export_writer import Model, Record, Ref, Writer
+
+DEFAULT_OPSET = 20
+OLDEST = 11
+
+
+@dataclass
+class Signature:
+    """How the graph looks from outside.
+
+    Attributes:
+        inputs: (name, type) of what the caller gives.
+        initializers: arrays by name.
+        defaults: names of initializers that are inputs as well.
+        outputs: (name, type).
+    """
+
+    inputs: list[tuple[str, TensorType]]
+    initializers: dict[str, np.ndarray]
+    defaults: list[tuple[str, TensorType]]
+    outputs: list[tuple[str, TensorType]]
+
+
+def save(model: Any, path: Any, *specs: Any, opset: int | None = None, input_names: Sequence[str] | None = None,
+         output_names: Sequence[str] | None = None, train: bool = False, clamp: bool | None = None,
+         external_data: bool | None = None, check: bool = True, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a module, function or graph as an ONNX file; the file is either whole or not there.
+
+    Args:
+        model: an `nn.Module` (imported or not), a function of tensors, a compiled function, a `train_step`, or a Graph.
+        path: of the file.
+        *specs: the arguments: `td.spec`s, in which sizes given by name stay dynamic, or tensors or arrays, whose types
+            count. Not for a Graph; an imported module has its own.
+        opset: 11 or above; default 20, and for an imported module its own.
+        input_names, output_names: what to call them; by default the names of the function's parameters (with the path
+            inside containers) and `output`, `output_1`... or the keys of a dict, and for an imported module its own.
+        train: export a module as it trains (dropout, batch statistics), instead of as it predicts.
+        clamp: whether indices of gathers that may lie outside are clamped in the graph, as Treadle does (ONNX has an
+            error). None: those that the graph computes are, those that the caller passes in are not.
+        external_data: put weights into `<path>.data`. None: if they do not fit into one file (2 GB).
+        check: run ONNX's checker with strict shape inference on the result.
+        metadata: strings to keep in the file.
+
+    Raises:
+        OnnxError: an op cannot be said at this opset (the message names op, line and remedy), or the file cannot be
+            written.
+        ArgumentsError: specs or names that do not fit the model.
+    """
+    place = Path(path)
+    signature, writer = _written(model, specs, opset, input_names, output_names, train, clamp)
+    arrays = {**signature.initializers, **writer.model.initializers}
+    external = sum(a.nbytes for a in arrays.values()) > LIMIT if external_data is None else external_data
+    storage = Storage(f"{place.name}.data") if external else None
+    proto = _proto(signature, writer, storage, metadata)
+    write_files(proto, place, storage, check)
+
+
+def to_model(model: Any, *specs: Any, opset: int | None = None, input_names: Sequence[str] | None = None,
+             output_names: Sequence[str] | None = None, train: bool = False, clamp: bool | None = None,
+             check: bool = True, metadata: Mapping[str, str] | None = None) -> onnx.ModelProto:
+    """The ModelProto that `save` writes; see there."""
+    signature, writer = _written(model, specs, opset, input_names, output_names, train, clamp)
+    proto = _proto(signature, writer, None, metadata)
+    if check:
+        validate(proto)
+    return proto
+
+
+# From a model to a graph -----------------------------------------------------------------------------------------
+
+def _graph_of(model: Any, specs: Sequence[Any], train: bool) -> Graph:
+    if isinstance(model, Compiled):
+        model = model.fn
+    if isinstance(model, Graph):
+        if specs:
+            raise ArgumentsError("a Graph has its inputs already: save it without specs", user_location())
+        return model
+    if isinstance(model, TrainStep):
+        return model.trace(*specs)
+    if not callable(model):
+        raise ArgumentsError(f"onnx.save takes a module, a function or a graph, not {model!r}", user_location())
+    if not specs and isinstance(model, Module):
+        specs = _declared(model)
+    modes = [(m, m._training) for m in model.modules()] if isinstance(model, Module) else []
+    try:
+        if modes:
+            model.train(train)
+        return record(model, specs)
+    finally:
+        for module, mode in modes:
+            object.__setattr__(module, "_training", mode)
+        if modes:
+            model.train(model._training) if len({mode for _, mode in modes}) == 1 else None
+
+
+def _declared(model: Module) -> Sequence[Any]:
+    """The inputs that an imported module declares."""
+    inputs = getattr(model, "inputs", None)
+    if not isinstance(inputs, list) or any(i is None for i in inputs):
+        raise ArgumentsError(f"onnx.save({type(model).__name__}, ...) needs the types of its arguments: give a "
+                             "td.spec(shape, dtype) for each, or an example", user_location())
+    return inputs
+
+
+def _names_of(model: Any) -> dict[int, str]:
+    """Names of parameters and buffers, by identity."""
+    model = getattr(model, "model", model) if isinstance(model, TrainStep) else model
+    model = model.fn if isinstance(model, Compiled) else model
+    named: dict[int, str] = {}
+    for kind in ("named_buffers", "named_parameters"):
+        listed = getattr(model, kind, None)
+        if callable(listed):
+            named.update((id(tensor), name) for name, tensor in listed())
+    return named
+
+
+def _checked_opset(model: Any, opset: int | None) -> int:
+    newest = onnx.defs.onnx_opset_version()
+    if opset is None:
+        own = getattr(model, "opsets", None)
+        found = own.get("", DEFAULT_OPSET) if isinstance(own, Mapping) else DEFAULT_OPSET
+        return min(max(int(found), OLDEST), newest)
+    if isinstance(opset, bool) or not isinstance(opset, int) or not OLDEST <= opset <= newest:
+        raise OnnxError(f"opset is {opset!r}; this version writes opsets {OLDEST} to {newest}", user_location())
+    return opset
+
+
+# Writing ---------------------------------------------------------------------------------------------------------
+
+def _written(model: Any, specs: Sequence[Any], opset: int | None, input_names: Sequence[str] | None,
+             output_names: Sequence[str] | None, train: bool, clamp: bool | None) -> tuple[Signature, Writer]:
+    load_rules()
+    target = _checked_opset(model, opset)
+    traced = _graph_of(model, specs, train)
+    if input_names is None and not specs:
+        input_names = getattr(model, "input_names", None)
+    output_names = getattr(model, "output_names", None) if output_names is None else output_names
+    graph = Pipeline(TIDY).run(traced)
+    shared = Model(target, clamp)
+    signature, refs = _sign(graph, _names_of(model), shared, input_names, output_names)
+    out = Writer(shared)
+    results = fuse(out, graph, refs, write_graph)
+    _give(out, signature, results)
+    return signature, out
+
+
+def _sign(graph: Graph, named: Mapping[int, str], shared: Model, input_names: Sequence[str] | None,
+          output_names: Sequence[str] | None) -> tuple[Signature, list[Ref]]:
+    """Names for everything that is seen from outside, and what stands for the inputs."""
+    captures: dict[int, Tensor] = graph.meta.get("captures", {})
+    given = [i for i in range(len(graph.inputs)) if i not in captures]
+    _check_names("input", input_names, len(given))
+    wanted = dict(zip(given, input_names or ()))
+    updated = set(graph.aliases.values())
+    signature = Signature([], {}, [], [])
+    names: list[str] = []
+    for i, value in enumerate(graph.inputs):
+        tensor = captures.get(i)
+        stem = wanted.get(i) or (named.get(id(tensor)) if tensor is not None else None) or value.name
+        name = shared.unique(stem or ("input" if tensor is None else value.dtype.short + "_constant"))
+        names.append(name)
+        if tensor is None:
+            signature.inputs.append((name, value.type))
+            shared.given.add(value)
+        else:
+            signature.initializers[name] = tensor.numpy(copy=False)
+            if i in updated:
+                signature.defaults.append((name, value.type))
+    for i, value in enumerate(graph.inputs):
+        _note_sizes(shared, Ref(names[i], value.dtype), value.type)
+    count = len(graph.outputs) - len(graph.aliases)
+    _check_names("output", output_names, count)
+    stems = list(output_names or _output_names(graph, count))
+    for i, value in enumerate(graph.outputs):
+        stem = f"{names[graph.aliases[i]]}.new" if i in graph.aliases else stems.pop(0)
+        signature.outputs.append((shared.unique(stem), value.type))
+    return signature, [Ref(n, v.dtype) for n, v in zip(names, graph.inputs)]
+
+
+def _check_names(what: str, names: Sequence[str] | None, count: int) -> None:
+    if names is not None and (len(names) != count or len(set(names)) != count or not all(names)):
+        raise ArgumentsError(f"{what}_names is {list(names)!r}; the model has {count} {what}s, each of which needs a "
+                             "name of its own", user_location())
+
+
+def _output_names(graph: Graph, count: int) -> list[str]:
+    structure = graph.meta.get("out_structure")
+    paths = list(structure.paths()) if structure is not None else []
+    if len(paths) == count and structure.kind == "dict":
+        return ["".join(c if c.isalnum() or c in "._" else "_" for c in p.replace("'", "").replace("]", "")).strip("_")
+                for p in paths]
+    return ["output" if i == 0 else f"output_{i}" for i in range(count)]
+
+
+def _note_sizes(shared: Model, ref: Ref, kind: TensorType) -> None:
+    """Where each named size can be read: from an axis a * name + b of an input."""
+    for axis, size in enumerate(kind.shape):
+        if not isinstance(size, Dim) or len(size.names) != 1:
+            continue
+        (name,) = size.names
+        slope = size.terms.get((name,), 0)
+        if slope > 0 and set(size.terms) <= {(name,), ()}:
+            plain = (slope, size.terms.get((), 0)) == (1, 0)
+            if name not in shared.sources or plain and shared.sources[name][2:] != (1, 0):
+                shared.sources[name] = (ref, axis, slope, size.terms.get((), 0))
+
+
+def _give(out: Writer, signature: Signature, results: Sequence[Ref]) -> None:
+    """Gives the results their names: by renaming what a node of the main graph makes, else by an Identity."""
+    made = {name for record in out.records for name in record.outputs}
+    for (name, _), ref in zip(signature.outputs, results, strict=True):
+        if ref.name in made:
+            made.discard(ref.name)
+            out.model.renamed[ref.name] = name
+        else:
+            out.records.append(Record("Identity", [ref.name], [name], {}, f"Identity.{name}"))
+
+
+def _proto(signature: Signature, out: Writer, storage: Storage | None,
+           metadata: Mapping[str, str] | None) -> onnx.ModelProto:
+    shared = out.model
+    wanted = {name for name, _ in signature.outputs}
+    wanted |= {old for old, new in shared.renamed.items() if new in wanted}
+    records = live([*shared.preamble, *out.records], wanted)
+    nodes = [node_proto(r, shared.renamed) for r in records]
+    arrays = {**signature.initializers, **shared.initializers}
+    graph = helper.make_graph(
+        nodes, "main", [value_info(n, t) for n, t in (*signature.inputs, *signature.defaults)],
+        [value_info(n, t) for n, t in signature.outputs],
+        initializer=[initializer(n, a, storage) for n, a in arrays.items()])
+    opsets = [helper.make_opsetid("", shared.opset)]
+    model = helper.make_model(graph, opset_imports=opsets, producer_name="treadle",
+                              ir_version=helper.find_min_ir_version_for(opsets))
+    if metadata:
+        helper.set_model_props(model, dict(metadata))
+    return model

@@ -1,0 +1,157 @@
+"""Export of products, softmax, normalisations, attention and cross-entropy.
+
+Each is the ONNX op of its name where the opset has one, else what it is made of.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from ...ir.graph import Node
+from .export_index import inside as clamped_index
+from .export_math import both
+from .export_rules import decomposed, exports, in_f32
+from .export_shape import reshape, squeeze, swap_last, transpose, unsqueeze
+from .export_writer import BOOL, F32, Ref, Writer
+
+ACCUMULATES = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+
+
+@exports("matmul")
+def matmul(out: Writer, node: Node, x: Ref, y: Ref) -> Ref:
+    """MatMul; Gemm for a flagged product of two matrices; MatMulInteger for bytes that accumulate in i32."""
+    wanted = node.result.dtype
+    ranks = [v.rank for v in node.operands]
+    flags = node.attrs["transpose_x"], node.attrs["transpose_y"]
+    if x.dtype in ("int8", "uint8") and wanted == "int32":
+        made: Ref = out.op("MatMulInteger", *turned(out, x, y, ranks, flags), dtype="int32")
+        return made
+    inner = wanted if not x.dtype.is_float or x.dtype not in ACCUMULATES or wanted.bits > 16 else x.dtype
+    x, y = out.cast(x, inner), out.cast(y, inner)
+    if ranks == [2, 2] and any(flags) and inner.is_float:
+        made = out.op("Gemm", x, y, transA=int(flags[0]) or None, transB=int(flags[1]) or None)
+    else:
+        made = out.op("MatMul", *turned(out, x, y, ranks, flags))
+    return out.cast(made, wanted)
+
+
+def turned(out: Writer, x: Ref, y: Ref, ranks: list[int], flags: tuple[bool, bool]) -> tuple[Ref, ...]:
+    """Both operands, transposed where flagged."""
+    return tuple(swap_last(out, r, rank) if flag else r for r, rank, flag in zip((x, y), ranks, flags))
+
+
+def softmax_of(out: Writer, kind: str, x: Ref, axis: int, rank: int) -> Ref:
+    """Softmax or LogSoftmax along an axis; before opset 13 these take all axes from one on together."""
+    if out.opset >= 13 or axis == rank - 1:
+        made: Ref = out.op(kind, x, axis=axis if out.opset < 13 else axis - rank)
+        return made
+    perm = [i for i in range(rank) if i != axis] + [axis]
+    made = out.op(kind, transpose(out, x, perm), axis=rank - 1)
+    return transpose(out, made, [perm.index(i) for i in range(rank)])
+
+
+@exports("softmax")
+def softmax(out: Writer, node: Node, x: Ref) -> Ref:
+    return softmax_of(out, "Softmax", x, node.attrs["axis"], node.result.rank)
+
+
+@exports("log_softmax")
+def log_softmax(out: Writer, node: Node, x: Ref) -> Ref:
+    return softmax_of(out, "LogSoftmax", x, node.attrs["axis"], node.result.rank)
+
+
+# Normalisation ---------------------------------------------------------------------------------------------------
+
+@exports("layer_norm")
+def layer_norm(out: Writer, node: Node, x: Ref, scale: Ref, bias: Ref) -> Ref:
+    """LayerNormalization, which computes its statistics in f32: f64 is written out."""
+    if out.opset < 17 or x.dtype == "float64":
+        return decomposed(out, node, [x, scale, bias])[0]
+    made: Ref = out.op("LayerNormalization", x, scale, bias, axis=-node.attrs["axes"], epsilon=float(node.attrs["eps"]))
+    return made
+
+
+@exports("rms_norm")
+def rms_norm(out: Writer, node: Node, x: Ref, scale: Ref) -> Ref:
+    if out.opset < 23 or x.dtype == "float64":
+        return decomposed(out, node, [x, scale])[0]
+    made: Ref = out.op("RMSNormalization", x, scale, axis=-1, epsilon=float(node.attrs["eps"]))
+    return made
+
+
+@exports("group_norm")
+def group_norm(out: Writer, node: Node, x: Ref, scale: Ref, bias: Ref) -> Ref:
+    """GroupNormalization takes a scale for each channel since opset 21."""
+    if out.opset < 21 or x.dtype == "float64" or node.operands[0].rank < 3:
+        return decomposed(out, node, [x, scale, bias])[0]
+    made: Ref = out.op("GroupNormalization", x, scale, bias, num_groups=node.attrs["groups"],
+                       epsilon=float(node.attrs["eps"]))
+    return made
+
+
+# Attention -------------------------------------------------------------------------------------------------------
+
+@exports("attention")
+@in_f32
+def attention(out: Writer, node: Node, q: Ref, k: Ref, v: Ref, *mask: Ref) -> Ref:
+    """softmax(q k^T * scale + mask) v. What is not visible gets a weight of exactly 0, also where nothing is."""
+    types = [value.type for value in node.operands]
+    scale = node.attrs["scale"]
+    scale = 1 / math.sqrt(int(types[0].shape[-1])) if scale is None else float(scale)
+    scores = both(out, "Mul", out.op("MatMul", q, swap_last(out, k, types[1].rank)), scale)
+    visible = [m for m in mask if m.dtype == BOOL]
+    for m in mask:
+        if m.dtype != BOOL:
+            scores = out.op("Add", scores, m)
+            visible.append(out.op("Less", out.like(-np.inf, scores), scores))
+    if node.attrs["causal"]:
+        visible.append(lower_triangle(out, types[0].shape[-2], types[1].shape[-2]))
+    rank = node.result.rank
+    if not visible:
+        made: Ref = out.op("MatMul", softmax_of(out, "Softmax", scores, rank - 1, rank), v)
+        return made
+    seen = visible[0]
+    for more in visible[1:]:
+        seen = out.op("And", seen, more)
+    least = out.like(np.finfo(scores.dtype.np).min, scores)
+    weights = softmax_of(out, "Softmax", out.op("Where", seen, scores, least), rank - 1, rank)
+    made = out.op("MatMul", out.op("Where", seen, weights, out.like(0, weights)), v)
+    return made
+
+
+def lower_triangle(out: Writer, queries: object, keys: object) -> Ref:
+    """True where the key does not come after the query."""
+    from .export_shape import counting
+    rows = unsqueeze(out, counting(out, queries), [1])  # type: ignore[arg-type]
+    columns = unsqueeze(out, counting(out, keys), [0])  # type: ignore[arg-type]
+    made: Ref = out.op("Not", out.op("Less", rows, columns))
+    return made
+
+
+# Cross-entropy ---------------------------------------------------------------------------------------------------
+
+@exports("cross_entropy")
+@in_f32
+def cross_entropy(out: Writer, node: Node, logits: Ref, labels: Ref) -> Ref:
+    types = [v.type for v in node.operands]
+    rank, classes = types[0].rank, types[0].shape[-1]
+    smoothing, ignored = node.attrs["label_smoothing"], node.attrs["ignore_index"]
+    log_p = softmax_of(out, "LogSoftmax", logits, rank - 1, rank)
+    wide = out.cast(labels, "int64")
+    index = unsqueeze(out, clamped_index(out, wide, classes), [rank - 1])
+    picked = out.op("GatherElements", log_p, index, axis=rank - 1)
+    loss = out.op("Neg", reshape(out, picked, (*types[1].shape, 1), types[1].shape) if rank > 1
+                  else squeeze(out, picked, [0]))
+    if smoothing:
+        from .export_reduce import reduce
+        mean = reduce(out, "ReduceMean", log_p, [rank - 1], False)
+        loss = out.op("Sub", both(out, "Mul", loss, 1 - smoothing), both(out, "Mul", mean, smoothing))
+    if ignored is not None:
+        loss = out.op("Where", both(out, "Equal", wide, ignored), out.like(0, loss), loss)
+    result: Ref = loss
+    return result
+
+
+__all__ = ["F32", "matmul", "softmax_of"]
