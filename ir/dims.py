@@ -8,8 +8,9 @@ which strided convolutions need. Arithmetic that comes out constant gives a plai
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Union
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Union
 
 from .errors import ShapeError
 
@@ -45,6 +46,9 @@ class Dim:
 
     __slots__ = ("terms", "_hash")
     terms: dict[Monomial, int]
+    foreign: ClassVar[tuple[type, Callable[[Dim], Any]] | None] = None
+    """A code generator's class of expressions, and what makes one of a size: filled by `schedules`, so that sizes can
+    stand in its arithmetic."""
 
     def __init__(self, name: str):
         if not name.isidentifier():
@@ -66,13 +70,24 @@ class Dim:
         dim._set(kept)
         return dim
 
+    def _with(self, operation: Callable[[Any, Any], Any], other: Any, reflected: bool = False) -> Any:
+        """Arithmetic with something that is no size."""
+        if Dim.foreign is None or not isinstance(other, Dim.foreign[0]):
+            return NotImplemented
+        mine = Dim.foreign[1](self)
+        return operation(other, mine) if reflected else operation(mine, other)
+
     def __add__(self, other: Size) -> Size:
+        if not _is_size(other):
+            return self._with(operator.add, other)
         total = dict(self.terms)
         for monomial, coefficient in _terms(other).items():
             total[monomial] = total.get(monomial, 0) + coefficient
         return Dim._make(total)
 
     def __mul__(self, other: Size) -> Size:
+        if not _is_size(other):
+            return self._with(operator.mul, other)
         product: dict[Monomial, int] = {}
         for m1, c1 in self.terms.items():
             for m2, c2 in _terms(other).items():
@@ -81,9 +96,14 @@ class Dim:
         return Dim._make(product)
 
     def __floordiv__(self, other: Size) -> Size:
+        if not _is_size(other):
+            return self._with(operator.floordiv, other)
         divisor = _terms(other)
         if len(divisor) != 1:
-            raise ShapeError(f"cannot divide the symbolic size {self} by {other}")
+            found = _long_division(self, divisor)
+            if found is None:
+                raise ShapeError(f"{self} is not a multiple of {other}: cannot tell the size that is left")
+            return found
         (monomial, coefficient), = divisor.items()
         quotient: dict[Monomial, int] = {}
         for m, c in self.terms.items():
@@ -107,6 +127,8 @@ class Dim:
         return Dim._make({(FloorDiv(rest, coefficient),): 1}) + whole
 
     def __mod__(self, other: int) -> Size:
+        if not _is_size(other):
+            return self._with(operator.mod, other)
         return self - (self // other) * other
 
     def __neg__(self) -> Size:
@@ -116,10 +138,13 @@ class Dim:
         return self + (-other)
 
     def __rsub__(self, other: Size) -> Size:
-        return (-self) + other
+        return (-self) + other if _is_size(other) else self._with(operator.sub, other, reflected=True)
 
-    __radd__ = __add__
-    __rmul__ = __mul__
+    def __radd__(self, other: Size) -> Size:
+        return self + other if _is_size(other) else self._with(operator.add, other, reflected=True)
+
+    def __rmul__(self, other: Size) -> Size:
+        return self * other if _is_size(other) else self._with(operator.mul, other, reflected=True)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Dim) and self.terms == other.terms
@@ -170,8 +195,32 @@ class Dim:
         return total
 
 
+def _is_size(x: Any) -> bool:
+    return isinstance(x, (int, Dim)) or hasattr(x, "__index__")
+
+
 def _terms(size: Size) -> dict[Monomial, int]:
     return size.terms if isinstance(size, Dim) else {(): int(size)}
+
+
+def _long_division(size: Dim, divisor: Mapping[Monomial, int]) -> Size | None:
+    """The quotient of two polynomials, leading term by leading term; None if something is left."""
+    lead = max(divisor, key=_degree)
+    quotient: Size = 0
+    left: Size = size
+    while left != 0:
+        terms = _terms(left)
+        first = max(terms, key=_degree)
+        monomial = _without(first, lead)
+        if monomial is None or terms[first] % divisor[lead]:
+            return None
+        step = Dim._make({monomial: terms[first] // divisor[lead]})
+        quotient, left = quotient + step, left - step * Dim._make(divisor)
+    return quotient
+
+
+def _degree(monomial: Monomial) -> tuple[int, list[str]]:
+    return len(monomial), sorted(map(str, monomial))
 
 
 def _without(monomial: Monomial, factor: Monomial) -> Monomial | None:

@@ -274,6 +274,14 @@ class _Parser:
             raise self._error(f"{text!r} is not a size") from None
 
 
+def parse_size(text: str) -> Size:
+    """The size that `str` gave as `text`; ValueError for anything else."""
+    try:
+        return _SizeParser(text).sum()
+    except (IndexError, TreadleError):
+        raise ValueError(f"{text!r} is not a size") from None
+
+
 class _SizeParser:
     """`2*batch*seq - (h+1)//2 + 3`: sums of products of numbers, names and floor divisions."""
 

@@ -18,9 +18,10 @@ from .check import check_program
 from .executable import BuildStats, Executable, KernelInfo, Signature, TensorInfo
 from .ffi import import_tvm
 from .link import SHARED, Library, link, linker, load
-from .plan import MemoryPlan, Slots, plan_memory
+from .plan import MemoryPlan, Slots, live_intervals, plan_memory
 from .program import ENTRY, HostCall, Program, Step, walk
 from .runtime import available_cpus
+from .sized import TempInfo
 from .target import Target
 
 import_tvm()  # this module is imported to compile
@@ -186,6 +187,10 @@ def _signature(program: Program, plan: MemoryPlan, target: Target) -> Signature:
         host_functions=sorted({step.function for step in walk(program.steps) if isinstance(step, HostCall)}),
         kernels=[KernelInfo(call.label, call.flops) for call in program.kernel_calls],
         meta=program.meta,
+        sizes=program.sizes,
+        temps=[TempInfo(t.buffer.shape, t.buffer.itemsize, t.first, t.last) for t in live_intervals(program)]
+        if program.sizes
+        else [],
     )
 
 

@@ -6,6 +6,8 @@ address would show only as wrong numbers.
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..ir.errors import VerifyError
 from .program import (
     KINDS,
@@ -71,7 +73,7 @@ def _all_buffers(program: Program) -> list[Buffer]:
 def _check_buffer(buffer: Buffer) -> None:
     if buffer.kind not in KINDS:
         raise VerifyError(f"{buffer!r} has kind {buffer.kind!r}; kinds are {', '.join(KINDS)}")
-    if buffer.alias_of is not None and buffer.nbytes > buffer.alias_of.nbytes:
+    if buffer.alias_of is not None and _is_more(buffer.nbytes, buffer.alias_of.nbytes):
         raise VerifyError(f"{buffer!r} is larger than the storage it takes over, {buffer.alias_of!r}")
     if buffer.kind == "constant" and buffer.alias_of is None:
         if buffer.data is None:
@@ -81,7 +83,7 @@ def _check_buffer(buffer: Buffer) -> None:
             raise VerifyError(f"constant {buffer!r} holds {found}")
 
 
-def _check_steps(steps: list[Step], extents: dict[int, int | None]) -> None:
+def _check_steps(steps: list[Step], extents: dict[int, Any]) -> None:
     """Arguments of every step: positions, kinds, and views within their buffers. `extents`: loop counters in scope."""
     for step in steps:
         if isinstance(step, (KernelCall, HostCall)):
@@ -110,7 +112,7 @@ def _check_steps(steps: list[Step], extents: dict[int, int | None]) -> None:
             _check_steps(body, inner)
 
 
-def _check_arg(arg: object, extents: dict[int, int | None], where: str) -> None:
+def _check_arg(arg: object, extents: dict[int, Any], where: str) -> None:
     if isinstance(arg, LoopVar) and id(arg) not in extents:
         raise VerifyError(f"{where}: loop counter {arg!r} outside its loop")
     if not isinstance(arg, View):
@@ -120,6 +122,8 @@ def _check_arg(arg: object, extents: dict[int, int | None], where: str) -> None:
         if id(term.var) not in extents:
             raise VerifyError(f"{where}: loop counter {term.var!r} outside its loop, in {arg!r}")
         extent = extents[id(term.var)]
+        if not all(isinstance(n, int) for n in (term.stride, extent or 0)):
+            return  # known at run time
         if term.modulo is not None:
             first, last = 0, term.modulo - 1
         elif extent is None:
@@ -128,10 +132,16 @@ def _check_arg(arg: object, extents: dict[int, int | None], where: str) -> None:
             first, last = term.shift, term.shift + max(extent - 1, 0)
         ends = sorted((term.stride * first, term.stride * last))
         low, high = low + ends[0], high + ends[1]
-    if low < 0 or high + arg.size > arg.buffer.size:
+    if _is_more(0, low) or _is_more(high + arg.size, arg.buffer.size):
         raise VerifyError(
             f"{where}: view {arg!r} reaches outside its buffer (elements {low} to {high + arg.size})"
         )
+
+
+def _is_more(size: Any, other: Any) -> bool:
+    """Whether one size exceeds another, as far as that is known here."""
+    difference = size - other
+    return isinstance(difference, int) and difference > 0
 
 
 def _check_order(steps: list[Step]) -> None:

@@ -39,12 +39,15 @@ from .program import (
     Loop,
     LoopVar,
     Program,
+    SizeArg,
     Step,
     View,
     While,
+    extent_of,
     runs,
     storage,
 )
+from .sizes import expression, variable
 
 _ARG_VALUE = 15  # field of a TVMFFIAny: its value as a pointer
 _INT64_ELEMENT = 17  # element of an array of int64
@@ -79,8 +82,8 @@ def build_driver(
     return function, emitter.timed
 
 
-def _int64(value: int) -> Any:
-    return tirx.const(value, "int64")
+def _int64(value: Any) -> Any:
+    return tirx.const(value, "int64") if isinstance(value, int) else expression(value)
 
 
 def _sequence(statements: list[Any]) -> Any:
@@ -112,6 +115,7 @@ class _Emitter:
         found = [
             tir_stmt.Bind(self.table, T.tvm_struct_get(self.args, 0, _ARG_VALUE, handle)),
             tir_stmt.Bind(self.arena, self.slot(0)),
+            *(tir_stmt.Bind(variable(name), self.cell(at)) for name, at in self.slots.sizes.items()),
         ]
         if self.times is not None:
             found.append(
@@ -121,9 +125,11 @@ class _Emitter:
 
     # -- addresses ----------------------------------------------------------------------------------------
 
+    def cell(self, index: int) -> Any:
+        return T.tvm_struct_get(self.table, index, _INT64_ELEMENT, "int64")
+
     def slot(self, index: int) -> Any:
-        address = T.tvm_struct_get(self.table, index, _INT64_ELEMENT, "int64")
-        return T.reinterpret(T.handle().ty, address)
+        return T.reinterpret(T.handle().ty, self.cell(index))
 
     def typed(self, address: Any, dtype: str) -> Any:
         return T.reinterpret(tvm.ir.PointerType(PrimType(dtype), "global"), address)
@@ -142,7 +148,10 @@ class _Emitter:
         root = storage(arg).root
         slot = self.slots.index.get(id(root))
         base = self.arena if slot is None else self.slot(slot)
-        offset = _int64(self.plan.offset(root) if slot is None else 0)
+        if slot is None and id(root) in self.slots.temps:
+            offset = self.cell(self.slots.temps[id(root)])
+        else:
+            offset = _int64(self.plan.offset(root) if slot is None else 0)
         if isinstance(arg, View):
             width = arg.buffer.itemsize
             offset = offset + _int64(arg.offset * width)
@@ -167,7 +176,10 @@ class _Emitter:
         return _sequence([self.step(step) for step in steps if runs(step)])
 
     def step(self, step: Step) -> Any:
-        return getattr(self, f"emit_{type(step).__name__}")(step)
+        statement = getattr(self, f"emit_{type(step).__name__}")(step)
+        written = extent_of(step)
+        return statement if isinstance(written, int) else tir_stmt.IfThenElse(
+            expression(written) > _int64(0), statement, None)
 
     def emit_KernelCall(self, step: KernelCall) -> Any:
         call = T.call_extern("int32", self.symbols[id(step.kernel)], *(self.value(arg) for arg in step.args))
@@ -175,6 +187,8 @@ class _Emitter:
         return self.timing(step, tir_stmt.IfThenElse(call != tirx.const(0, "int32"), failed, None))
 
     def value(self, arg: Arg) -> Any:
+        if isinstance(arg, SizeArg):
+            return variable(arg.name)
         return self.counters[id(arg)] if isinstance(arg, LoopVar) else self.address(arg)
 
     def emit_HostCall(self, step: HostCall) -> Any:

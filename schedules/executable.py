@@ -14,7 +14,7 @@ import ctypes
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from .link import Library, load
 from .plan import ALIGNMENT, MemoryPlan
 from .program import ENTRY, PROFILE_HEADER, numpy_dtype
 from .runtime import prepare_thread
+from .sized import Layouts, TempInfo, shape_from_json, shape_to_json
 from .target import Target, host_features
 
 
@@ -33,7 +34,7 @@ class TensorInfo:
     """One input, output or constant. `alias`: the input whose storage an output takes over."""
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[Any, ...]
     dtype: str
     role: str = ""
     alias: int | None = None
@@ -94,18 +95,24 @@ class Signature:
     host_functions: list[str] = field(default_factory=list)
     kernels: list[KernelInfo] = field(default_factory=list)
     meta: dict[str, Any] = field(default_factory=dict)
+    sizes: list[str] = field(default_factory=list)  # the symbolic ones, in the order of their cells in the table
+    temps: list[TempInfo] = field(default_factory=list)  # of a program with symbolic sizes
 
     def to_json(self) -> dict[str, Any]:
         """As JSON-ready data; `from_json` takes it back."""
-        return asdict(self)
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        for key in ("inputs", "outputs", "constants", "temps"):
+            data[key] = [{**vars(t), "shape": shape_to_json(t.shape)} for t in data[key]]
+        return {**data, "kernels": [asdict(k) for k in self.kernels]}
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Signature:
         """The signature that `to_json` wrote. Raises TypeError or KeyError for anything else."""
         tensors = {
-            key: [TensorInfo(**{**t, "shape": tuple(int(n) for n in t["shape"])}) for t in data[key]]
+            key: [TensorInfo(**{**t, "shape": shape_from_json(t["shape"])}) for t in data[key]]
             for key in ("inputs", "outputs", "constants")
         }
+        tensors["temps"] = [TempInfo(**{**t, "shape": shape_from_json(t["shape"])}) for t in data.get("temps", ())]
         return Signature(**{**data, **tensors, "kernels": [KernelInfo(**k) for k in data["kernels"]]})
 
 
@@ -140,17 +147,24 @@ class _Result:
     """Where one output of each call goes: memory that is used again as soon as nobody holds a view of it."""
 
     def __init__(self, info: TensorInfo, position: int, slot: int):
-        self.shape, self.dtype = info.shape, numpy_dtype(info.dtype)
+        self.dtype = numpy_dtype(info.dtype)
         self.position, self.slot = position, slot  # among the outputs; in the table
-        self.nbytes = int(np.prod(info.shape, dtype=np.int64)) * self.dtype.itemsize
+        self.held = -1  # bytes of `raw`
+        self.resize(info.shape if all(isinstance(n, int) for n in info.shape) else (0,))
         self.raw: np.ndarray | None = np.empty(0, np.uint8)
         self.idle = sys.getrefcount(self.raw)  # references while no caller holds a view
         self.raw = None
 
+    def resize(self, shape: Sequence[int]) -> None:
+        """The shape of the next result."""
+        self.shape = tuple(shape)
+        self.nbytes = int(np.prod(shape, dtype=np.int64)) * self.dtype.itemsize
+
     def array(self) -> np.ndarray:
         """A fresh array; afterwards `address` is where its data lie."""
-        if self.raw is None or sys.getrefcount(self.raw) != self.idle:
+        if self.raw is None or self.held < self.nbytes or sys.getrefcount(self.raw) != self.idle:
             self.raw, self.offset, self.address = _raw(self.nbytes)
+            self.held = self.nbytes
         return np.ndarray(self.shape, self.dtype, self.raw, self.offset)
 
 
@@ -184,6 +198,10 @@ class Executable:
             info.name: _aligned_copy(constants[info.name], numpy_dtype(info.dtype))
             for info in signature.constants
         }
+        self._layouts = Layouts(signature) if signature.sizes else None
+        self._values: tuple[int, ...] | None = None  # of the sizes, in the last call
+        self._arena_bytes = 0 if signature.sizes else signature.arena_bytes
+        self._dynamic = [not all(isinstance(n, int) for n in info.shape) for info in signature.inputs]
         self._in_place = np.array(sorted(self._written), np.intp)
         self._ends = np.zeros(len(signature.inputs), np.int64)  # where each bound input ends, 0 if unbound
         self._table = np.zeros(signature.slots, np.int64)
@@ -257,13 +275,32 @@ class Executable:
         for i, array in enumerate(arrays):
             if array is not bound[i]:
                 self._bind(i, array)
+        if self._layouts is not None:
+            self._settle_sizes(self._layouts)
         if self._arena is None:
-            self._arena, _, self._cells[0] = _raw(self.signature.arena_bytes)
+            self._arena, _, self._cells[0] = _raw(self._arena_bytes)
         outputs: list[Any] = [None if i is None else bound[i] for i in self._taken_over]
         for result in self._results:
             outputs[result.position] = result.array()
             self._cells[result.slot] = result.address
         return outputs
+
+    def _settle_sizes(self, layouts: Layouts) -> None:
+        """Enter what depends on the sizes of this call: their values, the places of temps, the shapes of results."""
+        values = layouts.sizes(self._bound)
+        if values == self._values:
+            return
+        layout = layouts.at(values)
+        first = len(self._table) - 1 - len(layout.cells)
+        self._table[first:-1] = layout.cells
+        for result in self._results:
+            result.resize(layout.outputs[result.position])
+        if layout.arena_bytes > self._arena_bytes:
+            self._arena, self._arena_bytes = None, layout.arena_bytes
+        self._spare = [np.zeros(nbytes + ALIGNMENT, np.uint8) for nbytes in layout.spare.values()]
+        for i, spare in zip(layout.spare, self._spare):
+            self._cells[1 + i] = spare.ctypes.data
+        self._values = values if not layout.spare else None  # an empty input is seen to have memory, at each call
 
     def _leave(self) -> None:
         """Let go of what the caller passes anew each time: a batch must not live until the next one comes."""
@@ -282,7 +319,7 @@ class Executable:
             raise DTypeError(
                 f"input {i} ({info.name!r}) of {self.signature.name}: expected {info}, got {_type(array)}"
             )
-        if array.shape != info.shape:
+        if array.shape != info.shape and not (self._dynamic[i] and _fits(array.shape, info.shape)):
             raise ShapeError(
                 f"input {i} ({info.name!r}) of {self.signature.name}: expected {info}, got {_type(array)}"
             )
@@ -354,7 +391,7 @@ class Executable:
     @property
     def nbytes(self) -> int:
         """Bytes that the executable holds between calls: arena, constants, code, spare results."""
-        held = self.signature.arena_bytes + sum(r.nbytes for r in self._results)
+        held = self._arena_bytes + sum(r.nbytes for r in self._results)
         return (
             held + sum(c.nbytes for c in self.constants.values()) + sum(map(len, self.library.files.values()))
         )
@@ -393,6 +430,13 @@ def _as_array(given: Any, info: TensorInfo, dtype: np.dtype) -> np.ndarray:
     if hasattr(given, "__dlpack__"):
         return np.from_dlpack(given)
     raise ArgumentsError(f"input {info.name!r}: expected an array of {info}, got {type(given).__name__}")
+
+
+def _fits(shape: Sequence[int], declared: Sequence[Any]) -> bool:
+    """Whether a shape has the axes that are declared, as far as these are numbers."""
+    return len(shape) == len(declared) and all(
+        not isinstance(want, int) or have == want for have, want in zip(shape, declared)
+    )
 
 
 def _type(array: np.ndarray) -> str:

@@ -27,6 +27,7 @@ from .group import (
 )
 from .loops_eval import NotAligned
 from .rows_domain import is_reduction
+from .sizes import hint
 
 SHARED_BYTES = 1 << 14  # a common input from which reading it once pays for joining two groups
 
@@ -148,7 +149,7 @@ class Fuser:
         for group in dict.fromkeys(self.owner.values()):
             if group.has_reduction:
                 for v in self.facts.boundary(self.facts.closure(group.nodes))[0]:
-                    if v.type.nbytes >= SHARED_BYTES:
+                    if hint(v.type.nbytes) >= SHARED_BYTES:
                         readers.setdefault(v, []).append(group)
         for groups in readers.values():
             for group in groups[1:]:

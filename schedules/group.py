@@ -19,6 +19,7 @@ from .loops_index import Axis, Index, flatten, unflatten
 from .lower_shape import is_immediate
 from .lower_slots import Anchor, Pointwise, Reduce
 from .rows_domain import RowDomain, analyse, is_reduction
+from .sizes import hint
 
 VIEWS = frozenset({"reshape", "broadcast_to", "slice", "reverse", "transpose"})
 CHEAP = 2.0            # operations per element that are better repeated than stored
@@ -136,7 +137,7 @@ class Facts:
         return found
 
 
-def repeats_work(recorder: Recorder, size: Any, rows: int = 0) -> bool:
+def repeats_work(recorder: Recorder, size: Any, rows: Any = 0) -> bool:
     """Whether something costly is computed at several places, or for more elements than it has (values of each of
     `rows` rows are computed once for the row)."""
     for v, times in recorder.computed.items():
@@ -144,7 +145,7 @@ def repeats_work(recorder: Recorder, size: Any, rows: int = 0) -> bool:
         cost = v.producer.op.slots["lower"].cost
         if cost > CHEAP and times > 1 or times > 3 and cost >= 1:
             return True
-        if cost > CHEAP and v.type.size * 4 < size and v.type.size not in (1, rows):
+        if cost > CHEAP and hint(v.type.size) * 4 < hint(size) and v.type.size not in (1, rows):
             return True
     return False
 
@@ -172,7 +173,7 @@ def check_rows(nodes: Sequence[Node], outputs: Sequence[Value], threads: int) ->
     if repeats_work(domain.recorder, domain.size, domain.rows):
         raise NotAligned("work would be repeated")
     together = domain.passes > 1 or any(domain.is_full(v) for v in outputs)
-    if together and domain.size > ALONE and domain.rows < 2 * threads:
+    if together and hint(domain.size) > ALONE and hint(domain.rows) < 2 * threads:
         raise NotAligned("too few rows to share among threads")
     return domain
 

@@ -18,12 +18,14 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
+from ..ir.dims import Dim, Size
 from ..ir.graph import Node, Value
 from ..ir.opdef import rule
 from .loops_eval import Access, Evaluator, Idx, InMemory, Recorder, count_uses
 from .loops_index import Axis, Index, Merged, flatten, opaque, unflatten
 from .loops_turn import emit_turned, find_turn
 from .lower_slots import Reduce, compute_dtype, let, storage_dtype
+from .sizes import exact, expression, expressions, hint, is_dynamic
 
 SERIAL_WORK = 40_000  # element operations below which waking other threads costs more than it saves
 BLOCK = 4096          # elements per step of a parallel loop over one long axis
@@ -48,7 +50,12 @@ class Signature:
     @property
     def wide(self) -> bool:
         """Whether offsets need 64 bits."""
-        return any(v.type.size >= 1 << 31 for v in self.params)
+        return self.dynamic or any(v.type.size >= 1 << 31 for v in self.params)
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether a size is known only at run time."""
+        return is_dynamic(*(v.type.size for v in self.params))
 
 
 class KernelFrame:
@@ -61,7 +68,7 @@ class KernelFrame:
 
     @contextmanager
     def building(self) -> Iterator[KernelFrame]:
-        _indices.wide = self.signature.wide
+        _indices.wide, _indices.dynamic = self.signature.wide, self.signature.dynamic
         with IRBuilder() as builder:
             with T.prim_func(s_tir=True):
                 T.func_name(self.name)
@@ -78,14 +85,14 @@ class KernelFrame:
 def parameter(name: str, v: Value) -> Any:
     """Declares a kernel parameter. No alignment beyond an element's is assumed."""
     dtype = storage_dtype(v.dtype)
-    return T.arg(name, tirx.decl_buffer(v.shape, dtype, name, data_alignment=v.dtype.itemsize))
+    return T.arg(name, tirx.decl_buffer(expressions(v.shape), dtype, name, data_alignment=v.dtype.itemsize))
 
 
 def flat(buffer: Any, v: Value) -> Any:
     """The same memory as one row."""
     if v.rank == 1:
         return buffer
-    return T.decl_buffer((v.type.size,), buffer.dtype, data=buffer.data, align=v.dtype.itemsize)
+    return T.decl_buffer((expression(v.type.size),), buffer.dtype, data=buffer.data, align=v.dtype.itemsize)
 
 
 def lanes_for(values: Sequence[Value], vector_bits: int) -> int:
@@ -113,6 +120,7 @@ def vectorizable(nodes: Iterable[Node]) -> bool:
 
 class _Indices(threading.local):
     wide = False
+    dynamic = False
 
 
 _indices = _Indices()
@@ -120,13 +128,39 @@ _indices = _Indices()
 
 def loop(extent: Any, kind: str = "serial") -> Any:
     """A loop context giving its variable; a loop of one step gives 0 and no loop. Counts in 64 bits in a kernel with a
-    parameter of 2**31 elements or more."""
+    parameter of 2**31 elements or more, or of a size that is known only at run time."""
     if isinstance(extent, int):
         if extent == 1:
             return nullcontext(0)
-        if _indices.wide and kind in ("serial", "parallel"):
+        if _indices.dynamic or _indices.wide and kind in ("serial", "parallel"):
             extent = tirx.const(extent, "int64")
-    return getattr(T, kind)(extent)
+    return getattr(T, kind)(expression(extent))
+
+
+def each_vector(extent: Size, lanes: int, body: Any) -> None:
+    """`body(start, lanes)` over an axis in whole vectors, then for the rest: at once if its size is known, else in
+    narrower vectors and single elements."""
+    if isinstance(extent, int):
+        lanes = min(lanes, extent)
+        vectors, tail = divmod(extent, lanes)
+        if vectors:
+            with loop(vectors) as j:
+                body(j * lanes, lanes)
+        if tail:
+            body(vectors * lanes, tail)
+        return
+    whole = expression(extent)
+    done: Any = None
+    for width in narrowing(lanes):
+        count = T.bind(tirx.truncdiv(whole if done is None else whole - done, tirx.const(width, "int64")))
+        with T.serial(count) as j:
+            body(j * width if done is None else done + j * width, width)
+        done = T.bind(count * width if done is None else done + count * width)
+
+
+def narrowing(lanes: int) -> list[int]:
+    """Widths of the vectors that an axis of unknown size is cut into."""
+    return [lanes, *([lanes // 4] if lanes >= 8 else []), *([1] if lanes > 1 else [])]
 
 
 def work_per_element(nodes: Sequence[Node]) -> float:
@@ -138,7 +172,7 @@ def work_per_element(nodes: Sequence[Node]) -> float:
     return total
 
 
-def collapse(axes: Sequence[Axis], strides: Sequence[dict[Axis, int]], fixed: frozenset[Axis],
+def collapse(axes: Sequence[Axis], strides: Sequence[dict[Axis, Any]], fixed: frozenset[Axis],
              may_join: Any = lambda a, b: True) -> list[Axis]:
     """Axes with neighbours joined wherever every access goes through the two as through one."""
     groups: list[list[Axis]] = []
@@ -154,7 +188,7 @@ def collapse(axes: Sequence[Axis], strides: Sequence[dict[Axis, int]], fixed: fr
     return [group[0] if len(group) == 1 else Merged(group) for group in groups]
 
 
-def linear(position: Index) -> tuple[dict[Axis, int], frozenset[Axis]]:
+def linear(position: Index) -> tuple[dict[Axis, Any], frozenset[Axis]]:
     """The strides of a position in the axes, and the axes that it depends on in other ways."""
     strides = {a: c for a, c in position.terms.items() if isinstance(a, Axis)}
     other: frozenset[Axis] = frozenset().union(*(a.axes for a in position.terms if not isinstance(a, Axis)))
@@ -170,7 +204,7 @@ class Domain:
     accesses: list[Access]
 
 
-def domain_of(shape: Sequence[int], nodes: Sequence[Node], outputs: Sequence[Value],
+def domain_of(shape: Sequence[Size], nodes: Sequence[Node], outputs: Sequence[Value],
               recorder: Recorder | None = None) -> Domain:
     """The collapsed iteration domain over `shape` of a group without reductions."""
     axes = [Axis(n, f"i{k}") for k, n in enumerate(shape)]
@@ -185,12 +219,14 @@ def domain_of(shape: Sequence[int], nodes: Sequence[Node], outputs: Sequence[Val
     return Domain(collapse(axes, strides, fixed), indices, recorder.accesses)
 
 
-def refine(shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
+def refine(shapes: Sequence[Sequence[Size]]) -> tuple[Size, ...]:
     """The coarsest shape that every given shape (all of one size) is a grouping of, or the first if there is none."""
-    cuts: set[int] = set()
-    total = math.prod(shapes[0])
-    if total == 0:
+    cuts: set[Any] = set()
+    total: Any = math.prod(shapes[0])
+    if total == 0 or all(tuple(shape) == tuple(shapes[0]) for shape in shapes) and is_dynamic(total):
         return tuple(shapes[0])
+    if is_dynamic(total):
+        return _refine_dynamic(shapes, total)
     for shape in shapes:
         step = 1
         for size in reversed(shape):
@@ -201,6 +237,26 @@ def refine(shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
         return tuple(shapes[0])
     sizes = [b // a for a, b in zip(ordered, ordered[1:])]
     return tuple(reversed(sizes))
+
+
+def _refine_dynamic(shapes: Sequence[Sequence[Size]], total: Size) -> tuple[Size, ...]:
+    cuts: set[Size] = {1, total}
+    for shape in shapes:
+        step: Size = 1
+        for size in reversed(shape):
+            step = step * size
+            cuts.add(step)
+    ordered = sorted(cuts, key=_large)
+    sizes = [exact(b, a) for a, b in zip(ordered, ordered[1:])]
+    if any(size is None for size in sizes):
+        return tuple(shapes[0])
+    return tuple(size for size in reversed(sizes) if size is not None)
+
+
+def _large(size: Size) -> int:
+    """An order of sizes in which a factor stands before what it divides."""
+    return size if isinstance(size, int) else size.evaluate({n: 10_007 + 1_000 * i for i, n in
+                                                             enumerate(sorted(size.names))})
 
 
 class ElementwiseKernel:
@@ -216,8 +272,7 @@ class ElementwiseKernel:
         if not vectorizable(nodes):
             self.lanes = 1
         self.domain = domain_of(refine([v.shape for v in outputs]), nodes, outputs)
-        self.parallel = target.threads > 1 and \
-            int(outputs[0].type.size) * work_per_element(nodes) > SERIAL_WORK
+        self.parallel = target.threads > 1 and hint(outputs[0].type.size) * work_per_element(nodes) > SERIAL_WORK
 
     def element(self) -> None:
         """Computes every output at the current indices, then stores them."""
@@ -243,6 +298,8 @@ class ElementwiseKernel:
 
     def emit_flat(self, axis: Axis) -> None:
         """One long axis: parallel blocks of vectors, and the tail."""
+        if isinstance(axis.extent, Dim):
+            return self.emit_flat_dynamic(axis)
         lanes = min(self.lanes, axis.extent)
         vectors, tail = divmod(axis.extent, lanes)
         per_block = max(BLOCK // lanes, 1)
@@ -255,6 +312,19 @@ class ElementwiseKernel:
                 self.vector(axis, (b * per_block + j) * lanes, lanes)
         if tail:
             self.vector(axis, vectors * lanes, tail)
+        return None
+
+    def emit_flat_dynamic(self, axis: Axis) -> None:
+        lanes, whole = self.lanes, expression(axis.extent)
+        block = max(BLOCK // lanes, 1)
+        vectors = T.bind(tirx.truncdiv(whole, tirx.const(lanes, "int64")))
+        blocks = tirx.truncdiv(vectors + (block - 1), tirx.const(block, "int64"))
+        with loop(blocks if self.parallel else 1, "parallel") as b:
+            with loop(tirx.min(vectors - b * block, block) if self.parallel else vectors) as j:
+                self.vector(axis, (b * block + j) * lanes, lanes)
+        if lanes > 1:
+            with loop(whole - vectors * lanes) as j:
+                self.vector(axis, vectors * lanes + j, 1)
 
     def emit_nest(self, loops: list[Axis]) -> None:
         """Several axes: the outer ones as one parallel loop, the innermost in vectors."""
@@ -267,7 +337,7 @@ class ElementwiseKernel:
             self.bind_outer(outer, row)
             self.row(inner)
 
-    def steps(self, count: int) -> Any:
+    def steps(self, count: Any) -> Any:
         """The loop over independent steps."""
         return loop(count, "parallel" if self.parallel else "serial")
 
@@ -276,18 +346,12 @@ class ElementwiseKernel:
 
     def row(self, inner: Axis) -> None:
         """The innermost axis at the current place of the others."""
-        lanes = min(self.lanes, inner.extent)
-        vectors, tail = divmod(inner.extent, lanes)
-        if vectors:
-            with loop(vectors) as j:
-                self.vector(inner, j * lanes, lanes)
-        if tail:
-            self.vector(inner, vectors * lanes, tail)
+        each_vector(inner.extent, self.lanes, lambda start, lanes: self.vector(inner, start, lanes))
 
 
 def bind_flat(axes: Sequence[Axis], position: Any) -> None:
     """Gives each axis its part of a row-major position."""
-    whole = math.prod(a.extent for a in axes)
+    whole: Any = math.prod(a.extent for a in axes)
     index = Index({}, 0) if isinstance(position, int) else opaque(position, 0, whole - 1, ())
     for axis, part in zip(axes, unflatten(index, [a.extent for a in axes])):
         value = part.expr()

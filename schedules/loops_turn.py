@@ -15,11 +15,13 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from ..ir.dims import Dim, Size
 from ..ir.graph import Value
 from .conv_tir import Transpose, import_llvm
 from .loops_eval import Idx, InMemory, as_offset
 from .loops_index import Axis, Index, Merged
 from .lower_slots import compute_dtype
+from .sizes import expression, hint, is_dynamic, trunc_div, trunc_mod
 
 # What a tile of an element type is turned as: (source, destination) types of the shuffles.
 TURNED_AS = {"float32": ("float32", "float32"), "int32": ("float32", "float32"), "uint32": ("float32", "float32"),
@@ -73,7 +75,7 @@ def find_turn(loops: list[Axis], accesses: list[Any], lanes: int) -> Turn | None
         if not access.position.plain or stride_on(own, inner) in (0, 1) or access.value.dtype not in TURNED_AS:
             continue
         along = [a for a in loops[:-1] if stride_on(own, a) == 1]
-        if not along or along[0].extent < lanes or inner.extent < lanes or across not in (None, along[0]):
+        if not along or hint(along[0].extent) < lanes or hint(inner.extent) < lanes or across not in (None, along[0]):
             continue
         if len(places[access.value]) > 1:
             continue
@@ -87,29 +89,36 @@ def emit_turned(kernel: Any, turn: Turn) -> None:
     """The loops of an `ElementwiseKernel` over tiles; edges that fill no tile are read element by element."""
     inner, across, lanes = kernel.domain.loops[-1], turn.across, kernel.lanes
     others = [a for a in kernel.domain.loops[:-1] if a is not across]
-    rows = math.prod(a.extent for a in others)
-    tiles, rest = divmod(across.extent, lanes)
+    rows: Any = math.prod(a.extent for a in others)
+    tiles, rest = across.extent // lanes, across.extent % lanes
     plain = {v: kernel.evaluator.places[v] for v in turn.strides}
     shuffles = {v: Transpose(lanes, *TURNED_AS[v.dtype]) for v in turn.strides}
 
-    def wide(count: int) -> Any:
+    def wide(count: Size) -> Any:
+        if isinstance(count, Dim):
+            return expression(count)
         return tirx.const(count, "int64") if any(place.wide for place in plain.values()) else count
 
     with import_llvm(*shuffles.values()):
         with kernel.steps(rows * tiles) as p:
-            kernel.bind_outer(others, p // tiles)
-            first = T.bind(p % tiles * lanes)
+            kernel.bind_outer(others, trunc_div(p, tiles) if isinstance(tiles, Dim) else p // tiles)
+            first = T.bind((trunc_mod(p, tiles) if isinstance(tiles, Dim) else p % tiles) * lanes)
             with T.serial(wide(inner.extent // lanes)) as j:
                 _one_tile(kernel, turn, plain, shuffles, first, T.bind(j * lanes))
             kernel.evaluator.places.update(plain)
             if tail := inner.extent % lanes:
                 with T.serial(wide(lanes)) as i:
                     across.bind(first + i)
-                    kernel.vector(inner, inner.extent - tail, tail)
+                    if isinstance(tail, Dim):
+                        with T.serial(expression(tail)) as lane:
+                            kernel.vector(inner, expression(inner.extent - tail) + lane, 1)
+                    else:
+                        kernel.vector(inner, inner.extent - tail, tail)
         if rest:
             with kernel.steps(rows * rest) as p:
-                kernel.bind_outer(others, p // rest)
-                across.bind(T.bind(tiles * lanes + p % rest))
+                kernel.bind_outer(others, trunc_div(p, rest) if isinstance(rest, Dim) else p // rest)
+                place = trunc_mod(p, rest) if isinstance(rest, Dim) else p % rest
+                across.bind(T.bind(expression(tiles) * lanes + place))
                 kernel.row(inner)
 
 
@@ -128,7 +137,7 @@ def _one_tile(kernel: Any, turn: Turn, plain: Mapping[Value, InMemory], shuffles
     kernel.evaluator.places.update(tiles)
     with T.serial(lanes) as i:
         across.bind(first + i)
-        with T.vectorized(lanes) as lane:
+        with T.vectorized(tirx.const(lanes, "int64") if is_dynamic(inner.extent, across.extent) else lanes) as lane:
             inner.bind(start + lane)
             for tile in tiles.values():
                 tile.row, tile.lane = i, lane

@@ -12,12 +12,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from ..ir.decompose import INLINE, MARKERS, erase
-from ..ir.errors import CompileError
 from ..ir.graph import Graph, Node, Value
 from ..ir.opdef import rule
 from ..ir.rewrite import Rewriter, rewrite
@@ -39,8 +38,9 @@ from .loops import Signature
 from .lower_control import CONTROL, Place, lower_control
 from .lower_slots import Anchor, Kernel
 from .order import in_order, is_other_name
-from .program import Buffer, Copy, KernelCall, Program, Step, View
+from .program import Arg, Buffer, Copy, KernelCall, Program, SizeArg, Step, View
 from .rules import kernel_of
+from .sizes import expecting, hint, size_names, with_sizes
 from .target import Target
 
 __all__ = ["attention", "expand", "lower", "lower_elementwise", "lower_fold", "lower_pool", "lower_reduce",
@@ -83,17 +83,19 @@ def without_dead(graph: Graph) -> Graph:
     return Graph(graph.name, graph.inputs, graph.roles, nodes[::-1], graph.outputs, graph.aliases, graph.meta)
 
 
-def lower(graph: Graph, target: Target | str = "cpu") -> Program:
-    """The program of a graph with static shapes.
+def lower(graph: Graph, target: Target | str = "cpu", expected: Mapping[str, int] | None = None) -> Program:
+    """The program of a graph. Where shapes are symbolic it runs at every size, and is fastest near the `expected` ones.
 
     Raises:
-        CompileError: a shape is symbolic (specialise the graph first), or no schedule accepts a group.
+        CompileError: a size does not follow from the shapes of the inputs, or no schedule accepts a group.
         MissingRuleError: an op has neither a lowering nor a decomposition.
     """
     target = Target.parse(target)
-    for v in graph.inputs:
-        if not v.type.is_static:
-            raise CompileError(f"input {v!r} of {graph.name} has a symbolic shape; lower a graph specialised to sizes")
+    with expecting(expected):
+        return _lower(graph, target)
+
+
+def _lower(graph: Graph, target: Target) -> Program:
     graph = channels_last(expand(graph)).graph
     inputs = [Buffer(v.name or f"in{i}", v.shape, v.dtype, "input") for i, v in enumerate(graph.inputs)]
     outputs = [Buffer(f"out{i}", v.shape, v.dtype, "output",
@@ -270,7 +272,7 @@ class _Region:
             if source is not None and source in inputs:
                 inplace[v] = source
         signature = Signature(tuple(inputs), tuple(group.outputs), inplace)
-        args = [self.place(v) for v in signature.params]
+        args: list[Arg] = [self.place(v) for v in signature.params]
         shift = 0
         if group.anchor is not None and is_anchor(group.anchor) and len(set(group.anchor.operands)) < 2 \
                 and group.anchor.op.name not in ("matmul", "attention"):
@@ -280,8 +282,9 @@ class _Region:
             args[signature.position(v) + shift] = self.place(v)
         reads = [i for i in range(len(args)) if i not in writes or i - shift < len(inputs)]
         kernel = kernel_of(group, signature, self.target, "kernel")
-        self.steps.append(KernelCall(kernel, args, writes, reads, group.label,
-                                     float(sum(n.flops for n in group.nodes))))
+        args += map(SizeArg, size_names(kernel))
+        self.steps.append(KernelCall(kernel, args, writes, [i for i in reads if i < len(signature.params) + shift],
+                                     group.label, float(hint(sum(n.flops for n in group.nodes)))))
 
     def reuse(self, operand: Value, result: Value) -> None:
         """Gives a result the memory of an operand that nothing else needs."""
@@ -293,14 +296,14 @@ class _Region:
             self.places[result] = Buffer(f"{place.name}_kept", result.shape, result.dtype, alias_of=place)
 
     def emit_own(self, node: Node, lowering: Kernel) -> None:
-        kernel = lowering.fn(node, self.target, "kernel")
+        kernel = with_sizes(lowering.fn(node, self.target, "kernel"))
         shared = {result: operand for operand, result in lowering.inplace}
         operands: list[Place] = [self.place(v) for v in node.operands]
         for k, operand in shared.items():
             self.reuse(node.operands[operand], node.results[k])
         results = [self.place(v) for v in node.results]
         writes: list[int] = []
-        args = list(operands)
+        args: list[Arg] = list(operands)
         for i, result in enumerate(results):
             if i in shared:
                 if not (isinstance(result, Buffer) and result.alias_of is operands[shared[i]]):
@@ -311,6 +314,7 @@ class _Region:
                 writes.append(len(args))
                 args.append(result)
         reads = range(len(operands))
-        self.steps.append(KernelCall(kernel, args, writes, reads, node.op.name, float(node.flops)))
+        args += map(SizeArg, size_names(kernel))
+        self.steps.append(KernelCall(kernel, args, writes, reads, node.op.name, float(hint(node.flops))))
 
 

@@ -17,6 +17,7 @@ from ..ir.opdef import fill
 from .lower_kernel import (
     Row,
     around,
+    at_most,
     each_vector,
     index,
     key_dtype,
@@ -33,7 +34,7 @@ from .lower_slots import Kernel, compute_dtype, const, is_nan, let
 def _along_axis(node: Node, target: Any, name: str, column: Callable[..., None]) -> Any:
     """A kernel that runs `column(operands, results, outer, inner start, lanes)` for every vector of columns."""
     outer, size, inner = around(node.operands[0].shape, node.attrs["axis"])
-    lanes = min(lanes_of([*node.operands, *node.results], target), inner)
+    lanes = at_most(lanes_of([*node.operands, *node.results], target), inner)
 
     def body(operands: list[Row], results: list[Row]) -> None:
         with parallel(outer, outer * size * inner, target) as o:

@@ -16,8 +16,11 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
+from ..ir.dims import Dim, Size
 from ..ir.graph import Node, Value
+from . import loops
 from .lower_slots import cast, compute_dtype, read, storage_dtype, written
+from .sizes import expression, expressions, hint, trunc_div, trunc_mod
 
 SERIAL_WORK = 40_000  # steps below which waking other threads costs more than it saves
 
@@ -29,7 +32,7 @@ def key_dtype(dtype: str) -> str:
 
 def index(value: Any) -> Any:
     """A number or expression as a 64-bit index."""
-    return tirx.IntImm("int64", value) if isinstance(value, int) else tirx.Cast("int64", value)
+    return tirx.IntImm("int64", value) if isinstance(value, int) else tirx.Cast("int64", expression(value))
 
 
 @dataclass(frozen=True)
@@ -77,28 +80,34 @@ def write_kernel(node: Node, name: str, body: Callable[[list[Row], list[Row]], N
 
 
 def _parameter(name: str, v: Value) -> Any:
-    return T.arg(name, tirx.decl_buffer(v.shape, storage_dtype(v.dtype), name, data_alignment=v.dtype.itemsize))
+    return T.arg(name, tirx.decl_buffer(expressions(v.shape), storage_dtype(v.dtype), name,
+                                        data_alignment=v.dtype.itemsize))
 
 
 def _row(v: Value, buffer: Any) -> Row:
     if v.rank != 1:
-        buffer = T.decl_buffer((v.type.size,), buffer.dtype, data=buffer.data, align=v.dtype.itemsize)
+        buffer = T.decl_buffer((expression(v.type.size),), buffer.dtype, data=buffer.data, align=v.dtype.itemsize)
     return Row(v, buffer)
 
 
 @contextmanager
-def loop(extent: int, kind: str = "serial") -> Iterator[Any]:
+def loop(extent: Any, kind: str = "serial") -> Iterator[Any]:
     """A loop giving its 64-bit variable; one of a single step gives 0 and no loop."""
-    if extent == 1:
+    if isinstance(extent, int) and extent == 1:
         yield index(0)
     else:
         with getattr(T, kind)(index(extent)) as i:
             yield i
 
 
-def parallel(extent: int, work: float, target: Any) -> Any:
+def parallel(extent: Any, work: Any, target: Any) -> Any:
     """A loop over independent steps: parallel if all of them together are `work` enough."""
-    return loop(extent, "parallel" if target.threads > 1 and work > SERIAL_WORK else "serial")
+    return loop(extent, "parallel" if target.threads > 1 and hint(work) > SERIAL_WORK else "serial")
+
+
+def at_most(lanes: int, extent: Size) -> int:
+    """Lanes of vectors along an axis: no more than it has elements, if that is known."""
+    return min(lanes, extent) if isinstance(extent, int) else lanes
 
 
 def lanes_of(values: Sequence[Value], target: Any) -> int:
@@ -107,8 +116,11 @@ def lanes_of(values: Sequence[Value], target: Any) -> int:
     return max(target.vector_bits // bits, 1)
 
 
-def each_vector(extent: int, lanes: int, body: Callable[[Any, int], None]) -> None:
+def each_vector(extent: Size, lanes: int, body: Callable[[Any, int], None]) -> None:
     """Runs `body(start, lanes)` over an axis in whole vectors, then once for the rest."""
+    if isinstance(extent, Dim):
+        loops.each_vector(extent, lanes, body)
+        return
     whole, rest = divmod(extent, lanes)
     if whole:
         with loop(whole) as block:
@@ -139,21 +151,25 @@ def when(condition: Any) -> Iterator[None]:
         yield
 
 
-def around(shape: Sequence[int], axis: int) -> tuple[int, int, int]:
+def around(shape: Sequence[Any], axis: int) -> tuple[Any, Any, Any]:
     """(elements before, size of, elements after) an axis."""
     return math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1:])
 
 
-def split_index(flat: Any, shape: Sequence[int]) -> list[Any]:
+def split_index(flat: Any, shape: Sequence[Size]) -> list[Any]:
     """The coordinates of a flat row-major position."""
     parts = []
     for size in reversed(shape):
+        if isinstance(size, Dim):
+            parts.append(trunc_mod(flat, size))
+            flat = trunc_div(flat, size)
+            continue
         parts.append(flat % size if size != 1 else index(0))
         flat = flat // size
     return parts[::-1]
 
 
-def join_index(parts: Sequence[Any], shape: Sequence[int]) -> Any:
+def join_index(parts: Sequence[Any], shape: Sequence[Size]) -> Any:
     """The flat row-major position of coordinates."""
     flat = index(0)
     for part, size in zip(parts, shape):

@@ -21,6 +21,7 @@ from ..ir.opdef import fill
 from ..ir.ops_layout import spatial_sizes
 from .lower_kernel import (
     Row,
+    at_most,
     each_vector,
     index,
     join_index,
@@ -34,21 +35,22 @@ from .lower_kernel import (
     write_kernel,
 )
 from .lower_slots import NARROW_FLOATS, Kernel, cast, compute_dtype, const, is_nan, let
+from .sizes import expression
 
 
 @dataclass(frozen=True)
 class Images:
     """An activation: batch, channels and spatial sizes, and how they lie in memory."""
 
-    batch: int
-    channels: int
-    spatial: tuple[int, ...]
+    batch: Any
+    channels: Any
+    spatial: tuple[Any, ...]
     channels_last: bool
 
     @classmethod
-    def of(cls, shape: Sequence[int], channels_last: bool) -> Images:
+    def of(cls, shape: Sequence[Any], channels_last: bool) -> Images:
         channels = shape[-1] if channels_last else shape[1]
-        return cls(shape[0], channels, tuple(map(int, spatial_sizes(tuple(shape), channels_last))), channels_last)
+        return cls(shape[0], channels, tuple(spatial_sizes(tuple(shape), channels_last)), channels_last)
 
     def at(self, image: Any, channel: Any, place: Sequence[Any]) -> Any:
         """The flat position of an element."""
@@ -65,10 +67,10 @@ def _every_vector(images: Images, node: Node, work: int, target: Any,
     """
     lanes = lanes_of([*node.operands, *node.results], target)
     *rest, last = (*images.spatial, images.channels) if images.channels_last else (images.channels, *images.spatial)
-    rows = math.prod(rest)
+    rows: Any = math.prod(rest)
     total = images.batch * rows * last * work
     with parallel(images.batch * rows, total, target) as step:
-        image, outer = let(step // rows), [let(i) for i in split_index(step % rows, rest)]
+        image, *outer = (let(i) for i in split_index(step, (images.batch, *rest)))
 
         def vector(start: Any, count: int) -> None:
             def places(lane: Any) -> tuple[Any, list[Any]]:
@@ -78,7 +80,7 @@ def _every_vector(images: Images, node: Node, work: int, target: Any,
 
             body(image, places, count)
 
-        each_vector(last, min(lanes, last), vector)
+        each_vector(last, at_most(lanes, last), vector)
 
 
 @contextmanager
@@ -88,7 +90,7 @@ def _window(window: Sequence[int]) -> Iterator[list[Any]]:
         yield [stack.enter_context(loop(n)) for n in window]
 
 
-def _inside(places: Sequence[Any], sizes: Sequence[int], may_leave: Sequence[bool]) -> Any:
+def _inside(places: Sequence[Any], sizes: Sequence[Any], may_leave: Sequence[bool]) -> Any:
     """Whether a place lies inside, axis by axis where it may not; None if it always does."""
     found = None
     for place, size, leaves in zip(places, sizes, may_leave):
@@ -98,7 +100,7 @@ def _inside(places: Sequence[Any], sizes: Sequence[int], may_leave: Sequence[boo
     return found
 
 
-def _clamped(places: Sequence[Any], sizes: Sequence[int], may_leave: Sequence[bool]) -> list[Any]:
+def _clamped(places: Sequence[Any], sizes: Sequence[Any], may_leave: Sequence[bool]) -> list[Any]:
     return [tirx.max(tirx.min(p, index(n - 1)), index(0)) if leaves else p
             for p, n, leaves in zip(places, sizes, may_leave)]
 
@@ -157,7 +159,7 @@ def _max_pool_grad(node: Node, target: Any, name: str) -> Any:
     given, result = Images.of(node.operands[0].shape, last), Images.of(node.results[0].shape, last)
     plane, windows = math.prod(result.spatial), math.prod(given.spatial)
     dtype = compute_dtype(node.results[0].dtype)
-    width = min(given.channels, 64) if last else 1  # channels that one thread scatters at a time
+    width = at_most(64, given.channels) if last else 1  # channels that one thread scatters at a time
     narrow = str(node.results[0].dtype) in NARROW_FLOATS
 
     def put(sums: Any, dx: Row, at: Any, element: Any) -> None:
@@ -174,7 +176,7 @@ def _max_pool_grad(node: Node, target: Any, name: str) -> Any:
             base = let(image * plane * result.channels + first * (1 if last else plane))
             base_in = let(image * windows * given.channels + first * (1 if last else windows))
             # sums of narrow floats are kept in f32 until they are complete
-            sums: Any = T.alloc_buffer((plane * count,), dtype, scope="global") if narrow else None
+            sums: Any = T.alloc_buffer((expression(plane * count),), dtype, scope="global") if narrow else None
             at = (lambda p, c: p * count + c) if narrow else (lambda p, c: base + p * step + c)
             with loop(plane) as p, lane_loop(count) as c:
                 put(sums, dx, at(p, c), const(0, dtype))
@@ -188,7 +190,7 @@ def _max_pool_grad(node: Node, target: Any, name: str) -> Any:
                 with loop(plane) as p, lane_loop(count) as c:
                     dx.store(base + p * step + c, sums[at(p, c)])
 
-        whole, rest = divmod(given.channels, width)
+        whole, rest = given.channels // width, given.channels % width
         with parallel(given.batch * whole, given.batch * given.channels * (plane + windows), target) as s:
             planes(let(s // whole), let(s % whole * width), width)
         if rest:
@@ -198,7 +200,7 @@ def _max_pool_grad(node: Node, target: Any, name: str) -> Any:
     return write_kernel(node, name, body)
 
 
-def _count(place: Sequence[Any], attrs: Any, spatial: Sequence[int]) -> Any:
+def _count(place: Sequence[Any], attrs: Any, spatial: Sequence[Any]) -> Any:
     """How many elements a window averages."""
     if attrs["count_include_pad"] or not any(lo or hi for lo, hi in attrs["padding"]):
         return index(math.prod(attrs["window"]))

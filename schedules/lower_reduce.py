@@ -9,11 +9,13 @@ import numpy as np
 from tvm import tirx
 
 from ..ir import ops as _ops  # noqa: F401  (declares the ops whose slots are filled here)
+from ..ir.dims import Dim, Size
 from ..ir.graph import Node
 from ..ir.opdef import fill
 from ..ir.ops_reduce import highest, lowest
 from .lower_elementwise import add, maximum, minimum, mul
 from .lower_slots import Reduce, compute_dtype, const
+from .sizes import expression
 
 
 def reduction(name: str, identity: Callable[[Any], Any], combine: Callable[[Any, Any], Any],
@@ -24,8 +26,11 @@ def reduction(name: str, identity: Callable[[Any], Any], combine: Callable[[Any,
     fill("lower", name, Reduce(start, lambda node, a, b: combine(a, b), finish))
 
 
-def mean(node: Node, total: Any, count: int) -> Any:
-    return total / const(float(count) if count else float("nan"), str(total.ty.dtype))
+def mean(node: Node, total: Any, count: Size) -> Any:
+    dtype = str(total.ty.dtype)
+    if isinstance(count, Dim):
+        return total / tirx.Cast(dtype, expression(count))
+    return total / const(float(count) if count else float("nan"), dtype)
 
 
 reduction("reduce_sum", lambda d: 0, add)

@@ -18,6 +18,7 @@ from ..ir.opdef import fill
 from .lower_kernel import (
     Row,
     around,
+    at_most,
     each_vector,
     index,
     join_index,
@@ -30,6 +31,7 @@ from .lower_kernel import (
     write_kernel,
 )
 from .lower_slots import Kernel, cast, let
+from .sizes import is_dynamic
 
 COLUMNS = 4  # vectors that one step of a parallel loop over columns takes
 
@@ -38,9 +40,9 @@ def _rows(node: Node, target: Any, name: str, outer: int, size: int, inner: int,
           row_at: Callable[[Row, Any], tuple[Any, Any]], add: bool) -> Any:
     """Updates (outer, count, inner) applied to rows of (outer, size, inner); `row_at(indices, i)` gives the row of
     update i and whether it lies inside."""
-    lanes = min(lanes_of(node.results, target), max(inner, 1))
+    lanes = at_most(lanes_of(node.results, target), inner if is_dynamic(inner) else max(inner, 1))
     width = lanes * COLUMNS
-    blocks = -(-inner // width)
+    whole = 0 if is_dynamic(inner) else inner // width
 
     def body(operands: list[Row], results: list[Row]) -> None:
         _, indices, updates = operands
@@ -60,14 +62,13 @@ def _rows(node: Node, target: Any, name: str, outer: int, size: int, inner: int,
 
         if not count or not inner:
             return _nothing()
-        whole = inner // width
         with parallel(outer * max(whole, 1), outer * count * inner, target) as step:
             o, block = step // max(whole, 1), step % max(whole, 1)
             if whole:
                 columns(let(o), let(block * width), width)
             else:
                 columns(let(o), index(0), inner)
-        if whole and blocks > whole:
+        if whole and inner % width:
             with parallel(outer, outer * count * (inner - whole * width), target) as o:
                 columns(o, index(whole * width), inner - whole * width)
 
@@ -139,8 +140,9 @@ fill("lower", "scatter_add_along_axis", Kernel(_scatter_add_along_axis, inplace=
 def _dynamic_update_slice(node: Node, target: Any, name: str) -> Any:
     x, update, *_ = node.operands
     shape = update.shape
-    rows, width = math.prod(shape[:-1]), shape[-1] if shape else 1
-    lanes = min(lanes_of([x], target), max(width, 1))
+    rows: Any = math.prod(shape[:-1])
+    width: Any = shape[-1] if shape else 1
+    lanes = at_most(lanes_of([x], target), width if is_dynamic(width) else max(width, 1))
 
     def body(operands: list[Row], results: list[Row]) -> None:
         _, block, *starts = operands

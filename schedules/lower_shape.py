@@ -7,6 +7,7 @@ stays a vector loop.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,11 +16,13 @@ import numpy as np
 from tvm import tirx
 
 from ..ir import ops as _ops  # noqa: F401  (declares the ops whose slots are filled here)
+from ..ir.dims import Dim, Size
 from ..ir.graph import Node
 from ..ir.opdef import fill
 from ..ir.ops_create import PHILOX_MULTIPLIERS, PHILOX_ROUNDS, PHILOX_WEYL
 from .loops_index import Index, clamp, flatten, opaque, unflatten, within
 from .lower_slots import Pointwise, cast, compute_dtype, const, let
+from .sizes import at_least, expression
 
 Idx = tuple[Index, ...]
 Load = Callable[[int, Idx], Any]
@@ -82,7 +85,7 @@ moves("reverse", reverse)
 def concat(node: Node, idx: Idx, load: Load) -> Any:
     axis = node.attrs["axis"]
     result: Any = None
-    starts = np.cumsum([0, *(x.shape[axis] for x in node.operands)]).tolist()
+    starts = list(itertools.accumulate((x.shape[axis] for x in node.operands), initial=0))
     for k in reversed(range(len(node.operands))):
         size = starts[k + 1] - starts[k]
         if size == 0:
@@ -94,7 +97,9 @@ def concat(node: Node, idx: Idx, load: Load) -> Any:
         if result is None or here is True:
             result = value
         else:
-            result = let(tirx.Select(idx[axis].expr() < starts[k + 1], value, result))
+            place = idx[axis].expr()
+            place = tirx.const(place, "int64") if isinstance(place, int) else place
+            result = let(tirx.Select(place < expression(starts[k + 1]), value, result))
     return result
 
 
@@ -121,10 +126,15 @@ fill("lower", "pad", Pointwise(pad, 1.0))
 
 # Gathers -----------------------------------------------------------------------------------------------------------
 
-def looked_up(value: Any, size: int, at: Idx) -> Index:
+def looked_up(value: Any, size: Size, at: Idx) -> Index:
     """A run-time index clamped into [0, size), as an index; `at`: where it was read, from which it varies with the
     loops."""
     dtype = str(value.ty.dtype)
+    axes = frozenset().union(*(i.axes for i in at)) if at else frozenset()
+    if isinstance(size, Dim):
+        value, limit, zero = let(cast(value, "int64")), expression(size - 1), tirx.const(0, "int64")
+        clamped = tirx.Select(value > limit, limit, value)
+        return opaque(let(tirx.Select(clamped < zero, zero, clamped)), 0, size - 1, axes)
     top = max(size - 1, 0)
     value = let(value)
     signed = not dtype.startswith("uint")
@@ -132,7 +142,6 @@ def looked_up(value: Any, size: int, at: Idx) -> Index:
     # not Min and Max: TVM's simplifier fails on some nests of them over 64-bit vectors
     clamped = tirx.Select(value > limit, limit, value)
     value = tirx.Select(value < const(0, dtype), const(0, dtype), clamped) if signed else clamped
-    axes = frozenset().union(*(i.axes for i in at)) if at else frozenset()
     return opaque(let(cast(value, "int32" if top < 1 << 31 else "int64")), 0, top, axes)
 
 
@@ -160,7 +169,7 @@ def gather_nd(node: Node, idx: Idx, load: Load) -> Any:
     return load(0, (*rows, *idx[lead:]))
 
 
-def block_start(load: Load, k: int, size: int, block: int) -> Index:
+def block_start(load: Load, k: int, size: Size, block: Size) -> Index:
     """The run-time start of a block of a dynamic slice, clamped so that the block lies inside."""
     return looked_up(load(k, ()), size - block + 1, ())
 
@@ -180,7 +189,7 @@ def one_hot(node: Node, idx: Idx, load: Load) -> Any:
     place = idx[-1].expr()
     place = const(place, kind) if isinstance(place, int) else cast(place, kind)
     hit = value == place
-    if node.attrs["depth"] - 1 > top:
+    if not at_least(top, node.attrs["depth"] - 1):
         hit = tirx.And(hit, idx[-1].expr() <= top)
     return tirx.Select(hit, const(1, dtype), const(0, dtype))
 

@@ -12,10 +12,23 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from ..ir.dims import Dim, Size
 from ..ir.graph import Node
 from ..ir.opdef import fill
-from .lower_kernel import Row, around, index, key_dtype, local, loop, parallel, when, write_kernel
+from .lower_kernel import (
+    Row,
+    around,
+    index,
+    key_dtype,
+    local,
+    loop,
+    parallel,
+    split_index,
+    when,
+    write_kernel,
+)
 from .lower_slots import Kernel, is_nan, let
+from .sizes import at_least, expression, hint, trunc_div
 
 SMALL_K = 64  # up to here an ordered list of the best is shorter work than sorting
 
@@ -39,21 +52,30 @@ def _rows(node: Node, target: Any, name: str, row: Callable[..., None]) -> Any:
     kept = node.results[0].shape[node.attrs["axis"]]
 
     def body(operands: list[Row], results: list[Row]) -> None:
-        with parallel(outer * inner, outer * inner * size * max(size.bit_length(), 1), target) as r:
-            o, c = r // inner, r % inner
+        with parallel(outer * inner, outer * inner * size * max(hint(size).bit_length(), 1), target) as r:
+            o, c = split_index(r, (outer, inner))
             row(operands[0], *results, let(o * (size * inner) + c), let(o * (kept * inner) + c), inner)
 
     return write_kernel(node, name, body)
 
 
-def _merge_sort(x: Row, base: Any, stride: int, size: int, ahead: Before) -> tuple[Any, Any]:
+def _merge_sort(x: Row, base: Any, stride: Any, size: Size, ahead: Before) -> tuple[Any, Any]:
     """Scratch buffers that hold the sorted keys and their places."""
     dtype = key_dtype(x.value.dtype)
-    keys = [T.alloc_buffer((size,), dtype, scope="global") for _ in range(2)]
-    places = [T.alloc_buffer((size,), "int64", scope="global") for _ in range(2)]
+    keys = [T.alloc_buffer((expression(size),), dtype, scope="global") for _ in range(2)]
+    places = [T.alloc_buffer((expression(size),), "int64", scope="global") for _ in range(2)]
     with loop(size) as i:
         T.buffer_store(keys[0], x.key(base + i * stride), [i])
         T.buffer_store(places[0], i + index(0), [i])
+    if isinstance(size, Dim):  # two passes at a time end in the first pair of buffers
+        run = local(1, "int64")
+        T.buffer_store(run, index(1), [0])
+        with T.While(run[0] < size):
+            length = let(run[0])
+            _merge_runs(keys, places, 0, length, size, ahead)
+            _merge_runs(keys, places, 1, let(length * 2), size, ahead)
+            T.buffer_store(run, length * 4, [0])
+        return keys[0], places[0]
     now, width = 0, 1
     while width < size:
         _merge_runs(keys, places, now, width, size, ahead)
@@ -61,10 +83,11 @@ def _merge_sort(x: Row, base: Any, stride: int, size: int, ahead: Before) -> tup
     return keys[now], places[now]
 
 
-def _merge_runs(keys: list[Any], places: list[Any], now: int, width: int, size: int, ahead: Before) -> None:
+def _merge_runs(keys: list[Any], places: list[Any], now: int, width: Any, size: Size, ahead: Before) -> None:
     """One pass: neighbouring sorted runs of `width` become runs twice as long, in the other pair of buffers."""
     key, place, new_key, new_place = keys[now], places[now], keys[1 - now], places[1 - now]
-    with loop(-(-size // (2 * width))) as run:
+    runs = trunc_div(index(size) + (2 * width - 1), 2 * width) if isinstance(size, Dim) else -(-size // (2 * width))
+    with loop(runs) as run:
         start = let(run * (2 * width))
         middle = let(tirx.min(start + width, index(size)))
         end = let(tirx.min(start + 2 * width, index(size)))
@@ -133,7 +156,7 @@ def _sort(node: Node, target: Any, name: str) -> Any:
 
 def _top_k(node: Node, target: Any, name: str) -> Any:
     ahead, kept = _before(key_dtype(node.operands[0].dtype), node.attrs["largest"]), node.attrs["k"]
-    row = _best_row if kept <= SMALL_K else _sorted_row
+    row = _best_row if at_least(SMALL_K, kept) else _sorted_row
     return _rows(node, target, name, row(node, ahead, kept))
 
 

@@ -41,7 +41,7 @@ def is_other_name(node: Node) -> bool:
         if seen_part and size != 1:
             return False
         seen_part = seen_part or size != whole
-    return node.result.type.size > 0
+    return node.result.type.size != 0
 
 
 def sources_of(v: Value) -> list[Value]:

@@ -16,10 +16,13 @@ No plan can be below the largest sum of live temps (`lower_bound`).
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
+from ..ir.dims import evaluate
 from .program import (
     Buffer,
     Copy,
@@ -40,7 +43,7 @@ ALIGNMENT = 64
 _NO_GAP = np.iinfo(np.int64).max
 
 
-def aligned(nbytes: int) -> int:
+def aligned(nbytes: Any) -> Any:
     """`nbytes` rounded up to a whole number of cache lines."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
@@ -54,7 +57,7 @@ class Interval:
     last: int
 
     @property
-    def nbytes(self) -> int:
+    def nbytes(self) -> Any:
         return aligned(self.buffer.nbytes)
 
     def meets(self, other: Interval) -> bool:
@@ -81,7 +84,9 @@ class MemoryPlan:
     def offset(self, buffer: Buffer) -> int:
         """The arena offset of a temp's storage."""
         root = buffer.root
-        return self.offsets[id(root)] if root.nbytes else self.offsets.get(id(root), 0)  # an empty one lies anywhere
+        if root.nbytes == 0:  # an empty one lies anywhere
+            return self.offsets.get(id(root), 0)
+        return self.offsets[id(root)]
 
     @property
     def peak_bytes(self) -> int:
@@ -105,38 +110,52 @@ class _Use:
     defines: bool  # writes the whole storage and does not read it
 
 
-def plan_memory(program: Program) -> MemoryPlan:
-    """Plan the arena of a program.
+def plan_memory(program: Program, sizes: Mapping[str, int] | None = None) -> MemoryPlan:
+    """Plan the arena of a program, for these values of its symbolic sizes (1 by default).
 
     The plan is deterministic: the same program gets the same offsets.
     """
+    sizes = {name: (sizes or {}).get(name, 1) for name in program.sizes}
     intervals = live_intervals(program)
-    best: tuple[int, dict[int, int]] | None = None
+    lives = [(evaluate(i.nbytes, sizes), i.first, i.last) for i in intervals]
+    found, arena = place(lives)
+    offsets = {id(i.buffer): offset for i, offset in zip(intervals, found)}
+    kinds = [(b.kind, evaluate(b.nbytes, sizes)) for b in program.buffers]
+    owned = (sum(nbytes for k, nbytes in kinds if k == kind) for kind in ("input", "output", "constant"))
+    return MemoryPlan(offsets, intervals, arena, lower_bound(lives), *owned)
+
+
+Life = tuple[int, int, int]
+"""Of a temp: bytes, first and last position."""
+
+
+def place(lives: Sequence[Life]) -> tuple[list[int], int]:
+    """(offset of each temp, bytes of the arena)."""
+    best: tuple[int, list[int]] | None = None
     for order in (_by_size, _by_birth):
-        offsets = _pack(sorted(intervals, key=order))
-        size = max((offsets[id(i.buffer)] + i.nbytes for i in intervals), default=0)
+        offsets = _pack(lives, sorted(range(len(lives)), key=lambda i: order(lives[i])))
+        size = max((offset + life[0] for offset, life in zip(offsets, lives)), default=0)
         if best is None or size < best[0]:
             best = size, offsets
-    arena, offsets = best if best is not None else (0, {})
-    roots = program.buffers
-    owned = (sum(b.nbytes for b in roots if b.kind == kind) for kind in ("input", "output", "constant"))
-    return MemoryPlan(offsets, intervals, arena, lower_bound(intervals), *owned)
+    assert best is not None
+    return best[1], best[0]
 
 
-def _by_size(interval: Interval) -> tuple[int, ...]:
-    return (-interval.nbytes, interval.first - interval.last, interval.first)
+def _by_size(life: Life) -> tuple[int, ...]:
+    nbytes, first, last = life
+    return (-nbytes, first - last, first)
 
 
-def _by_birth(interval: Interval) -> tuple[int, ...]:
-    return (interval.first, -interval.nbytes)
+def _by_birth(life: Life) -> tuple[int, ...]:
+    return (life[1], -life[0])
 
 
-def lower_bound(intervals: list[Interval]) -> int:
+def lower_bound(lives: Sequence[Life]) -> int:
     """The largest sum of bytes that are live at one position."""
     change: dict[int, int] = {}
-    for interval in intervals:
-        change[interval.first] = change.get(interval.first, 0) + interval.nbytes
-        change[interval.last + 1] = change.get(interval.last + 1, 0) - interval.nbytes
+    for nbytes, first, last in lives:
+        change[first] = change.get(first, 0) + nbytes
+        change[last + 1] = change.get(last + 1, 0) - nbytes
     live = peak = 0
     for position in sorted(change):
         live += change[position]
@@ -154,7 +173,7 @@ def live_intervals(program: Program) -> list[Interval]:
             if not _made_anew(inside, inside[0].path.index(loop)):
                 first, last = min(first, loop.first), max(last, loop.last)
         intervals.append(Interval(buffer, first, last))
-    return sorted(intervals, key=_by_birth)
+    return sorted(intervals, key=lambda i: (i.first, -i.nbytes if isinstance(i.nbytes, int) else 0))
 
 
 def _made_anew(uses: list[_Use], depth: int) -> bool:
@@ -175,7 +194,7 @@ def _collect(steps: list[Step]) -> list[tuple[Buffer, list[_Use]]]:
         position = next(positions)
         for buffer, mode in accesses(step):
             root = buffer.root
-            if root.kind == "temp" and root.nbytes:
+            if root.kind == "temp" and root.nbytes != 0:
                 use = _Use(position, path, mode == "w" and _covers(step, root))
                 uses.setdefault(id(root), (root, []))[1].append(use)
 
@@ -210,34 +229,36 @@ def _covers(step: Step, root: Buffer) -> bool:
     return any(storage(arg).root is root and arg.nbytes == root.nbytes for arg in targets)
 
 
-def _pack(intervals: list[Interval]) -> dict[int, int]:
-    """Offsets for intervals in the given order: each goes into the smallest gap among those it meets, or on top."""
-    placed = np.zeros(
-        (4, len(intervals)), np.int64
-    )  # rows: offset, end, first, last; columns sorted by offset
-    offsets: dict[int, int] = {}
-    for count, interval in enumerate(intervals):
+def _pack(lives: Sequence[Life], order: Sequence[int]) -> list[int]:
+    """Offsets of temps, placed in the given order: each goes into the smallest gap among those it meets, or on top."""
+    placed = np.zeros((4, len(lives)), np.int64)  # rows: offset, end, first, last; columns sorted by offset
+    offsets = [0] * len(lives)
+    for count, number in enumerate(order):
+        nbytes, first, last = lives[number]
         begins, ends, firsts, lasts = placed[:, :count]
-        meeting = (firsts <= interval.last) & (lasts >= interval.first)
+        meeting = (firsts <= last) & (lasts >= first)
         # Free from where everything before has ended to where the next one begins.
         free = np.concatenate(([0], np.maximum.accumulate(ends[meeting])))
         gaps = begins[meeting] - free[:-1]
-        gaps[gaps < interval.nbytes] = _NO_GAP
+        gaps[gaps < nbytes] = _NO_GAP
         best = int(gaps.argmin()) if len(gaps) else 0
         offset = int(free[best] if len(gaps) and gaps[best] < _NO_GAP else free[-1])
-        offsets[id(interval.buffer)] = offset
-        place = int(np.searchsorted(begins, offset, side="right"))
-        placed[:, place + 1 : count + 1] = placed[:, place:count]
-        placed[:, place] = offset, offset + interval.nbytes, interval.first, interval.last
+        offsets[number] = offset
+        column = int(np.searchsorted(begins, offset, side="right"))
+        placed[:, column + 1 : count + 1] = placed[:, column:count]
+        placed[:, column] = offset, offset + nbytes, first, last
     return offsets
 
 
 @dataclass(frozen=True)
 class Slots:
-    """Where the addresses stand in the pointer table: [arena, inputs, outputs, constants, profile]."""
+    """Where the addresses stand in the pointer table: [arena, inputs, outputs, constants, profile]. A program with
+    symbolic sizes has their values and the offsets of its temps there too, before the profile."""
 
     index: dict[int, int]
     count: int
+    sizes: dict[str, int] = field(default_factory=dict)
+    temps: dict[int, int] = field(default_factory=dict)
 
     @staticmethod
     def of(program: Program) -> Slots:
@@ -248,7 +269,12 @@ class Slots:
             *program.constants,
         ]
         index = {id(b.root): 1 + i for i, b in enumerate(owned)}
-        return Slots(index, len(owned) + 2)
+        if not program.sizes:
+            return Slots(index, len(owned) + 2)
+        sizes = {name: 1 + len(owned) + i for i, name in enumerate(program.sizes)}
+        first = 1 + len(owned) + len(sizes)
+        temps = {id(life.buffer): first + i for i, life in enumerate(live_intervals(program))}
+        return Slots(index, first + len(temps) + 1, sizes, temps)
 
     @property
     def profile(self) -> int:

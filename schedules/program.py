@@ -23,6 +23,8 @@ What holds everywhere:
   the stacked `xs` of a scan, rows 10..20 of a concatenation's result.
 * Kernels may assume no alignment beyond that of an element, and (tirx.noalias) that their arguments do not overlap.
 * Zero-size buffers are legal. A kernel or copy whose every written argument is empty is not run.
+* Extents, offsets and strides may be symbolic sizes (`ir.dims.Dim`). `sizes` names what they are made of; the values
+  follow from the shapes of the inputs at each call. A kernel that uses sizes gets them as `SizeArg`s.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from ..ir.dims import Dim
 
 KINDS = ("input", "output", "temp", "constant")
 ENTRY = "treadle_main"  # the function that a compiled program exports
@@ -59,19 +63,19 @@ class Buffer:
     """
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[Any, ...]
     dtype: str
     kind: str = "temp"
     alias_of: Buffer | None = None
     data: np.ndarray | None = None
 
     def __post_init__(self):
-        self.shape = tuple(int(extent) for extent in self.shape)
+        self.shape = tuple(extent if isinstance(extent, Dim) else int(extent) for extent in self.shape)
         self.dtype = str(self.dtype)
 
     @property
-    def size(self) -> int:
-        """Number of elements."""
+    def size(self) -> Any:
+        """Number of elements, a number or a symbolic size."""
         return math.prod(self.shape)
 
     @property
@@ -80,7 +84,7 @@ class Buffer:
         return numpy_dtype(self.dtype).itemsize
 
     @property
-    def nbytes(self) -> int:
+    def nbytes(self) -> Any:
         return self.size * self.itemsize
 
     @property
@@ -113,7 +117,7 @@ class Term:
     """
 
     var: LoopVar
-    stride: int
+    stride: Any
     shift: int = 0
     modulo: int | None = None
 
@@ -123,8 +127,8 @@ class View:
     """A contiguous piece of `buffer`: `shape` elements from element `offset + sum(terms)` on."""
 
     buffer: Buffer
-    shape: tuple[int, ...]
-    offset: int = 0
+    shape: tuple[Any, ...]
+    offset: Any = 0
     terms: tuple[Term, ...] = ()
 
     @property
@@ -132,11 +136,11 @@ class View:
         return self.buffer.dtype
 
     @property
-    def size(self) -> int:
+    def size(self) -> Any:
         return math.prod(self.shape)
 
     @property
-    def nbytes(self) -> int:
+    def nbytes(self) -> Any:
         return self.size * self.buffer.itemsize
 
     def __repr__(self) -> str:
@@ -147,7 +151,7 @@ class View:
         return f"{self.buffer!r}@{'+'.join(parts)}[{','.join(map(str, self.shape))}]"
 
 
-def element(buffer: Buffer, var: LoopVar, *, reverse_length: int | None = None) -> View:
+def element(buffer: Buffer, var: LoopVar, *, reverse_length: Any = None) -> View:
     """`buffer[i]` for loop counter i; with `reverse_length=n`, `buffer[n - 1 - i]`. Drops the leading axis."""
     stride = math.prod(buffer.shape[1:])
     if reverse_length is None:
@@ -155,7 +159,14 @@ def element(buffer: Buffer, var: LoopVar, *, reverse_length: int | None = None) 
     return View(buffer, buffer.shape[1:], (reverse_length - 1) * stride, (Term(var, -stride),))
 
 
-Arg = Buffer | View | LoopVar
+@dataclass(frozen=True)
+class SizeArg:
+    """A named size as a kernel's argument (an int64 parameter)."""
+
+    name: str
+
+
+Arg = Buffer | View | LoopVar | SizeArg
 
 
 def storage(arg: Buffer | View) -> Buffer:
@@ -164,8 +175,8 @@ def storage(arg: Buffer | View) -> Buffer:
 
 
 def buffer_of(arg: Arg) -> Buffer | None:
-    """The buffer behind an argument (None for a loop counter)."""
-    return None if isinstance(arg, LoopVar) else storage(arg)
+    """The buffer behind an argument (None for a loop counter or a size)."""
+    return None if isinstance(arg, (LoopVar, SizeArg)) else storage(arg)
 
 
 @dataclass(eq=False)
@@ -226,7 +237,7 @@ class Loop:
     a step outside, or an earlier step of the next iteration, reads them (a carry)."""
 
     var: LoopVar
-    extent: int
+    extent: Any
     body: list[Step]
 
 
@@ -268,6 +279,11 @@ class Program:
     name: str = "main"
     roles: list[str] = field(default_factory=list)
     meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def sizes(self) -> list[str]:
+        """The named sizes that the shapes of the inputs decide, in the order of their names."""
+        return sorted({n for b in self.inputs for s in b.shape if isinstance(s, Dim) for n in s.names})
 
     @property
     def aliases(self) -> dict[int, int]:
@@ -336,11 +352,17 @@ def accesses(step: Step) -> list[tuple[Buffer, str]]:
 def written(step: KernelCall | HostCall) -> list[Buffer | View]:
     """The arguments that a call writes."""
     found = [step.args[i] for i in step.writes]
-    return [arg for arg in found if not isinstance(arg, LoopVar)]
+    return [arg for arg in found if not isinstance(arg, (LoopVar, SizeArg))]
 
 
 def runs(step: Step) -> bool:
     """False for a kernel or copy that could only write empty buffers."""
+    return bool(extent_of(step) != 0)
+
+
+def extent_of(step: Step) -> Any:
+    """Elements that a kernel or copy writes (1 for what always runs): nothing is run for none."""
     if isinstance(step, KernelCall):
-        return any(arg.size for arg in written(step))
-    return step.dst.size > 0 if isinstance(step, Copy) else True
+        return max((arg.size for arg in written(step) if isinstance(arg.size, int)), default=0) or sum(
+            arg.size for arg in written(step))
+    return step.dst.size if isinstance(step, Copy) else 1

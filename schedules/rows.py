@@ -19,6 +19,7 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from ..ir.dims import Dim, Size
 from ..ir.graph import Node, Value
 from ..ir.opdef import rule
 from .loops import (
@@ -26,8 +27,10 @@ from .loops import (
     KernelFrame,
     Signature,
     bind_flat,
+    each_vector,
     lanes_for,
     loop,
+    narrowing,
     vectorizable,
     work_per_element,
 )
@@ -36,6 +39,7 @@ from .loops_index import Axis, Index, flatten
 from .lower_slots import compute_dtype, const, hide, let
 from .rows_domain import EXPENSIVE, RowDomain, analyse, cost_of, is_reduction
 from .rows_split import CHUNK, Scratch, emit_split
+from .sizes import expression, hint, is_dynamic, trunc_div, trunc_mod
 
 UNROLL = 4           # vectors in flight: the latency of an addition over its throughput
 
@@ -70,7 +74,7 @@ class RowEvaluator(Evaluator):
         node = v.producer
         if node is not None and node.op.name == "div" and node in self.nodes:
             inverse = self.places.get((node.operands[1], "inverse"))
-            if inverse is not None and v.type.size > node.operands[1].type.size:
+            if inverse is not None and v.type.size != node.operands[1].type.size:
                 x, y = node.operands
                 return hide(self.value(x, operand_index(idx, x)) * inverse.load(operand_index(idx, y)))
         return super().compute(v, idx)
@@ -129,17 +133,17 @@ class RowKernel:
         self.lanes = lanes_for([v for n in domain.nodes for v in n.results], target.vector_bits)
         if not vectorizable(domain.nodes):
             self.lanes = 1
-        if not self.columns:
+        if not self.columns and isinstance(self.vector.extent, int):
             self.lanes = min(self.lanes, 1 << max(self.vector.extent.bit_length() - 1, 0))
         self.outer = [a for a in self.loops if not self.folds(a) and a is not (self.vector if self.columns else None)]
-        self.work = domain.size * work_per_element(domain.nodes)
+        self.work = hint(domain.size) * work_per_element(domain.nodes)
         self.parallel = target.threads > 1 and self.work > SERIAL_WORK
         self.threads = target.threads
         self.lane: Any = 0
         self.width = 1
         self.base: Any = 0
         self.unroll = UNROLL
-        self.chunk: tuple[Any, int] | None = None
+        self.chunk: tuple[Any, Any] | None = None
         self.to_keep = self.buffered()
 
     def folds(self, axis: Axis) -> bool:
@@ -233,7 +237,7 @@ class RowKernel:
             axis.bind(start + j)
             self._over_axes(rest, body, first=False)
 
-    def _over_vector_axis(self, body: Callable[[Any], None], chunk: tuple[Any, int] | None) -> None:
+    def _over_vector_axis(self, body: Callable[[Any], None], chunk: tuple[Any, Any] | None) -> None:
         start, extent = chunk or (0, self.vector.extent)
         block = self.lanes * self.unroll
 
@@ -243,11 +247,15 @@ class RowKernel:
                 self.evaluator.fresh()
                 body(slot + lane)
 
-        blocks, rest = divmod(extent, block)
+        blocks, rest = extent // block, extent % block
         if blocks:
             with loop(blocks) as j, loop(self.unroll, "unroll") as u:
                 vector(start + j * block + u * self.lanes, u * self.lanes, self.lanes)
         done = blocks * block
+        if isinstance(rest, Dim):
+            done = T.bind(expression(done))
+            each_vector(rest, self.lanes, lambda at, lanes: vector(start + done + at, 0, lanes))
+            return
         vectors, tail = divmod(rest, self.lanes)
         if vectors:
             with loop(vectors) as j:
@@ -274,8 +282,9 @@ class RowKernel:
         domain, evaluator = self.domain, self.evaluator
         keep = [v for v, first in self.to_keep.items() if first == stage]
         for v in keep:
-            size = math.prod(a.extent for a in domain.axes if a in domain.reduced) * self.width
-            evaluator.places[v] = RowBuffer(Scratch(max(size, 1), compute_dtype(v.dtype)), self, v)
+            size: Any = math.prod(a.extent for a in domain.axes if a in domain.reduced) * self.width
+            size = expression(size) if isinstance(size, Dim) else max(size, 1)
+            evaluator.places[v] = RowBuffer(Scratch(size, compute_dtype(v.dtype)), self, v)
         outputs = [v for v in self.roots(stage) if v in self.sinks and domain.is_full(v)]
         outputs = list(dict.fromkeys(outputs))
 
@@ -371,41 +380,55 @@ class RowKernel:
     def tile_width(self, cache_bytes: int) -> int:
         """Lanes of a column tile: enough vectors to hide latency, few enough that row buffers stay in cache."""
         width = self.lanes * self.unroll
-        folded = math.prod(a.extent for a in self.reduced)
+        folded = hint(math.prod(a.extent for a in self.reduced))
         while self.to_keep and width > self.lanes and folded * width * 4 * len(self.to_keep) > cache_bytes // 2:
             width //= 2
-        return max(min(width, self.vector.extent), 1)
+        return max(min(width, self.vector.extent), 1) if isinstance(self.vector.extent, int) else width
 
     def over_tiles(self, body: Callable[[Any], None], also: int = 1) -> None:
         """`body(step)` for each row or tile, in parallel; with `also` > 1 so many times each (`step` counts them)."""
-        rows = math.prod(a.extent for a in self.outer)
+        rows: Any = math.prod(a.extent for a in self.outer)
         kind = "parallel" if self.parallel else "serial"
-        plans = [(1, 0, 1)]
-        if self.columns:
+        plans: list[tuple[Any, Any, int]] = [(1, 0, 1)]
+        if self.columns and isinstance(self.vector.extent, Dim):
+            plans = self.dynamic_plans(self.vector.extent)
+        elif self.columns:
             tiles, tail = divmod(self.vector.extent, self.tile)
             plans = [(tiles, 0, self.tile)] * (tiles > 0) + [(1, tiles * self.tile, tail)] * (tail > 0)
         for tiles, start, width in plans:
             self.width = width
             with loop(rows * tiles * also, kind) as p:
                 step, p = (let_index(p % also), let_index(p // also)) if also > 1 else (0, p)
-                tile = let_index(p % tiles) if tiles > 1 else 0
-                bind_flat(self.outer, let_index(p // tiles) if tiles > 1 else p)
-                self.base = start + tile * width
+                one = isinstance(tiles, int) and tiles == 1
+                tile = 0 if one else let_index(trunc_mod(p, tiles) if isinstance(tiles, Dim) else p % tiles)
+                row = p if one else let_index(trunc_div(p, tiles) if isinstance(tiles, Dim) else p // tiles)
+                bind_flat(self.outer, row)
+                self.base = expression(start) + tile * width
                 body(step)
+
+    def dynamic_plans(self, extent: Size) -> list[tuple[Any, Any, int]]:
+        """(tiles, start, width) that cover a number of columns that is not known: ever narrower tiles."""
+        plans: list[tuple[Any, Any, int]] = []
+        done: Size = 0
+        for width in dict.fromkeys((self.tile, *narrowing(self.lanes))):
+            tiles = (extent - done) // width
+            plans.append((tiles, done, width))
+            done = done + tiles * width
+        return plans
 
     def emit(self, cache_bytes: int) -> None:
         self.tile = self.tile_width(cache_bytes) if self.columns else 1
-        rows = math.prod(a.extent for a in self.outer)
+        rows: Any = math.prod(a.extent for a in self.outer)
         steps = rows * (-(-self.vector.extent // self.tile) if self.columns else 1)
-        if steps < 2 * self.threads and self.can_split():
+        if hint(steps) < 2 * self.threads and self.can_split():
             emit_split(self, steps)
         else:
             self.over_tiles(lambda step: self.passes())
 
     def can_split(self) -> bool:
         """One level of reductions and no full output: chunks of a row can be folded apart."""
-        return (self.parallel and self.domain.passes == 1 and not self.full_outputs()
-                and self.domain.size >= 2 * CHUNK and self.reduced[0].extent > 1)
+        return (not is_dynamic(self.domain.size) and self.parallel and self.domain.passes == 1
+                and not self.full_outputs() and self.domain.size >= 2 * CHUNK and self.reduced[0].extent > 1)
 
 
 def let_index(value: Any) -> Any:

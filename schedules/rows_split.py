@@ -22,7 +22,7 @@ MOST_CHUNKS = 64
 class Scratch:
     """A buffer of the kernel's own, in a compute dtype; bools are bytes in it."""
 
-    def __init__(self, size: int, dtype: str):
+    def __init__(self, size: Any, dtype: str):
         self.is_bool = dtype == "bool"
         self.buffer = T.alloc_buffer((size,), "int8" if self.is_bool else dtype)
 

@@ -12,6 +12,7 @@ from .loops import Signature, elementwise_kernel
 from .lower_anchors import Epilogue
 from .lower_slots import Kernel
 from .rows import row_kernel
+from .sizes import with_sizes
 
 Rule = Callable[[Group, Signature, Any, str], Any]
 
@@ -55,5 +56,5 @@ def kernel_of(group: Group, signature: Signature, target: Any, name: str) -> Any
     for rule in RULES:
         function = rule(group, signature, target, name)
         if function is not None:
-            return function
+            return with_sizes(function)
     raise CompileError(f"no schedule accepts the group {group.label}", group.nodes[-1].loc)

@@ -1,9 +1,11 @@
 """Compiles small graphs through the whole of `schedules` and compares them with the interpreter."""
 
+import itertools
 import warnings
 
 import numpy as np
 
+from treadle.frontend.specialize import with_sizes
 from treadle.ir import interp
 from treadle.ir.builder import build as build_graph
 from treadle.ir.dtypes import as_dtype
@@ -36,6 +38,32 @@ def data(graph, seed=0):
         else:
             arrays.append(rng.integers(0 if dtype.is_unsigned else -5, 6, v.shape).astype(dtype.np))
     return arrays
+
+
+def combinations(**values):
+    """Every combination of values of named sizes."""
+    return [dict(zip(values, chosen)) for chosen in itertools.product(*values.values())]
+
+
+def check_sizes(graph, sizes, tol=None, arrays=data, expected=None):
+    """Compiles a graph with symbolic sizes once and runs it at each of `sizes`, against the interpreter."""
+    program = lower(graph, "cpu", expected)
+    executable = build(program, "cpu")
+    for values in sizes:
+        static = with_sizes(graph, values)
+        given = arrays(static)
+        want = interp.run(static, [np.array(a) for a in given])
+        got = executable.run([np.array(a) for a in given])
+        for g, w, v in zip(got, want, graph.outputs, strict=True):
+            assert g.shape == w.shape and g.dtype == w.dtype, values
+            if v.dtype.is_float:
+                limit = TOLERANCE[v.dtype] if tol is None else tol
+                wide = np.asarray(w).astype(np.float64)
+                np.testing.assert_allclose(np.asarray(g).astype(np.float64), wide, rtol=limit, atol=limit,
+                                           err_msg=str(values))
+            else:
+                np.testing.assert_array_equal(g, w, err_msg=str(values))
+    return [call.label for call in program.kernel_calls]
 
 
 def kernels(graph):

@@ -6,7 +6,7 @@ from lowered import check, graph_of
 
 from treadle.ir.builder import GraphBuilder, emit
 from treadle.ir.builder import build as build_graph
-from treadle.ir.errors import CompileError, MissingRuleError
+from treadle.ir.errors import MissingRuleError
 from treadle.ir.opdef import OpDef, register, unregister
 from treadle.ir.types import TensorType
 from treadle.schedules.lower import lower
@@ -148,14 +148,6 @@ def test_an_op_without_lowering_or_decomposition_is_named():
             lower(graph_of(lambda x: emit("mystery", x), (3,)))
     finally:
         unregister("mystery")
-
-
-def test_symbolic_shapes_are_refused():
-    from treadle.ir.dims import Dim
-
-    graph = build_graph("main", lambda x: x + 1.0, TensorType((Dim("n"),), F32))
-    with pytest.raises(CompileError, match="symbolic"):
-        lower(graph)
 
 
 def test_a_weight_read_under_another_name_is_not_overwritten_by_its_reader():
