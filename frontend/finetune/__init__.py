@@ -15,3 +15,5 @@ from .lora import LowRank, add_lora, load_lora, merge_lora, remove_lora, save_lo
 from .metrics import METRICS, OBJECTIVES
 from .names import aliases, bitfit, freeze, parameters, select, summary, train_only, unfreeze
 from .recognise import Finding, Report, prepare, recognise
+from .settings import Settings
+from .tuner import History, Tuner

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from ...ir.errors import ArgumentsError, AttributeValueError
 from ..nn import Module
-from .names import Patterns, aliases, parameters, select
+from .names import Patterns, aliases, literal, parameters, select
 
 _NUMBER = re.compile(r"(?<![0-9])(\d+)(?=\.|$)")
 
@@ -103,9 +103,5 @@ def gradual(model: Module, epochs: int = 1, last: int | None = None,
     """
     found = layers(model, patterns)
     chosen = [[n for layer in found[-k:] for n in layer] for k in range(1, len(found) + 1)]
-    return [Stage(tuple(_escape(n) for n in names), last if last and k == len(chosen) else epochs)
+    return [Stage(tuple(map(literal, names)), last if last and k == len(chosen) else epochs)
             for k, names in enumerate(chosen, 1)]
-
-
-def _escape(name: str) -> str:
-    return re.sub(r"([*?\[])", r"[\1]", name)

@@ -66,7 +66,8 @@ def select(model: Module, patterns: Patterns, among: Iterable[str] | None = None
     chosen = set(known) if listed and listed[0].startswith("!") else set()
     for pattern in listed:
         glob = pattern.lstrip("!")
-        fitting = {n for n in known if any(fnmatch.fnmatchcase(m, glob) for m in (n, *own.get(n, ())))}
+        fits = re.compile(fnmatch.translate(glob)).match
+        fitting = {n for n in known if any(fits(m) for m in (n, *own.get(n, ())))}
         if not fitting:
             raise ArgumentsError(f"the pattern {pattern!r} fits no parameter{_nearest(glob, known, own)}")
         chosen = chosen - fitting if pattern.startswith("!") else chosen | fitting
@@ -91,11 +92,17 @@ def unfreeze(model: Module, patterns: Patterns = "*") -> list[str]:
 
 def train_only(model: Module, patterns: Patterns) -> list[str]:
     """Lets the chosen parameters be trained and freezes all others; gives the names of the former."""
-    chosen = set(select(model, patterns))
+    chosen = select(model, patterns)
+    train_exactly(model, chosen)
+    return chosen
+
+
+def train_exactly(model: Module, names: Iterable[str]) -> None:
+    """As `train_only`, by full names."""
+    chosen = set(names)
     for name, parameter in parameters(model).items():
         if bool(parameter.requires_grad) != (name in chosen):
             parameter.requires_grad = name in chosen
-    return [n for n in parameters(model) if n in chosen]
 
 
 def bitfit(model: Module, also: Patterns = ()) -> list[str]:
@@ -116,10 +123,11 @@ def bitfit(model: Module, also: Patterns = ()) -> list[str]:
         re.search(r"(^|\.)(Add|BiasAdd)(_\d+)?$", a) for a in own.get(n, ()))]
     if not biases:
         raise ArgumentsError("BitFit trains biases, but no parameter of the model is one")
-    return train_only(model, [*map(_literal, biases), *split(also)])
+    return train_only(model, [*map(literal, biases), *split(also)])
 
 
-def _literal(name: str) -> str:
+def literal(name: str) -> str:
+    """The pattern that fits this name alone."""
     return re.sub(r"([*?\[])", r"[\1]", name)
 
 
