@@ -270,10 +270,11 @@ def _spec(value: onnx.ValueInfoProto) -> Spec | None:
         return None
     sizes: list[Any] = []
     for axis, dim in enumerate(kind.tensor_type.shape.dim):
-        if dim.HasField("dim_value"):
+        if dim.HasField("dim_value") and dim.dim_value >= 0:
             sizes.append(dim.dim_value)
-        else:
-            sizes.append(Dim(identifier(dim.dim_param or f"{value.name}_{axis}")))
+        else:  # exporters write "?", or -1, where they know no name
+            named = any(c.isalnum() for c in dim.dim_param)
+            sizes.append(Dim(identifier(dim.dim_param if named else f"{value.name}_{axis}")))
     try:
         dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.tensor_type.elem_type)
         return Spec(TensorType(tuple(sizes), dtype), value.name)

@@ -170,9 +170,9 @@ def _check_declared(value: onnx.ValueInfoProto, max_elements: int) -> None:
     if not value.type.HasField("tensor_type"):
         return
     sizes = [d.dim_value for d in value.type.tensor_type.shape.dim if d.HasField("dim_value")]
-    if any(s < 0 for s in sizes):
+    if any(s < -1 for s in sizes):
         raise OnnxError(f"the input {value.name!r} has a negative size in its shape {sizes}")
-    if math.prod(sizes) > max_elements:
+    if math.prod(max(s, 1) for s in sizes) > max_elements:
         raise OnnxError(f"the input {value.name!r} of shape {sizes} has more than {max_elements:,} elements; if that "
                         "is meant, load the model with a higher max_elements")
 
