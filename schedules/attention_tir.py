@@ -189,7 +189,7 @@ class AttentionEmitter:
                 tile(mi, q)
             return
         with self.serial(self.c.tiles) as mi:
-            qk.pack.pack_a(self.batch, self.q0 + mi * qk.rows, 0, self.p.features)
+            qk.pack.pack_a(self.batch, lambda _: self.q0 + mi * qk.rows, 0, self.p.features)
             with self.serial(panels) as q:
                 tile(mi, q)
 

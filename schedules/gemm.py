@@ -136,7 +136,8 @@ class GemmConfig:
     row_tiles:   row tiles per task
     col_panels:  column panels per task
     order:       "rows" (a panel stays, row tiles pass by) or "panels" (a row tile stays, panels pass by)
-    pack_a:      copy each row tile of A before use (it then serves all panels of the task: implies "panels")
+    pack_a:      copy row tiles of A before use (they then serve all panels of the task: implies "panels")
+    pack_tiles:  row tiles copied at once. A transposed A is read along m, in runs of so many tiles' rows
     pack_b:      copy B into panels (else it is read in place, for one row tile)
     dot_bf16:    multiply bfloat16 pairs with the machine's instruction (AVX512_BF16)
     swap:        compute C^T = op(B)^T op(A)^T
@@ -151,6 +152,7 @@ class GemmConfig:
     col_panels: int = 1
     order: str = "rows"
     pack_a: bool = False
+    pack_tiles: int = 1
     pack_b: bool = True
     dot_bf16: bool = False
     swap: bool = False

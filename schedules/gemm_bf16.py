@@ -17,6 +17,7 @@ from . import gemm_llvm
 from .gemm_pack import Packing, call_transpose
 
 if TYPE_CHECKING:
+    from .gemm_pack import RowOf
     from .gemm_tir import Index, TileEmitter, Where
 
 
@@ -121,35 +122,35 @@ class PairPacking(Packing):
 
     # A
 
-    def pack_a(self, batch: Any, row: Index, k0: Index, length: Index) -> None:
+    def pack_a(self, batch: Any, row: RowOf, k0: Index, length: Index, count: Index = 1) -> None:
         e, lanes = self.e, self.lanes
 
-        def word(r: Index, s: Index, whole: bool) -> Any:
+        def word(i: Index, r: Index, s: Index, whole: bool) -> Any:
             k = k0 + 2 * s
-            return pair(self.a(batch, row + r, k), self.a(batch, row + r, k + 1) if whole else None)
+            return pair(self.a(batch, row(i) + r, k), self.a(batch, row(i) + r, k + 1) if whole else None)
 
         def copy_step(s: Index, whole: bool) -> None:
-            with e.vector(e.rows) as r:
-                T.buffer_store(self.tile, word(r, s, whole), [s, r])
+            with e.serial(count) as i, e.vector(e.rows) as r:
+                T.buffer_store(self.tile, word(i, r, s, whole), [i, s, r])
 
         if e.p.transpose_a:
             self.each_step(length, copy_step)
             return
         pairs = length // 2
-        with e.serial(e.rows) as r:
+        with e.serial(count) as i, e.serial(e.rows) as r:
             with e.serial(pairs // lanes) as sb, e.vector() as lane:
-                T.buffer_store(self.tile, word(r, sb * lanes + lane, True), [r, sb * lanes + lane])
+                T.buffer_store(self.tile, word(i, r, sb * lanes + lane, True), [i, r, sb * lanes + lane])
             with e.serial(pairs % lanes) as s:
                 done = pairs // lanes * lanes
-                T.buffer_store(self.tile, word(r, done + s, True), [r, done + s])
+                T.buffer_store(self.tile, word(i, r, done + s, True), [i, r, done + s])
             if self.odd:
                 with self.maybe_last(length):
-                    T.buffer_store(self.tile, word(r, pairs, False), [r, pairs])
+                    T.buffer_store(self.tile, word(i, r, pairs, False), [i, r, pairs])
 
     def pair_a(self, at: Where, r: Index, k0: Index, s: Index, whole: bool) -> Any:
         e, k = self.e, k0 + 2 * s
         if e.c.pack_a:
-            return self.tile[s, r] if e.p.transpose_a else self.tile[r, s]
+            return self.tile[at.slot, s, r] if e.p.transpose_a else self.tile[at.slot, r, s]
         if self.pairs_of_a is not None:
             from .gemm_tir import broadcast_index
             index = (*broadcast_index(at.batch, e.p.batch_a), at.row + r, k0 // 2 + s)

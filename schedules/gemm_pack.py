@@ -10,6 +10,7 @@ one 32-bit word, and an odd K is completed by zeros.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from tvm import tirx
@@ -20,6 +21,8 @@ from .gemm import dtype_bits
 
 if TYPE_CHECKING:
     from .gemm_tir import Index, TileEmitter, Where
+
+    RowOf = Callable[[Index], Index]
 
 
 def packing(emitter: TileEmitter) -> Packing:
@@ -52,11 +55,11 @@ class Packing:
         if e.c.pack_b and e.p.transpose_b:
             self.staged = e.buffer((self.lanes, self.lanes), self.dtype, "local")
 
-    def tile_shape(self) -> tuple[int, int]:
+    def tile_shape(self) -> tuple[int, int, int]:
         e = self.e
         # Rows a multiple of 4 KB apart would share their sets of the L1 cache: one more vector between them.
         padded = -(-self.steps // self.lanes) * self.lanes + self.lanes
-        return (self.steps, e.rows) if e.p.transpose_a else (e.rows, padded)
+        return (e.pack_tiles, *((self.steps, e.rows) if e.p.transpose_a else (e.rows, padded)))
 
     # B
 
@@ -112,20 +115,21 @@ class Packing:
     def a(self, batch: Any, i: Index, k: Index) -> Any:
         return self.e.acc(self.e.a(batch, i, k))
 
-    def pack_a(self, batch: Any, row: Index, k0: Index, length: Index) -> None:
-        """Copy tile_rows rows of A from `row` on."""
+    def pack_a(self, batch: Any, row: RowOf, k0: Index, length: Index, count: Index = 1) -> None:
+        """Copy `count` tiles of A; `row(i)` is the first row of tile i."""
         e, lanes = self.e, self.lanes
         if e.p.transpose_a:
-            with e.serial(length) as k, e.vector(e.rows) as r:
-                T.buffer_store(self.tile, self.a(batch, row + r, k0 + k), [k, r])
+            with e.serial(length) as k, e.serial(count) as i, e.vector(e.rows) as r:
+                T.buffer_store(self.tile, self.a(batch, row(i) + r, k0 + k), [i, k, r])
             return
-        with e.serial(e.rows) as r:
+        with e.serial(count) as i, e.serial(e.rows) as r:
             with e.serial(length // lanes) as kb, e.vector() as lane:
-                T.buffer_store(self.tile, self.a(batch, row + r, k0 + kb * lanes + lane), [r, kb * lanes + lane])
+                k = kb * lanes + lane
+                T.buffer_store(self.tile, self.a(batch, row(i) + r, k0 + k), [i, r, k])
             if not (isinstance(length, int) and length % lanes == 0):
                 done = length // lanes * lanes
                 with e.serial(length - done) as k:
-                    T.buffer_store(self.tile, self.a(batch, row + r, k0 + done + k), [r, done + k])
+                    T.buffer_store(self.tile, self.a(batch, row(i) + r, k0 + done + k), [i, r, done + k])
 
     # The register tile
 
@@ -135,7 +139,7 @@ class Packing:
 
         def multiply_add(k: Index, r: int, c: Index) -> None:
             a = self.a(at.batch, at.row + r, k0 + k) if not e.c.pack_a else \
-                self.tile[k, r] if e.p.transpose_a else self.tile[r, k]
+                self.tile[at.slot, k, r] if e.p.transpose_a else self.tile[at.slot, r, k]
             b = self.panel[q, k, c] if e.c.pack_b else self.b(at.batch, k0 + k, at.col + c)
             T.buffer_store(acc[r], acc[r][c] + a * b, [c])
 

@@ -17,6 +17,7 @@ from .gemm import GemmConfig, GemmProblem, GemmTarget, dtype_bits
 SMALL_ROWS = 16  # up to here B is streamed once, not packed
 SERIAL_FLOPS = 1 << 19  # below this, waking another thread costs more than it brings
 UNBLOCKED = 1 << 30
+PACK_ROWS = 64  # of a transposed A, copied at once: whole cache lines, and few pages of memory at a time
 WIDE_VECTORS = 32  # columns of B, in vectors, that one packed tile of A is multiplied with
 
 
@@ -101,6 +102,7 @@ def tile_configs(p: GemmProblem, m: Machine, plain_a: bool) -> Iterator[GemmConf
                     break
                 yield GemmConfig(tile_rows=rows, tile_cols=v * m.lanes, k_block=k_block, row_tiles=-(-tiles // blocks),
                                  col_panels=col_panels, order="panels" if wide else "rows", pack_a=pack_a,
+                                 pack_tiles=-(-PACK_ROWS // rows) if pack_a and p.transpose_a else 1,
                                  dot_bf16=m.dot_bf16)
 
 

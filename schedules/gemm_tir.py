@@ -142,6 +142,7 @@ class Where:
     row: Index  # its first row
     panel: Index  # column panel number
     col: Index  # its first column
+    slot: Index = 0  # where its rows of A are packed
 
 
 class Emitter:
@@ -155,6 +156,7 @@ class Emitter:
         self.panels = -(-problem.n // self.cols)
         self.row_tiles = min(config.row_tiles, self.tiles)
         self.col_panels = min(config.col_panels, self.panels)
+        self.pack_tiles = min(config.pack_tiles, self.row_tiles)
         self.row_blocks = -(-self.tiles // self.row_tiles)
         self.col_blocks = -(-self.panels // self.col_panels)
         largest = max(math.prod(shape) for shape in (problem.shape_a, problem.shape_b, problem.shape_c))
@@ -306,6 +308,13 @@ class TileEmitter(Emitter):
                         self.pack.pack_b(batch, q, self.panel_col(first_panel + q), k0, length)
                 self.emit_tiles(batch, (first_tile, tiles), (first_panel, panels), (kb, k0, length), part)
 
+    def prefetch(self, part: tirx.Buffer, at: tuple[Index, Index]) -> None:
+        """Ask for the tile's sums of earlier blocks, which have left the near caches; they are there when K is done."""
+        line = 64 // (dtype_bits(self.acc_dtype) // 8)
+        with self.unroll(self.rows) as r, self.unroll(max(1, self.cols // line)) as v:
+            address = T.address_of(part[(*at, r, v * line)])
+            T.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", address, *(T.int32(i) for i in (1, 3, 1))))
+
     def count(self, total: int, block: int, first: Index) -> Index:
         """How many of `total` things fall into the block that starts at `first`."""
         return block if total % block == 0 else T.min(block, total - first)
@@ -313,22 +322,30 @@ class TileEmitter(Emitter):
     def emit_tiles(self, batch: Any, tiles: Any, panels: Any, k: Any, part: tirx.Buffer | None) -> None:
         (first_tile, n_tiles), (first_panel, n_panels) = tiles, panels
 
-        def place(mi: Index, q: Index) -> Where:
+        def tile(mi: Index, q: Index, slot: Index = 0) -> None:
             tile, panel = first_tile + mi, first_panel + q
-            return Where(batch, tile, self.tile_row(tile), panel, self.panel_col(panel))
+            at = Where(batch, tile, self.tile_row(tile), panel, self.panel_col(panel), slot)
+            self.emit_tile(at, mi, q, k, part)
 
-        if self.c.order == "rows" and not self.c.pack_a:
+        if self.c.pack_a:
+            group = self.pack_tiles
+            with self.serial((n_tiles + group - 1) // group) as g:
+                first = g * group
+                count = 1 if group == 1 else T.min(group, n_tiles - first)
+                self.pack.pack_a(batch, lambda i: self.tile_row(first_tile + first + i), k[1], k[2], count)
+                with self.serial(count) as slot, self.serial(n_panels) as q:
+                    tile(first + slot, q, slot)
+        elif self.c.order == "rows":
             with self.serial(n_panels) as q, self.serial(n_tiles) as mi:
-                self.emit_tile(place(mi, q), mi, q, k, part)
+                tile(mi, q)
         else:
-            with self.serial(n_tiles) as mi:
-                if self.c.pack_a:
-                    self.pack.pack_a(batch, self.tile_row(first_tile + mi), k[1], k[2])
-                with self.serial(n_panels) as q:
-                    self.emit_tile(place(mi, q), mi, q, k, part)
+            with self.serial(n_tiles) as mi, self.serial(n_panels) as q:
+                tile(mi, q)
 
     def emit_tile(self, at: Where, mi: Index, q: Index, k: Any, part: tirx.Buffer | None) -> None:
         kb, k0, length = k
+        if part is not None:
+            self.prefetch(part, (mi, q))
         acc = self.accumulators()
         self.pack.multiply(acc, at, q, k0, length)
         if part is None:

@@ -112,7 +112,8 @@ def test_every_option_of_a_config(change, ta, tb):
 BF16 = GemmConfig(tile_rows=6, tile_cols=32, dot_bf16=True)
 
 
-@pytest.mark.parametrize("change", [{}, dict(k_block=64, row_tiles=3), dict(pack_a=True, col_panels=2)])
+@pytest.mark.parametrize("change", [{}, dict(k_block=64, row_tiles=3), dict(pack_a=True, col_panels=2),
+                                    dict(pack_a=True, pack_tiles=3, tile_rows=4), dict(pack_a=True, pack_tiles=99)])
 @pytest.mark.parametrize("k", [1, 31, 32, 129])
 @pytest.mark.parametrize("ta, tb", FORMS)
 def test_pairs_of_bfloat16(change, k, ta, tb):
