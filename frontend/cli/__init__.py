@@ -20,6 +20,9 @@ from ...ir.errors import TreadleError
 app = typer.Typer(name="treadle", no_args_is_help=True, add_completion=False, rich_markup_mode="rich",
                   help="A deep-learning compiler: trace, differentiate, fuse, schedule, train.")
 
+onnx_app = typer.Typer(no_args_is_help=True, help="ONNX models: look before you load.")
+app.add_typer(onnx_app, name="onnx")
+
 
 def _print_version(wanted: bool) -> None:
     if wanted:
@@ -71,6 +74,23 @@ def run_inspect(
     from .inspect import show
 
     show(Console(), what, inputs, grad=grad, amp=amp or None, every_pass=every_pass)
+
+
+@onnx_app.command("check")
+def run_onnx_check(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The model's file.")],
+    train: Annotated[bool, typer.Option("--train", help="List what blocks a gradient too.")] = False,
+) -> None:
+    """List every node of a model that is not supported, before anything is compiled."""
+    from .onnx import check
+
+    if not check(Console(), model, train):
+        raise typer.Exit(1)
+
+
+@onnx_app.callback()
+def _onnx_options() -> None:
+    """ONNX models: look before you load."""
 
 
 def main() -> None:

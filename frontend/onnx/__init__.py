@@ -7,4 +7,5 @@ Only this folder imports the package `onnx`, and it is imported when `td.onnx` i
 """
 
 from . import backend
+from .check import CheckReport, Problem, check
 from .module import OnnxModule, load
