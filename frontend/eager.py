@@ -17,7 +17,7 @@ import numpy as np
 from ..ir import context
 from ..ir.builder import Builder
 from ..ir.dtypes import DType, as_dtype
-from ..ir.errors import GradientError, TraceError
+from ..ir.errors import GradientError, ShapeError, TraceError
 from ..ir.graph import Node, Value
 from ..ir.interp import run_node
 from ..ir.types import TensorType
@@ -96,10 +96,21 @@ def copy_aligned(array: np.ndarray) -> np.ndarray:
 
 
 class EagerBuilder(Builder):
-    """Runs each node when it is made."""
+    """Runs each node when it is made.
+
+    Attributes:
+        max_elements: a result with more is refused before it is allocated; None: whatever fits.
+    """
+
+    max_elements: int | None = None
 
     def take(self, node: Node) -> None:
         """Runs the node's reference kernel; keeps the node if an operand is tracked."""
+        if self.max_elements is not None:
+            for value in node.results:
+                if value.type.is_static and value.type.size > self.max_elements:  # type: ignore[operator]
+                    raise ShapeError(f"{node.op.name} would make {value.type}, more than {self.max_elements:,} elements",
+                                     node.loc)
         arrays = [_array(v, node) for v in node.operands]
         results = run_node(node, arrays)
         keep = (grad_mode.is_grad_enabled() and node.op.undifferentiable is None

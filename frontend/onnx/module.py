@@ -24,7 +24,7 @@ from ..tensor import Tensor
 from ..trace import Spec
 from .node import array_of, dense_of
 from .reader import MAX_ELEMENTS, opsets_of, read
-from .run import Context, Frame, concrete
+from .run import Context, Frame, concrete, eager_limit
 from .staged import Fixed, OnnxCompiled
 from .uses import Uses, names_used
 
@@ -120,8 +120,9 @@ class OnnxModule(Module):
     def run(self, given: dict[str, Any]) -> list[Any]:
         """The outputs, from the inputs by name."""
         frame = self.frame(given)
-        frame.run(self.nodes)
-        return [concrete(frame.lookup(name)) for name in self.output_names]
+        with eager_limit(self.max_elements):
+            frame.run(self.nodes)
+            return [concrete(frame.lookup(name)) for name in self.output_names]
 
     def frame(self, given: dict[str, Any]) -> Frame:
         """A frame with everything stored and the given inputs."""

@@ -9,7 +9,8 @@ its body.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,11 @@ FOLD_ELEMENTS = 1 << 16
 """Known operands with more elements than this are computed with at run time (or by the passes)."""
 DEPTH = 64
 """How deep functions may call each other."""
+
+
+DATA_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError,
+               ValueError)
+"""What Python raises where operands and attributes are not what an op's definition says."""
 
 
 class NodeLoc(Loc):
@@ -192,7 +198,7 @@ def run_node(node: OnnxNode, operands: Sequence[Any]) -> Sequence[Any]:
         raise
     except TreadleError as error:
         raise OnnxError(f"{node}: {error.message}") from error
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, AssertionError) as error:
+    except DATA_ERRORS as error:
         raise OnnxError(f"{node}: its operands or attributes do not fit: {type(error).__name__}: {error}") from error
     _check_sizes(node, results, context.max_elements)
     return results
@@ -284,6 +290,17 @@ def _call(node: OnnxNode, body: FunctionBody, operands: Sequence[Any]) -> list[A
     finally:
         context.depth -= 1
     return [frame.lookup(name) if node.wants(i) else None for i, name in enumerate(proto.output)]
+
+
+@contextmanager
+def eager_limit(max_elements: int) -> Iterator[None]:
+    """What runs at once (eager mode, and what is folded) makes no tensor with more elements."""
+    builder = eager.eager_builder()
+    before, builder.max_elements = builder.max_elements, max_elements
+    try:
+        yield
+    finally:
+        builder.max_elements = before
 
 
 def concrete(value: Any) -> Any:

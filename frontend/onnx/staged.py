@@ -25,7 +25,7 @@ from ..recording import current_trace
 from ..signature import Scanned
 from ..tensor import Tensor
 from .node import NeedsValue
-from .run import Frame, concrete
+from .run import Frame, concrete, eager_limit
 from .uses import names_used
 
 ANSWER_ELEMENTS = 4096
@@ -116,6 +116,10 @@ class Stages:
 
     def _advance(self, frame: Frame, position: int, answers: list[np.ndarray]) -> Any:
         """Runs nodes from `position` on, up to the end or the next cut."""
+        with eager_limit(self.module.max_elements):
+            return self._walk(frame, position, answers)
+
+    def _walk(self, frame: Frame, position: int, answers: list[np.ndarray]) -> Any:
         context, nodes = frame.context, self.module.nodes
         context.answers = answers
         for i in range(position, len(nodes)):
