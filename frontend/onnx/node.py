@@ -71,6 +71,10 @@ class OnnxNode:
         declared = _schema_defaults(self.op_type, self.domain, self.opset).get(name)
         return None if declared is None else self.decode(declared)
 
+    def defaults(self) -> Mapping[str, AttributeProto]:
+        """The attributes that the op's schema has defaults for."""
+        return _schema_defaults(self.op_type, self.domain, self.opset)
+
     def require(self, name: str) -> Any:
         """An attribute that must be given."""
         if name not in self._attributes:

@@ -339,6 +339,10 @@ def constant_of_shape(node: OnnxNode, shape: Any) -> Tensor:
     return F.broadcast_to(as_tensor(value), tuple(require_ints(node, shape, "shape")))
 
 
+LARGE = 1 << 16
+"""A range with more elements is made at run time."""
+
+
 @onnx_rule("Range", static=(0, 1, 2))
 def range_rule(node: OnnxNode, start: Any, limit: Any, delta: Any) -> Any:
     """start, start + delta, ... before limit."""
@@ -349,6 +353,8 @@ def range_rule(node: OnnxNode, start: Any, limit: Any, delta: Any) -> Any:
     if step == 0:
         raise node.fail("delta is 0")
     count = max(math.ceil((last - first) / step), 0)
+    if count > LARGE:
+        return F.astype(F.arange(count), str(dtype)) * dtype.type(step) + dtype.type(first)
     wide = dtype if dtype.kind in "iu" or dtype.itemsize >= 4 else np.dtype(np.float32)
     return (np.arange(count).astype(wide) * wide.type(step) + wide.type(first)).astype(dtype)
 
