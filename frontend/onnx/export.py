@@ -176,8 +176,10 @@ def _written(model: Any, specs: Sequence[Any], opset: int | None, input_names: S
     output_names = getattr(model, "output_names", None) if output_names is None else output_names
     graph = Pipeline(TIDY).run(traced)
     shared = Model(target, clamp)
-    signature, refs = _sign(graph, _names_of(model), shared, input_names, output_names)
     out = Writer(shared)
+    for value in (*graph.inputs, *graph.outputs):
+        out.check_dtype(value.dtype)
+    signature, refs = _sign(graph, _names_of(model), shared, input_names, output_names)
     results = fuse(out, graph, refs, write_graph)
     _give(out, signature, results)
     return signature, out

@@ -79,7 +79,7 @@ def float_floor_divide(out: Writer, node: Node, x: Ref, y: Ref) -> Ref:
 def remainder(out: Writer, node: Node, x: Ref, y: Ref) -> Ref:
     if x.dtype.is_float:
         return float_remainder_rule(out, node, x, y)  # type: ignore[no-any-return]
-    return integer_remainder(out, x, y, fmod=0)
+    return integer_remainder(out, x, y, lambda out, a, b: out.op("Mod", a, b))
 
 
 @in_f32
@@ -92,16 +92,28 @@ def float_remainder_rule(out: Writer, node: Node, x: Ref, y: Ref) -> Ref:
 @exports("fmod")
 def fmod(out: Writer, node: Node, x: Ref, y: Ref) -> Ref:
     if x.dtype.is_float:
-        return in_f32(lambda out, node, x, y: out.op("Mod", x, y, fmod=1))(out, node, x, y)  # type: ignore[no-any-return]
-    return integer_remainder(out, x, y, fmod=1)
+        return float_fmod(out, node, x, y)  # type: ignore[no-any-return]
+    return integer_remainder(out, x, y, remaining)
 
 
-def integer_remainder(out: Writer, x: Ref, y: Ref, fmod: int) -> Ref:
-    """Mod with 0 where y is 0 or -1."""
+@in_f32
+def float_fmod(out: Writer, node: Node, x: Ref, y: Ref) -> Ref:
+    made: Ref = out.op("Mod", x, y, fmod=1)
+    return made
+
+
+def remaining(out: Writer, x: Ref, y: Ref) -> Ref:
+    """x - trunc(x / y) * y: Mod with fmod=1 is computed in floats, which do not hold 64 bits."""
+    made: Ref = out.op("Sub", x, out.op("Mul", out.op("Div", x, y), y))
+    return made
+
+
+def integer_remainder(out: Writer, x: Ref, y: Ref, rest: Any) -> Ref:
+    """A remainder, with 0 where y is 0 or -1."""
     dtype = x.dtype
     x, y = wide(out, x, y)
     zero = out.like(0, x)
-    return out.cast(guarded(out, x, y, lambda out, a, b: out.op("Mod", a, b, fmod=fmod), zero, zero), dtype)
+    return out.cast(guarded(out, x, y, rest, zero, zero), dtype)
 
 
 # Bits ------------------------------------------------------------------------------------------------------------

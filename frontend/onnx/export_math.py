@@ -20,7 +20,7 @@ from .export_writer import BOOL, Ref, Writer
 SAME = {
     "abs": "Abs", "sign": "Sign", "exp": "Exp", "log": "Log", "sin": "Sin", "cos": "Cos", "tan": "Tan", "asin": "Asin",
     "acos": "Acos", "atan": "Atan", "sinh": "Sinh", "cosh": "Cosh", "tanh": "Tanh", "asinh": "Asinh",
-    "acosh": "Acosh", "atanh": "Atanh", "erf": "Erf", "sigmoid": "Sigmoid", "relu": "Relu", "sqrt": "Sqrt",
+    "acosh": "Acosh", "atanh": "Atanh", "erf": "Erf", "sigmoid": "Sigmoid", "sqrt": "Sqrt",
     "reciprocal": "Reciprocal", "floor": "Floor", "ceil": "Ceil", "round": "Round", "isnan": "IsNaN",
     "isinf": "IsInf", "logical_not": "Not", "add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div",
     "logical_and": "And", "logical_or": "Or", "logical_xor": "Xor", "eq": "Equal", "lt": "Less", "gt": "Greater",
@@ -54,6 +54,13 @@ def both(out: Writer, kind: str, x: Ref, number: Any) -> Ref:
 @exports("neg")
 def neg(out: Writer, node: Node, x: Ref) -> Ref:
     made: Ref = out.op("Sub", out.like(0, x), x) if x.dtype.is_unsigned else out.op("Neg", x)
+    return made
+
+
+@exports("relu")
+def relu(out: Writer, node: Node, x: Ref) -> Ref:
+    """Of integers that Relu does not take, the larger of x and 0."""
+    made: Ref = out.op("Relu", x) if x.dtype.is_float or out.takes("Relu", x.dtype) else both(out, "Max", x, 0)
     return made
 
 

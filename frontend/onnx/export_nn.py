@@ -13,7 +13,7 @@ from ...ir.graph import Node
 from .export_index import inside as clamped_index
 from .export_math import both
 from .export_rules import decomposed, exports, in_f32
-from .export_shape import reshape, squeeze, swap_last, transpose, unsqueeze
+from .export_shape import filled, reshape, squeeze, swap_last, transpose, unsqueeze
 from .export_writer import BOOL, F32, Ref, Writer
 
 ACCUMULATES = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
@@ -23,6 +23,8 @@ ACCUMULATES = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 def matmul(out: Writer, node: Node, x: Ref, y: Ref) -> Ref:
     """MatMul; Gemm for a flagged product of two matrices; MatMulInteger for bytes that accumulate in i32."""
     wanted = node.result.dtype
+    if node.operands[0].shape[-2 if node.attrs["transpose_x"] else -1] == 0:  # runtimes leave memory as it is
+        return filled(out, 0, node.result.shape, wanted)
     ranks = [v.rank for v in node.operands]
     flags = node.attrs["transpose_x"], node.attrs["transpose_y"]
     if x.dtype in ("int8", "uint8") and wanted == "int32":
@@ -84,7 +86,7 @@ def rms_norm(out: Writer, node: Node, x: Ref, scale: Ref) -> Ref:
 @exports("group_norm")
 def group_norm(out: Writer, node: Node, x: Ref, scale: Ref, bias: Ref) -> Ref:
     """GroupNormalization takes a scale for each channel since opset 21."""
-    if out.opset < 21 or x.dtype == "float64" or node.operands[0].rank < 3:
+    if out.opset < 21 or x.dtype == "float64" or node.operands[0].rank < 3 or 0 in node.result.shape:
         return decomposed(out, node, [x, scale, bias])[0]
     made: Ref = out.op("GroupNormalization", x, scale, bias, num_groups=node.attrs["groups"],
                        epsilon=float(node.attrs["eps"]))

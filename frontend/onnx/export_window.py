@@ -151,6 +151,7 @@ def max_pool(out: Writer, node: Node, x: Ref) -> tuple[Ref, Ref]:
                            "by less than the window")
         fill = out.const(lowest(x.dtype.np))
         x = pad_edges(out, x, [0, 0, *(lo for lo, _ in padding)], [0, 0, *(hi for _, hi in padding)], fill)
+        x = out.op("Max", x, fill)  # onnxruntime would fuse the padding into the pool, and refuse it there
         padding = ((0, 0),) * len(padding)
     given = {"kernel_shape": list(attrs["window"]), "strides": list(attrs["stride"]), "pads": pads(padding),
              "dilations": steps(attrs["dilation"])}
@@ -198,21 +199,30 @@ def avg_pool(out: Writer, node: Node, x: Ref) -> Ref:
         made: Ref = out.op("AveragePool", x, **given, pads=pads(padding),
                            count_include_pad=int(include) if pads(padding) else None)
         return from_channels_first(out, node, made)
-    grown = pad_edges(out, x, [0, 0, *(lo for lo, _ in padding)], [0, 0, *(hi for _, hi in padding)], None)
-    made = out.op("AveragePool", grown, **given)
-    if not include:
-        total = both(out, "Mul", made, math.prod(attrs["window"]))
-        made = out.op("Div", total, window_counts(out, node, shape[2:], x.dtype))
+    batch, channels, *spatial = shape
+    planes = reshape(out, x, shape, (batch * channels, 1, *spatial))
+    total = window_sums(out, node, planes)
+    if include:
+        made = both(out, "Div", total, math.prod(attrs["window"]))
+    else:
+        made = out.op("Div", total, window_counts(out, node, spatial, x.dtype))
+    sizes = to_first(node.result.shape) if attrs["channels_last"] else node.result.shape
+    made = reshape(out, made, (batch * channels, 1, *sizes[2:]), sizes)
     return from_channels_first(out, node, made)
+
+
+def window_sums(out: Writer, node: Node, planes: Ref) -> Ref:
+    """Sums over the windows of images of one channel, as a convolution with ones: it takes any padding."""
+    window = node.attrs["window"]
+    kernel = filled(out, 1, (1, 1, *window), planes.dtype)
+    made: Ref = out.op("Conv", planes, kernel, kernel_shape=list(window), strides=steps(node.attrs["stride"]),
+                       pads=pads(node.attrs["padding"]))
+    return made
 
 
 def window_counts(out: Writer, node: Node, spatial: Sequence[Size], dtype: Any) -> Ref:
     """How many elements each window has, padding not counted, (1, 1, *out); at least 1."""
-    window = node.attrs["window"]
-    ones = filled(out, 1, (1, 1, *spatial), dtype)
-    kernel = filled(out, 1, (1, 1, *window), dtype)
-    counts = out.op("Conv", ones, kernel, kernel_shape=list(window), strides=steps(node.attrs["stride"]),
-                    pads=pads(node.attrs["padding"]))
+    counts = window_sums(out, node, filled(out, 1, (1, 1, *spatial), dtype))
     made: Ref = out.op("Max", counts, out.like(1, counts))
     return made
 

@@ -236,14 +236,17 @@ class Writer:
         if ref.name in self.model.arrays and ref.dtype not in ("int4", "uint4"):
             with np.errstate(all="ignore"):
                 return self.const(self.model.arrays[ref.name].astype(target.np))
-        schema = self.schema("Cast")
-        for side in (ref.dtype, target):
-            if side not in _allowed(schema, "T1") and side != target or target not in _allowed(schema, "T2"):
-                first = next((v for v in range(self.opset, onnx.defs.onnx_opset_version() + 1)
-                              if side in _allowed(schema_of("Cast", "", v), "T1")), None)
-                raise self.fail(f"opset {self.opset} has no dtype {side}: save with opset={first} or above")
+        self.check_dtype(ref.dtype)
+        self.check_dtype(target)
         saturate = 0 if target in ("float8_e4m3fn", "float8_e5m2") else None  # out of range is NaN or inf, as here
         return self.node_of("Cast", [ref], [target], {"to": number_of(target), "saturate": saturate})[0]
+
+    def check_dtype(self, dtype: Any) -> None:
+        """Raises unless the opset has the dtype."""
+        if dtype not in _allowed(schema_of("Cast", "", self.opset), "T1"):
+            first = next(v for v in range(self.opset, onnx.defs.onnx_opset_version() + 1)
+                         if dtype in _allowed(schema_of("Cast", "", v), "T1"))
+            raise self.fail(f"there is no dtype {dtype} at this opset: save with opset={first} or above")
 
     # Constants and sizes ------------------------------------------------------------------------------------------
 
@@ -251,6 +254,7 @@ class Writer:
         """A constant; equal ones are one."""
         value = np.asarray(array, None if dtype is None else as_dtype(dtype).np)
         kind = as_dtype(value.dtype)
+        self.check_dtype(kind)
         key = (kind, value.shape, value.tobytes())
         if key not in self.model.constants:
             name = self.model.unique("constant")
