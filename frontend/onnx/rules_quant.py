@@ -1,0 +1,193 @@
+"""Quantized tensors: to and from integers, and exact products of them.
+
+Products of 8-bit integers are taken of the differences to their zero points, which fit 16 bits, and accumulate in 32
+bits: nothing is rounded before the result is scaled back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ...ir.dtypes import DType, as_dtype, float32
+from .. import functions as F
+from ..dispatch import cast, constant
+from ..tensor import Tensor
+from .dtypes import attribute_dtype
+from .node import OnnxNode
+from .rules import onnx_rule
+from .rules_math import cast_to
+from .rules_nn import channel_column, convolved
+from .rules_shape import axis_of, slice_axis
+from .values import known, tensor
+
+INT16, INT32, UINT8 = as_dtype("int16"), as_dtype("int32"), as_dtype("uint8")
+
+
+def integer_range(dtype: DType) -> tuple[int, int]:
+    """The smallest and the largest number of an integer dtype, 4-bit ones included."""
+    span = 1 << dtype.bits
+    return (0, span - 1) if dtype.is_unsigned else (-span // 2, span // 2 - 1)
+
+
+def along(node: OnnxNode, parameter: Any, x: Tensor) -> Tensor:
+    """A scale or zero point as it broadcasts with x: one number, one for each slice along `axis`, or one per block."""
+    parameter = tensor(parameter)
+    if parameter.ndim == 0 or parameter.size == 1:
+        return F.reshape(parameter, ())
+    axis = axis_of(node, int(node.attr("axis", 1)), x.ndim)
+    block = int(node.attr("block_size", 0) or 0)
+    if block:
+        return slice_axis(F.repeat(parameter, block, axis), axis, 0, x.shape[axis])
+    return F.reshape(parameter, tuple(parameter.shape[0] if i == axis else 1 for i in range(x.ndim)))
+
+
+def to_integers(x: Tensor, zero: Tensor | None, dtype: DType) -> Tensor:
+    """x rounded to the nearest (halves to even), plus a zero point, and cut to what the dtype holds."""
+    low, high = integer_range(dtype)
+    rounded = F.round(x if x.dtype.bits >= 32 else cast(x, float32))
+    if zero is not None:
+        rounded = rounded + _wide(zero, rounded.dtype)
+    clipped = F.clip(rounded, float(low), float(high))
+    return cast(clipped if dtype.bits >= 8 else cast(clipped, INT32), dtype)
+
+
+def _wide(x: Tensor, dtype: Any) -> Tensor:
+    return cast(x if x.dtype.bits >= 8 else cast(x, INT32), dtype)
+
+
+# To and from -----------------------------------------------------------------------------------------------------
+
+@onnx_rule("QuantizeLinear", since=10)
+def quantize(node: OnnxNode, x: Any, scale: Any, zero: Any = None) -> Tensor:
+    x = tensor(x)
+    dtype = tensor(zero).dtype if zero is not None else attribute_dtype(node, "output_dtype", UINT8)
+    precision = attribute_dtype(node, "precision", None) if node.attr("precision", 0) else None
+    if not x.dtype.is_float:
+        x = cast(x, float32)
+    factor = along(node, scale, x)
+    inner = precision or (x.dtype if x.dtype.bits >= factor.dtype.bits else factor.dtype)
+    y = cast(x, inner) / cast(factor, inner)
+    if dtype.is_float:
+        return cast_to(y, dtype, bool(node.attr("saturate", 1)))
+    return to_integers(y, None if zero is None else along(node, zero, x), dtype)
+
+
+@onnx_rule("DequantizeLinear", since=10)
+def dequantize(node: OnnxNode, x: Any, scale: Any, zero: Any = None) -> Tensor:
+    x = tensor(x)
+    factor = along(node, scale, x)
+    wide = _wide(x, float32)
+    if zero is not None and not x.dtype.is_float:
+        wide = _difference(x, along(node, zero, x))
+    result = attribute_dtype(node, "output_dtype", factor.dtype) if node.attr("output_dtype", 0) else factor.dtype
+    return cast(cast(wide, float32) * cast(factor, float32), result)
+
+
+def _difference(x: Tensor, zero: Tensor) -> Tensor:
+    """x - zero, without overflow."""
+    wide = INT32 if x.dtype.bits <= 16 else as_dtype("int64")
+    return _wide(x, wide) - _wide(zero, wide)
+
+
+@onnx_rule("DynamicQuantizeLinear", since=11)
+def dynamic_quantize(node: OnnxNode, x: Any) -> tuple[Tensor, ...]:
+    """(y, scale, zero point) with the range of x, 0 included, spread over 8 bits."""
+    x = tensor(x)
+    low, high = F.minimum(F.min(x), 0.0), F.maximum(F.max(x), 0.0)
+    span = high - low
+    scale = F.where(span == 0, constant(1, x.dtype), span / 255.0)
+    zero = cast(F.round(F.clip(-low / scale, 0.0, 255.0)), UINT8)
+    return to_integers(x / scale, zero, UINT8), scale, zero
+
+
+# Products --------------------------------------------------------------------------------------------------------
+
+def centered(x: Tensor, zero: Any, shape: Any = None) -> Tensor:
+    """x - zero in 16 bits; x itself where its zero point is known to be 0. `shape`: of the zero point, to broadcast."""
+    if zero is None or (known(zero) is not None and not np.any(known(zero))):
+        return x
+    zero = tensor(zero)
+    zero = F.reshape(zero, ()) if zero.size == 1 else zero if shape is None else F.reshape(zero, shape)
+    return cast(x, INT16) - cast(zero, INT16)
+
+
+def integer_product(x: Tensor, y: Tensor) -> Tensor:
+    """The product of two matrices of integers of at most 16 bits, in 32."""
+    x, y = _alike(x, y)
+    return F.matmul(x, y, out_dtype=INT32)
+
+
+def _alike(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    return (x, y) if x.dtype == y.dtype else (cast(x, INT16), cast(y, INT16))
+
+
+def _row(zero: Any) -> Any:
+    """A zero point or scale of the rows of a matrix as a column."""
+    if zero is None or tensor(zero).size == 1:
+        return None
+    return (*tensor(zero).shape, 1) if tensor(zero).ndim == 1 else None
+
+
+def matmul_integers(a: Any, b: Any, a_zero: Any, b_zero: Any) -> Tensor:
+    """(a - a_zero) (b - b_zero) in int32; zero points are single numbers, one per row of a, one per column of b."""
+    return integer_product(centered(tensor(a), a_zero, _row(a_zero)), centered(tensor(b), b_zero))
+
+
+@onnx_rule("MatMulInteger", since=10)
+def matmul_integer(node: OnnxNode, a: Any, b: Any, a_zero: Any = None, b_zero: Any = None) -> Tensor:
+    return matmul_integers(a, b, a_zero, b_zero)
+
+
+def by_rows(parameter: Any) -> Tensor:
+    """A scale of a left operand: a number, or one for each row."""
+    parameter = tensor(parameter)
+    shape = _row(parameter)
+    return F.reshape(parameter, ()) if parameter.size == 1 else parameter if shape is None else F.reshape(
+        parameter, shape)
+
+
+def requantized(total: Tensor, factor: Tensor, zero: Any, like: DType) -> Tensor:
+    """Integers times a factor as the quantized result."""
+    zero = None if zero is None else tensor(zero)
+    if zero is not None and zero.size == 1:
+        zero = F.reshape(zero, ())
+    return to_integers(cast(total, float32) * cast(factor, float32), zero, like if zero is None else zero.dtype)
+
+
+@onnx_rule("QLinearMatMul", since=10)
+def qlinear_matmul(node: OnnxNode, a: Any, a_scale: Any, a_zero: Any, b: Any, b_scale: Any, b_zero: Any,
+                   y_scale: Any, y_zero: Any) -> Tensor:
+    factor = cast(by_rows(a_scale), float32) * cast(flat(b_scale), float32) / cast(by_rows(y_scale), float32)
+    total = matmul_integers(a, b, a_zero, b_zero)
+    return requantized(total, factor, by_rows(y_zero), tensor(y_zero).dtype)
+
+
+def flat(parameter: Any) -> Tensor:
+    """A number whatever its shape; others as they are."""
+    parameter = tensor(parameter)
+    return F.reshape(parameter, ()) if parameter.size == 1 else parameter
+
+
+def conv_integers(node: OnnxNode, x: Tensor, w: Tensor, x_zero: Any, w_zero: Any) -> Tensor:
+    """The convolution of the differences to the zero points, in int32; padding stands for the zero point."""
+    column = None if w_zero is None else (tensor(w_zero).size, *(1,) * (w.ndim - 1))
+    return convolved(node, *_alike(centered(x, x_zero), centered(w, w_zero, column)), None, INT32)
+
+
+@onnx_rule("ConvInteger", since=10)
+def conv_integer(node: OnnxNode, x: Any, w: Any, x_zero: Any = None, w_zero: Any = None) -> Tensor:
+    return conv_integers(node, tensor(x), tensor(w), x_zero, w_zero)
+
+
+@onnx_rule("QLinearConv", since=10)
+def qlinear_conv(node: OnnxNode, x: Any, x_scale: Any, x_zero: Any, w: Any, w_scale: Any, w_zero: Any, y_scale: Any,
+                 y_zero: Any, b: Any = None) -> Tensor:
+    x, w = tensor(x), tensor(w)
+    total = conv_integers(node, x, w, x_zero, w_zero)
+    if b is not None:
+        total = total + channel_column(tensor(b), total.ndim)
+    scale = flat(w_scale)
+    scale = scale if scale.ndim == 0 else channel_column(scale, total.ndim)
+    return requantized(total, scale * flat(x_scale) / flat(y_scale), y_zero, x.dtype)
