@@ -16,8 +16,7 @@ import inspect
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from types import MethodType
 from typing import Any
 
@@ -35,13 +34,14 @@ from ..ir.pipeline import Pass, Pipeline
 from ..ir.types import TensorType
 from ..schedules.target import Target
 from . import tree
-from .eager import Concrete, array_type, builder, eager_builder, interned, records
+from .dynamic import Arguments, Dynamic, expected, generic_key, types_of
+from .eager import array_type, builder, eager_builder
 from .grad_mode import is_grad_enabled
 from .logs import follow_environment
+from .program import Program, Stats
 from .progress import Progress
-from .recording import world
 from .signature import Description, Scanned, describe, difference, scan
-from .specialize import inline, specialize
+from .specialize import bind_sizes, inline, specialize, with_sizes
 from .tensor import Tensor
 from .trace import record
 
@@ -72,38 +72,41 @@ def passes(amp: Any = None, memory_budget: int | None = None) -> list[Pass]:
 
 
 def build_executable(graph: Graph, target: str, amp: Any = None, meta: dict[str, Any] | None = None,
-                     memory_budget: int | None = None) -> Any:
-    """Passes, lowering, machine code: a graph with static shapes as an executable.
+                     memory_budget: int | None = None, sizes: Mapping[str, int] | None = None) -> Any:
+    """Passes, lowering, machine code: a graph as an executable. `sizes`: what its symbolic sizes are expected to be.
 
     Raises:
         CompileError: the memory budget is out of reach, or a kernel cannot be compiled.
     """
     from ..schedules.program_cache import fetch, keep, program_key
 
-    key = program_key(graph, target, amp, memory_budget)
+    options = (amp, memory_budget, *([sorted(sizes.items())] if sizes else []))
+    key = program_key(graph, target, *options)
     executable = fetch(key) if key is not None else None
     if executable is None:
-        executable = _build(graph, target, amp, memory_budget)
+        executable = _build(graph, target, amp, memory_budget, sizes)
         if key is not None:
             keep(key, executable)
     else:
-        executable.profile_builder = lambda: _build(graph, target, amp, memory_budget).profile_builder()
+        executable.profile_builder = lambda: _build(graph, target, amp, memory_budget, sizes).profile_builder()
     executable.signature.meta.update(meta or {})
     return executable
 
 
-def _build(graph: Graph, target: str, amp: Any, memory_budget: int | None) -> Any:
+def _build(graph: Graph, target: str, amp: Any, memory_budget: int | None, sizes: Mapping[str, int] | None) -> Any:
     from ..schedules.build import build  # importing TVM takes a second: only who compiles pays
 
-    program = _within(graph, memory_budget, target, amp) if memory_budget is not None else _lowered(graph, target, amp)
+    program = _within(graph, memory_budget, target, amp) if memory_budget is not None else \
+        _lowered(graph, target, amp, sizes=sizes)
     with Progress() as progress:
         return build(program, target, progress.update)
 
 
-def _lowered(graph: Graph, target: str, amp: Any, memory_budget: int | None = None) -> Any:
+def _lowered(graph: Graph, target: str, amp: Any, memory_budget: int | None = None,
+             sizes: Mapping[str, int] | None = None) -> Any:
     from ..schedules.lower import lower
 
-    return lower(Pipeline(passes(amp, memory_budget)).run(graph), target)
+    return lower(Pipeline(passes(amp, memory_budget)).run(graph), target, sizes)
 
 
 def _within(graph: Graph, budget: int, target: str, amp: Any) -> Any:
@@ -126,94 +129,6 @@ def _within(graph: Graph, budget: int, target: str, amp: Any) -> Any:
                        f"that helps; the budget is {budget:,}. Use smaller batches, or accumulate")
 
 
-@dataclass
-class Stats:
-    """What a compiled function did.
-
-    Attributes:
-        calls: how often it was called.
-        compiles: how many programs were made.
-        hits: calls that found their program.
-        kernels: distinct kernels of the last program made.
-        compiled_kernels: how many of them were compiled, not found in the cache on disk.
-        seconds: time spent tracing and compiling.
-        reasons: why each program was made.
-    """
-
-    calls: int = 0
-    compiles: int = 0
-    kernels: int = 0
-    compiled_kernels: int = 0
-    seconds: float = 0.0
-    reasons: list[str] = field(default_factory=list)
-
-    @property
-    def hits(self) -> int:
-        """Calls that found their program."""
-        return self.calls - self.compiles
-
-
-class Program:
-    """An executable with the tensors it is bound to."""
-
-    def __init__(self, executable: Any, captures: dict[int, Tensor], assigned: Sequence[Tensor],
-                 guards: Sequence[tuple[Callable[[], Any], Any]], out_structure: tree.Structure,
-                 out_types: Sequence[TensorType]):
-        self.executable = executable
-        self.run = executable.run
-        self.captures = captures
-        self.assigned = list(assigned)
-        self.guards = list(guards)
-        self.out_structure = out_structure
-        self.out_types = [interned(t) for t in out_types]
-        self.single = out_structure is tree.LEAF or out_structure == tree.LEAF
-        self.checked = world.changes
-        self.records = -1  # records made before this program count too
-        first = min(captures, default=0)
-        if sorted(captures) != list(range(first, first + len(captures))):
-            raise CompileError("captured tensors must be the last inputs of a graph")
-        for tensor in self.assigned:
-            tensor.role = tensor.role or "state"
-        tensors = [captures[i] for i in sorted(captures)]
-        # Tensors with a role stay where they are; others may be given another array by assign().
-        self.bound = [t._pin() if t.role is not None else t._value.array for t in tensors]
-        self.loose = [(k, t) for k, t in enumerate(tensors) if t.role is None]
-
-    def valid(self) -> bool:
-        """Whether everything that the trace read besides its inputs is as it was."""
-        if self.checked == world.changes:
-            return True
-        now = world.changes
-        for read, then in self.guards:
-            if read() is not then and read() != then:
-                return False
-        self.checked = now
-        return True
-
-    def __call__(self, arrays: list[np.ndarray]) -> Any:
-        """Runs on the arrays of the arguments; gives the tree of tensors that the function returns."""
-        bound = self.bound
-        if self.loose:
-            for k, tensor in self.loose:
-                bound[k] = tensor._value.array
-        outputs = self.run(arrays + bound)
-        if self.assigned:
-            self._written()
-        if self.single:
-            return Tensor._of(Concrete(outputs[0], self.out_types[0]))
-        results = [Tensor._of(Concrete(a, t)) for a, t in zip(outputs, self.out_types)]
-        return tree.unflatten(self.out_structure, results)
-
-    def _written(self) -> None:
-        """Tells records that have read an updated tensor that its old elements are gone."""
-        if self.records == records.leaves:
-            return
-        self.records = records.leaves
-        for tensor in self.assigned:
-            if tensor._value.recorded:
-                tensor._renew(tensor._value.array)
-
-
 class Compiled:
     """A compiled function; made by `compile`.
 
@@ -233,7 +148,10 @@ class Compiled:
         self.memory_budget = memory_budget
         self.stats = Stats()
         self._recordable = not isinstance(fn, Graph)
+        self.dynamic: Dynamic | None = Dynamic(None)
         self._programs: dict[Any, list[Program]] = {}
+        self._generic: dict[Any, list[Program]] = {}  # programs that serve all sizes; `_programs` lists them too
+        self._refused: set[Any] = set()  # keys of programs that could not be made for all sizes
         self._last: Program | None = None
         self._described: Description | None = None
         self._lock = threading.RLock()
@@ -263,7 +181,7 @@ class Compiled:
             if program.valid():
                 break
         else:
-            program = self._make(found, args, keywords)
+            program = self._for_all_sizes(found, args, keywords) or self._make(found, args, keywords)
         self.stats.calls += 1
         self._last = program
         return program(found.arrays)
@@ -280,6 +198,79 @@ class Compiled:
                     "under td.no_grad(), or compile the gradient: td.compile(td.value_and_grad(fn))", self.__name__)
         return self.fn(*args, **keywords)
 
+    def _open(self, args: Sequence[Any], keywords: dict[str, Any]) -> Arguments | None:
+        """The arguments with specs for the tensors that have open sizes; None if none has."""
+        return None if self.dynamic is None else self.dynamic.arguments(self.fn, args, keywords)
+
+    def _for_all_sizes(self, found: Scanned, args: Sequence[Any], keywords: dict[str, Any]) -> Program | None:
+        """The program for arguments like these of any size; None where all sizes are part of the program."""
+        symbolic = isinstance(self.fn, Graph) and bool(self.fn.dims) and self.dynamic is not None
+        arguments = None if symbolic or self.dynamic is None else self._open(args, keywords)
+        if not symbolic and arguments is None:
+            return None
+        with self._lock:
+            key = generic_key(self.fn, arguments)
+            if symbolic:
+                self.trace(*args, **keywords)  # the arguments fit, and their sizes agree
+            if key in self._refused:
+                return None
+            for program in self._generic.get(key, ()):
+                if program.valid():
+                    break
+            else:
+                made = self._make_generic(key, arguments, args, keywords)
+                if made is None:
+                    return None
+                program = made
+            self._keep(found.key, program)
+            return program
+
+    def _make_generic(self, key: Any, arguments: Arguments | None, args: Sequence[Any], keywords: dict[str, Any],
+                      ) -> Program | None:
+        started, reason = time.perf_counter(), "first call" if not self.stats.compiles else "other arguments"
+        follow_environment()
+        self._check(args, keywords)
+        try:
+            graph = self.fn if arguments is None else self.trace(*arguments[0], **arguments[1])
+            sizes = expected(graph, bind_sizes(graph, types_of((args, keywords)))) if graph.dims else {}
+            program = self._compile_graph(graph, sizes)
+        except (ShapeError, CompileError) as error:
+            if self.dynamic is None or self.dynamic.declared is not None:
+                raise
+            log.warning("%s: compiled for each combination of sizes, since it is not one program for all: %s",
+                        self.__name__, error)
+            self._refused.add(key)
+            return None
+        self._generic.setdefault(key, []).append(program)
+        self._count(started, reason)
+        return program
+
+    def _count(self, started: float, reason: str) -> None:
+        seconds = time.perf_counter() - started
+        self.stats.compiles += 1
+        self.stats.seconds += seconds
+        self.stats.reasons.append(reason)
+        log.info("%s: compiled in %.2f s: %s", self.__name__, seconds, reason)
+
+    def _keep(self, key: Any, program: Program) -> None:
+        kept = self._programs.setdefault(key, [])
+        kept.append(program)
+        del kept[:-VARIANTS]
+        if len(self._programs) > SIGNATURES:
+            if not self._generic:
+                log.warning("%s: called with more than %d kinds of arguments; the oldest program is dropped. Pad to "
+                            "fewer shapes, open sizes with dynamic=, or pass numbers as tensors", self.__name__,
+                            SIGNATURES)
+            self._programs.pop(next(iter(self._programs)))
+
+    def specialize(self, **sizes: int) -> Compiled:
+        """The same function with some of its open sizes fixed; all of them, if none is named: then each combination
+        is a program of its own."""
+        fn = with_sizes(self.fn, sizes) if isinstance(self.fn, Graph) and sizes else self.fn
+        made = type(self)(fn, self.target, self.amp, self.memory_budget)
+        made.dynamic = self.dynamic.fixing(sizes) if sizes and self.dynamic is not None else None
+        return made
+
     def _make(self, found: Scanned, args: Sequence[Any], keywords: dict[str, Any]) -> Program:
         with self._lock:
             for program in self._programs.get(found.key, ()):  # another thread may have made it
@@ -292,17 +283,8 @@ class Compiled:
             reason = self._reason(found, described)
             self._described = described
             program = self._compile(args, keywords)
-            kept = self._programs.setdefault(found.key, [])
-            kept.append(program)
-            del kept[:-VARIANTS]
-            if len(self._programs) > SIGNATURES:
-                log.warning("%s: called with more than %d kinds of arguments; the oldest program is dropped. Pad to "
-                            "fewer shapes, or pass numbers as tensors", self.__name__, SIGNATURES)
-                self._programs.pop(next(iter(self._programs)))
-            self.stats.compiles += 1
-            self.stats.seconds += time.perf_counter() - started
-            self.stats.reasons.append(reason)
-            log.info("%s: compiled in %.2f s: %s", self.__name__, time.perf_counter() - started, reason)
+            self._keep(found.key, program)
+            self._count(started, reason)
             return program
 
     def _reason(self, found: Scanned, described: Description) -> str:
@@ -348,6 +330,9 @@ class Compiled:
         graph = self.trace(*args, **keywords)
         if graph.dims:
             raise ShapeError(f"{self.__name__}: the sizes {', '.join(sorted(graph.dims))} are still symbolic")
+        return self._compile_graph(graph)
+
+    def _compile_graph(self, graph: Graph, sizes: Mapping[str, int] | None = None) -> Program:
         meta = graph.meta
         captures: dict[int, Tensor] = dict(meta.get("captures", {}))
         assigns: dict[int, Tensor] = dict(meta.get("assigns", {}))
@@ -357,7 +342,7 @@ class Compiled:
         in_structure = meta.get("in_structure") or _plain_arguments(graph, captures)
         header = {"static": static, "in_structure": tree.to_json(in_structure),
                   "out_structure": tree.to_json(out_structure), "results": count, "bound": len(captures)}
-        executable = build_executable(graph, self.target, self.amp, header, self.memory_budget)
+        executable = build_executable(graph, self.target, self.amp, header, self.memory_budget, sizes)
         made = getattr(executable, "stats", None)
         if made is not None:
             self.stats.kernels, self.stats.compiled_kernels = made.kernels, self.stats.compiled_kernels + made.compiled
@@ -433,7 +418,8 @@ class Loaded:
         return f"<loaded {self.__name__}({', '.join(f'{i.name}: {i}' for i in self.inputs)})>"
 
 
-def compile(fn: Any = None, *, target: str = "cpu", amp: Any = None) -> Any:
+def compile(fn: Any = None, *, target: str = "cpu", amp: Any = None, dynamic: Mapping[str, Any] | None = None,
+            specialize: bool = False) -> Any:
     """Compiles a function of tensors, a module, or a graph. Also a decorator, with or without options.
 
     Args:
@@ -442,6 +428,11 @@ def compile(fn: Any = None, *, target: str = "cpu", amp: Any = None) -> Any:
             in the tree it was traced with.
         target: "cpu" (this machine), "cpu:avx2"...; see `schedules.target`.
         amp: "bfloat16" computes matrix products and convolutions in that dtype.
+        dynamic: which sizes of arguments are open, so that one program serves them all: parameter name -> shape with
+            names for what is open, `{"x": ("batch", 784)}`, or -> axis and name, `{"x": {0: "batch"}}`; for a
+            parameter that holds several tensors it counts for each. Graphs with symbolic sizes and imported models
+            know theirs.
+        specialize: no size is open: each combination of sizes is compiled, once.
 
     Returns:
         A `Compiled` function of the same arguments.
@@ -450,9 +441,11 @@ def compile(fn: Any = None, *, target: str = "cpu", amp: Any = None) -> Any:
         TargetError: no such target, or this machine cannot run it.
     """
     if fn is None:
-        return lambda function: compile(function, target=target, amp=amp)
+        return lambda function: compile(function, target=target, amp=amp, dynamic=dynamic, specialize=specialize)
     kind = getattr(fn, "compiled_as", Compiled)  # a module may bring a way of its own
-    return kind(fn, target, amp)
+    made = kind(fn, target, amp)
+    made.dynamic = None if specialize else Dynamic(dynamic)
+    return made
 
 
 def load(path: Any) -> Loaded:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..ir.builder import GraphBuilder, copy_into
-from ..ir.dims import Dim, evaluate, solve
+from ..ir.dims import Dim, solve, substitute
 from ..ir.errors import ArgumentsError
 from ..ir.graph import Graph, Value
 from ..ir.location import user_location
@@ -50,11 +50,12 @@ def specialize(graph: Graph, types: Sequence[TensorType]) -> Graph:
 
 
 def with_sizes(graph: Graph, sizes: Mapping[str, int]) -> Graph:
-    """A copy with the symbolic sizes replaced by numbers, in types, attributes and regions."""
+    """A copy with symbolic sizes replaced by numbers, in types, attributes and regions; others stay."""
     with GraphBuilder(graph.name) as builder:
         mapping: dict[Value, Value] = {}
         for value, role in zip(graph.inputs, graph.roles):
-            mapping[value] = builder.input(value.type.specialize(sizes), value.name, role)
+            shape = tuple(substitute(n, sizes) for n in value.shape)
+            mapping[value] = builder.input(value.type.with_shape(shape), value.name, role)
         for node in graph.nodes:
             attrs = {name: _number(attr, sizes) for name, attr in node.attrs.items()}
             regions = [with_sizes(r, sizes) for r in node.regions]
@@ -71,7 +72,7 @@ def with_sizes(graph: Graph, sizes: Mapping[str, int]) -> Graph:
 
 def _number(attr: Any, sizes: Mapping[str, int]) -> Any:
     if isinstance(attr, Dim):
-        return evaluate(attr, sizes)
+        return substitute(attr, sizes)
     if isinstance(attr, tuple):
         return tuple(_number(a, sizes) for a in attr)
     return attr

@@ -237,6 +237,21 @@ def evaluate(size: Size, sizes: Mapping[str, int]) -> int:
     return size.evaluate(sizes) if isinstance(size, Dim) else int(size)
 
 
+def substitute(size: Size, sizes: Mapping[str, Size]) -> Size:
+    """A size with some of its names replaced."""
+    if not isinstance(size, Dim) or not size.names & sizes.keys():
+        return size
+    total: Size = 0
+    for monomial, coefficient in size.terms.items():
+        term: Size = coefficient
+        for atom in monomial:
+            factor = (sizes.get(atom, Dim._make({(atom,): 1})) if isinstance(atom, str)
+                      else substitute(atom.numerator, sizes) // atom.divisor)
+            term = term * factor
+        total = total + term
+    return total
+
+
 def solve(declared: Size, actual: int, sizes: dict[str, int]) -> bool:
     """Matches a declared size with an actual one, adding a name that it determines to `sizes`.
 

@@ -108,7 +108,7 @@ class Signature:
     @staticmethod
     def from_json(data: dict[str, Any]) -> Signature:
         """The signature that `to_json` wrote. Raises TypeError or KeyError for anything else."""
-        tensors = {
+        tensors: dict[str, Any] = {
             key: [TensorInfo(**{**t, "shape": shape_from_json(t["shape"])}) for t in data[key]]
             for key in ("inputs", "outputs", "constants")
         }

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..ir.errors import RegistryError
-from .program import HostCall, LoopVar, numpy_dtype
+from .program import HostCall, LoopVar, SizeArg, numpy_dtype
 from .runtime import load_runtime
 
 PREFIX = "treadle.host."
@@ -50,7 +50,7 @@ def describe(call: HostCall) -> str:
     """The description of a call's arguments."""
     parts = []
     for i, arg in enumerate(call.args):
-        if isinstance(arg, LoopVar):
+        if isinstance(arg, (LoopVar, SizeArg)):
             parts.append("i")
         else:
             parts.append(f"{'w' if i in call.writes else 'r'}:{arg.dtype}[{','.join(map(str, arg.shape))}]")

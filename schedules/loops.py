@@ -228,7 +228,7 @@ def refine(shapes: Sequence[Sequence[Size]]) -> tuple[Size, ...]:
     if is_dynamic(total):
         return _refine_dynamic(shapes, total)
     for shape in shapes:
-        step = 1
+        step: Any = 1
         for size in reversed(shape):
             step *= size
             cuts.add(step)

@@ -46,7 +46,7 @@ class Axis(Atom):
         self.extent = extent
         self.name = name
         self.axes = frozenset({self})
-        self.part_of: tuple[Merged, int] | None = None
+        self.part_of: tuple[Merged, Any] | None = None
 
     def bind(self, expr: Any) -> None:
         """The loop variable expression that stands for this axis in the code being written."""

@@ -393,7 +393,8 @@ class RowKernel:
         if self.columns and isinstance(self.vector.extent, Dim):
             plans = self.dynamic_plans(self.vector.extent)
         elif self.columns:
-            tiles, tail = divmod(self.vector.extent, self.tile)
+            extent: Any = self.vector.extent
+            tiles, tail = divmod(extent, self.tile)
             plans = [(tiles, 0, self.tile)] * (tiles > 0) + [(1, tiles * self.tile, tail)] * (tail > 0)
         for tiles, start, width in plans:
             self.width = width

@@ -40,16 +40,16 @@ class RowDomain:
     recorder: Recorder
 
     @property
-    def size(self) -> int:
-        return math.prod(a.extent for a in self.axes)
+    def size(self) -> Any:
+        return math.prod([a.extent for a in self.axes])
 
     @property
     def kept(self) -> list[Axis]:
         return [a for a in self.axes if a not in self.reduced]
 
     @property
-    def rows(self) -> int:
-        return math.prod(a.extent for a in self.kept)
+    def rows(self) -> Any:
+        return math.prod([a.extent for a in self.kept])
 
     @property
     def passes(self) -> int:

@@ -157,7 +157,7 @@ def test_graphs():
     f = td.compile(graph)
     close(f(X, X), {"s": 2 * X})
     close(f(X[:2], X[:2]), {"s": 2 * X[:2]})
-    assert f.stats.compiles == 2
+    assert f.stats.compiles == 1
     close(td.compile(lambda x: f(x, x)["s"].sum())(X), 2 * X.sum(), 1e-5)
     close(f(td.tensor(X, requires_grad=True), X), {"s": 2 * X})
     plain = td.ir.parse(str(graph))
