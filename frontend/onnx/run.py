@@ -21,6 +21,7 @@ from ...ir.location import Loc
 from .. import eager
 from ..recording import current_trace
 from ..tensor import Tensor
+from .constraints import check_types
 from .fold import fold_symbolic
 from .functions import FunctionBody, standard_body
 from .node import NeedsValue, OnnxNode, array_of, dense_of
@@ -191,6 +192,7 @@ def run_node(node: OnnxNode, operands: Sequence[Any]) -> Sequence[Any]:
         return _call(node, body, operands)
     if rule is None:
         raise node.fail(f"there is no rule for this op at opset {node.opset}" + _why_not(node))
+    check_types(node, operands)
     try:
         with eager.builder().at(NodeLoc(context.label, 0, str(node))):
             results = apply_rule(node, rule, operands)
