@@ -27,6 +27,7 @@ from ..autodiff.budget import budget_pass
 from ..autodiff.save_less import SAVE_LESS
 from ..ir.dtypes import as_dtype
 from ..ir.errors import ArgumentsError, CompileError, ShapeError
+from ..ir.freeze import FREEZE
 from ..ir.graph import Graph
 from ..ir.location import user_location
 from ..ir.passes import FINISH, TIDY
@@ -36,6 +37,7 @@ from ..schedules.target import Target
 from . import tree
 from .dynamic import Arguments, Dynamic, expected, generic_key, types_of
 from .eager import array_type, builder, eager_builder
+from .freeze import frozen
 from .grad_mode import is_grad_enabled
 from .logs import follow_environment
 from .program import Program, Stats
@@ -55,16 +57,19 @@ BUDGET_ROUNDS = 6
 """How often recomputation is planned anew while the memory plan exceeds its budget."""
 
 
-def passes(amp: Any = None, memory_budget: int | None = None) -> list[Pass]:
+def passes(amp: Any = None, memory_budget: int | None = None, freeze: bool = False) -> list[Pass]:
     """What a traced graph goes through before it is lowered.
 
     Args:
         amp: "bfloat16" (or "float16"): mixed precision; None: none.
         memory_budget: bytes; values are recomputed until the estimated peak of what waits between kernels is below it.
+        freeze: fold what depends on constants only, and scales into weights.
     """
     steps = list(TIDY)
+    frozen_steps = [FREEZE, *TIDY] if freeze else []
+    steps += frozen_steps
     if amp is not None:
-        steps += [amp_pass(amp), *TIDY]
+        steps += [amp_pass(amp), *TIDY, *frozen_steps]
     steps.append(SAVE_LESS)
     if memory_budget is not None:
         steps.append(budget_pass(memory_budget))
@@ -72,7 +77,8 @@ def passes(amp: Any = None, memory_budget: int | None = None) -> list[Pass]:
 
 
 def build_executable(graph: Graph, target: str, amp: Any = None, meta: dict[str, Any] | None = None,
-                     memory_budget: int | None = None, sizes: Mapping[str, int] | None = None) -> Any:
+                     memory_budget: int | None = None, sizes: Mapping[str, int] | None = None,
+                     freeze: bool = False) -> Any:
     """Passes, lowering, machine code: a graph as an executable. `sizes`: what its symbolic sizes are expected to be.
 
     Raises:
@@ -80,36 +86,37 @@ def build_executable(graph: Graph, target: str, amp: Any = None, meta: dict[str,
     """
     from ..schedules.program_cache import fetch, keep, program_key
 
-    options = (amp, memory_budget, *([sorted(sizes.items())] if sizes else []))
+    options = (amp, memory_budget, freeze, *([sorted(sizes.items())] if sizes else []))
     key = program_key(graph, target, *options)
     executable = fetch(key) if key is not None else None
     if executable is None:
-        executable = _build(graph, target, amp, memory_budget, sizes)
+        executable = _build(graph, target, amp, memory_budget, sizes, freeze)
         if key is not None:
             keep(key, executable)
     else:
-        executable.profile_builder = lambda: _build(graph, target, amp, memory_budget, sizes).profile_builder()
+        executable.profile_builder = lambda: _build(graph, target, amp, memory_budget, sizes, freeze).profile_builder()
     executable.signature.meta.update(meta or {})
     return executable
 
 
-def _build(graph: Graph, target: str, amp: Any, memory_budget: int | None, sizes: Mapping[str, int] | None) -> Any:
+def _build(graph: Graph, target: str, amp: Any, memory_budget: int | None, sizes: Mapping[str, int] | None,
+           freeze: bool) -> Any:
     from ..schedules.build import build  # importing TVM takes a second: only who compiles pays
 
-    program = _within(graph, memory_budget, target, amp) if memory_budget is not None else \
-        _lowered(graph, target, amp, sizes=sizes)
+    program = _within(graph, memory_budget, target, amp, freeze) if memory_budget is not None else \
+        _lowered(graph, target, amp, sizes=sizes, freeze=freeze)
     with Progress() as progress:
         return build(program, target, progress.update)
 
 
 def _lowered(graph: Graph, target: str, amp: Any, memory_budget: int | None = None,
-             sizes: Mapping[str, int] | None = None) -> Any:
+             sizes: Mapping[str, int] | None = None, freeze: bool = False) -> Any:
     from ..schedules.lower import lower
 
-    return lower(Pipeline(passes(amp, memory_budget)).run(graph), target, sizes)
+    return lower(Pipeline(passes(amp, memory_budget, freeze)).run(graph), target, sizes)
 
 
-def _within(graph: Graph, budget: int, target: str, amp: Any) -> Any:
+def _within(graph: Graph, budget: int, target: str, amp: Any, freeze: bool) -> Any:
     """The program whose memory plan keeps to the budget.
 
     The pass that recomputes estimates what fusion and the plan will do; where they need more, it is asked for less.
@@ -118,7 +125,7 @@ def _within(graph: Graph, budget: int, target: str, amp: Any) -> Any:
 
     asked, best = budget, -1
     for _ in range(BUDGET_ROUNDS):
-        program = _lowered(graph, target, amp, asked)
+        program = _lowered(graph, target, amp, asked, freeze=freeze)
         used = plan_memory(program).arena_bytes
         if used <= budget:
             return program
@@ -149,6 +156,7 @@ class Compiled:
         self.stats = Stats()
         self._recordable = not isinstance(fn, Graph)
         self.dynamic: Dynamic | None = Dynamic(None)
+        self.freeze = False
         self._programs: dict[Any, list[Program]] = {}
         self._generic: dict[Any, list[Program]] = {}  # programs that serve all sizes; `_programs` lists them too
         self._refused: set[Any] = set()  # keys of programs that could not be made for all sizes
@@ -336,13 +344,16 @@ class Compiled:
         meta = graph.meta
         captures: dict[int, Tensor] = dict(meta.get("captures", {}))
         assigns: dict[int, Tensor] = dict(meta.get("assigns", {}))
+        if self.freeze:
+            graph, captures = frozen(graph, captures, assigns)
         count = len(graph.outputs) - len(assigns)
         out_structure = meta.get("out_structure") or _plain(count)
         static = {str(i): text for i, text in meta.get("static", {}).items()}
         in_structure = meta.get("in_structure") or _plain_arguments(graph, captures)
         header = {"static": static, "in_structure": tree.to_json(in_structure),
                   "out_structure": tree.to_json(out_structure), "results": count, "bound": len(captures)}
-        executable = build_executable(graph, self.target, self.amp, header, self.memory_budget, sizes)
+        executable = build_executable(graph, self.target, self.amp, header, self.memory_budget, sizes,
+                                      self.freeze)
         made = getattr(executable, "stats", None)
         if made is not None:
             self.stats.kernels, self.stats.compiled_kernels = made.kernels, self.stats.compiled_kernels + made.compiled
@@ -419,7 +430,7 @@ class Loaded:
 
 
 def compile(fn: Any = None, *, target: str = "cpu", amp: Any = None, dynamic: Mapping[str, Any] | None = None,
-            specialize: bool = False) -> Any:
+            specialize: bool = False, freeze: bool = False) -> Any:
     """Compiles a function of tensors, a module, or a graph. Also a decorator, with or without options.
 
     Args:
@@ -433,6 +444,10 @@ def compile(fn: Any = None, *, target: str = "cpu", amp: Any = None, dynamic: Ma
             parameter that holds several tensors it counts for each. Graphs with symbolic sizes and imported models
             know theirs.
         specialize: no size is open: each combination of sizes is compiled, once.
+        freeze: parameters, and whatever else the function uses from outside and does not assign, become constants with
+            the values that they have when a program is made. What depends on them alone is then computed at once,
+            batch norms are folded into the weights before them, and weights are laid out as kernels read them: for
+            serving. Later changes of parameters do not show, and results differ in the last bits.
 
     Returns:
         A `Compiled` function of the same arguments.
@@ -441,10 +456,12 @@ def compile(fn: Any = None, *, target: str = "cpu", amp: Any = None, dynamic: Ma
         TargetError: no such target, or this machine cannot run it.
     """
     if fn is None:
-        return lambda function: compile(function, target=target, amp=amp, dynamic=dynamic, specialize=specialize)
+        return lambda function: compile(function, target=target, amp=amp, dynamic=dynamic, specialize=specialize,
+                                         freeze=freeze)
     kind = getattr(fn, "compiled_as", Compiled)  # a module may bring a way of its own
     made = kind(fn, target, amp)
     made.dynamic = None if specialize else Dynamic(dynamic)
+    made.freeze = freeze
     return made
 
 

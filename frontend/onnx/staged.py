@@ -12,7 +12,7 @@ that is no tensor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,11 +78,12 @@ class Cut:
 class Stages:
     """A model as compiled parts; called with its arguments."""
 
-    def __init__(self, module: Any, target: str, amp: Any):
+    def __init__(self, module: Any, target: str, amp: Any, freeze: bool = False):
         self.module = module
         self.target, self.amp = target, amp
         self.cuts: list[Cut] = []
-        self.first = Compiled(self._begin, target, amp)
+        self.freeze = freeze
+        self.first = self._compiled(self._begin)
 
     def __call__(self, args: Sequence[Any], keywords: dict[str, Any]) -> Any:
         """Runs part after part."""
@@ -99,8 +100,13 @@ class Stages:
         if key not in cut.programs:
             if len(cut.programs) >= PROGRAMS:
                 cut.programs.pop(next(iter(cut.programs)))
-            cut.programs[key] = Compiled(lambda live: self._continue(cut, live, answer), self.target, self.amp)
+            cut.programs[key] = self._compiled(lambda live: self._continue(cut, live, answer))
         return cut.programs[key]
+
+    def _compiled(self, part: Callable[..., Any]) -> Compiled:
+        made = Compiled(part, self.target, self.amp)
+        made.freeze = self.freeze
+        return made
 
     def _begin(self, *args: Any, **keywords: Any) -> Any:
         frame = self.module.frame(self.module.bind(args, keywords))
@@ -178,6 +184,6 @@ class OnnxCompiled(Compiled):
             try:
                 return super()._run(found, args, keywords)
             except NeedsValue:
-                self._stages[found.key] = Stages(self.fn, self.target, self.amp)
+                self._stages[found.key] = Stages(self.fn, self.target, self.amp, self.freeze)
         self.stats.calls += 1
         return self._stages[found.key](args, keywords)
