@@ -24,7 +24,7 @@ from ..tensor import Tensor
 from ..trace import Spec
 from .functions import has_standard_body
 from .module import OnnxModule, load
-from .node import NeedsValue
+from .node import NeedsValue, schema_of
 from .reader import describe, subgraphs
 from .rules import find_rule
 from .run import NodeLoc, concrete
@@ -121,13 +121,9 @@ def problems_of(module: OnnxModule) -> list[Problem]:
             continue
         opset = opsets.get(domain, 1)
         if find_rule(node.op_type, domain, opset) is None and not has_standard_body(node.op_type, domain, opset):
-            known = "" if _is_known(node.op_type, domain, opset) else "; nor does the standard know such an op"
+            known = "" if schema_of(node.op_type, domain, opset) else "; nor does the standard know such an op"
             found.append(Problem(describe(node), f"there is no rule for this op at opset {opset}{known}"))
     return found
-
-
-def _is_known(op_type: str, domain: str, opset: int) -> bool:
-    return onnx.defs.has(op_type, domain) if domain else onnx.defs.has(op_type)
 
 
 def _all_nodes(module: OnnxModule) -> Iterable[tuple[onnx.NodeProto, dict[str, int]]]:
