@@ -24,7 +24,7 @@ from ..tensor import Tensor
 from ..trace import Spec
 from .node import array_of, dense_of
 from .reader import MAX_ELEMENTS, opsets_of, read
-from .run import Context, Frame, concrete, eager_limit
+from .run import DATA_ERRORS, Context, Frame, concrete, eager_limit
 from .staged import Fixed, OnnxCompiled
 from .uses import Uses, names_used
 
@@ -302,11 +302,13 @@ def load(source: Any, *, max_elements: int = MAX_ELEMENTS) -> OnnxModule:
     Raises:
         OnnxError: the file is missing or damaged, or the model is not valid; the message names the node.
     """
-    model, _ = read(source, max_elements)
-    label = str(source) if isinstance(source, str) or hasattr(source, "__fspath__") else model.graph.name or "model"
+    label = str(source) if isinstance(source, str) or hasattr(source, "__fspath__") else "the model"
     try:
-        module = OnnxModule(model, label, max_elements)
+        model, _ = read(source, max_elements)
+        module = OnnxModule(model, label if label != "the model" else model.graph.name or label, max_elements)
     except OnnxError as error:
         raise OnnxError(f"{label}: {error.message}") from error
+    except DATA_ERRORS as error:  # names that are no text, say
+        raise OnnxError(f"{label} is damaged: {type(error).__name__}: {error}") from error
     module.eval()
     return module

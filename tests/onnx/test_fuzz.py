@@ -85,8 +85,7 @@ def mutate_fields(data, rng):
         elif kind == 3:
             tensor.dims[:] = [abs(rng.choice(NUMBERS)) % 2**63 for _ in range(rng.randrange(4))]
         elif kind == 4 and tensor.data_type == I64:
-            values = onnx.numpy_helper.to_array(tensor)
-            tensor.raw_data = np.full(values.shape, rng.choice(NUMBERS), np.int64).tobytes()
+            tensor.raw_data = np.full(len(tensor.raw_data) // 8, rng.choice(NUMBERS), np.int64).tobytes()
         elif kind == 5:
             tensor.data_type = rng.randrange(24)
         elif kind == 6:
