@@ -27,10 +27,11 @@ from tvm.tirx import stmt as tir_stmt
 
 from ..ir.errors import CompileError
 from .bindings import bind_through_memory
+from .llvm_bugs import selects_apart, suspicious, without_avx512
 from .target import Target
 
 # Part of every cache key: raise it when the same PrimFunc would give different machine code.
-CODEGEN_VERSION = 2
+CODEGEN_VERSION = 3
 
 # Extra options of the LLVM target for one kernel, e.g. {"fast-math-reassoc": True}: a PrimFunc attribute.
 LLVM_OPTIONS = "treadle.llvm_options"
@@ -122,6 +123,20 @@ def _llvm_object(mod: tvm.IRModule, target: Any) -> bytes:
         os.unlink(path)
 
 
+def _right_object(mod: tvm.IRModule, target: Any, spec: dict[str, Any]) -> bytes:
+    """Machine code without the instructions that LLVM may have got wrong (see llvm_bugs.py)."""
+    code = _llvm_object(mod, target)
+    if suspicious(code):
+        mod = selects_apart(mod)
+        code = _llvm_object(mod, target)
+    if suspicious(code):  # made of something else than a selection of ours
+        if "llvm.x86.avx512" in str(mod):
+            raise CompileError("LLVM miscompiles a masked VPTERNLOG in it, and it cannot do without AVX-512")
+        narrow = tvm.target.Target(without_avx512(spec))
+        code = _llvm_object(tirx.transform.BindTarget(narrow.with_host(narrow))(mod), narrow)
+    return code
+
+
 def compile_kernel(function: tirx.PrimFunc, symbol: str, target: Target) -> bytes:
     """Compile a scheduled PrimFunc to an object file that exports `symbol`.
 
@@ -139,7 +154,7 @@ def compile_kernel(function: tirx.PrimFunc, symbol: str, target: Target) -> byte
     try:
         function = function.with_attr("global_symbol", symbol)
         mod = tirx.transform.BindTarget(llvm.with_host(llvm))(tvm.IRModule({symbol: function}))
-        return _llvm_object(_kernel_passes()(mod), llvm)
+        return _right_object(_kernel_passes()(mod), llvm, spec)
     except Exception as error:  # TVM's errors have no base class of their own
         raise CompileError(f"kernel {symbol} could not be compiled for {target}: {error}") from error
 
