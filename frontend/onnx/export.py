@@ -34,8 +34,17 @@ from ..nn.module import Module
 from ..tensor import Tensor
 from ..trace import record
 from ..train import TrainStep
-from .export_fuse import fuse
-from .export_proto import LIMIT, Storage, initializer, live, node_proto, validate, value_info, write_files
+from .export_proto import (
+    LIMIT,
+    Storage,
+    finished,
+    initializer,
+    names_in_order,
+    node_proto,
+    validate,
+    value_info,
+    write_files,
+)
 from .export_rules import load_rules, write_graph
 from .export_writer import Model, Record, Ref, Writer
 
@@ -180,7 +189,7 @@ def _written(model: Any, specs: Sequence[Any], opset: int | None, input_names: S
     for value in (*graph.inputs, *graph.outputs):
         out.check_dtype(value.dtype)
     signature, refs = _sign(graph, _names_of(model), shared, input_names, output_names)
-    results = fuse(out, graph, refs, write_graph)
+    results = write_graph(out, graph, refs)
     _give(out, signature, results)
     return signature, out
 
@@ -202,11 +211,13 @@ def _sign(graph: Graph, named: Mapping[int, str], shared: Model, input_names: Se
         names.append(name)
         if tensor is None:
             signature.inputs.append((name, value.type))
-            shared.given.add(value)
+            shared.known.given.add(value)
+            continue
+        signature.initializers[name] = array = tensor.numpy(copy=False)
+        if i in updated:
+            signature.defaults.append((name, value.type))
         else:
-            signature.initializers[name] = tensor.numpy(copy=False)
-            if i in updated:
-                signature.defaults.append((name, value.type))
+            shared.known.arrays[value] = array
     for i, value in enumerate(graph.inputs):
         _note_sizes(shared, Ref(names[i], value.dtype), value.type)
     count = len(graph.outputs) - len(graph.aliases)
@@ -260,15 +271,16 @@ def _give(out: Writer, signature: Signature, results: Sequence[Ref]) -> None:
 def _proto(signature: Signature, out: Writer, storage: Storage | None,
            metadata: Mapping[str, str] | None) -> onnx.ModelProto:
     shared = out.model
-    wanted = {name for name, _ in signature.outputs}
-    wanted |= {old for old, new in shared.renamed.items() if new in wanted}
-    records = live([*shared.preamble, *out.records], wanted)
-    nodes = [node_proto(r, shared.renamed) for r in records]
+    seen = [n for n, _ in (*signature.inputs, *signature.defaults, *signature.outputs)]
     arrays = {**signature.initializers, **shared.initializers}
+    records = finished([*shared.preamble, *out.records], shared.renamed, seen, {*seen, *arrays})
+    nodes = [node_proto(r) for r in records]
+    read = dict.fromkeys(n for r in records for n in names_in_order(r))
+    stored = [n for n in (*read, *(n for n, _ in signature.defaults if n not in read)) if n in arrays]
     graph = helper.make_graph(
         nodes, "main", [value_info(n, t) for n, t in (*signature.inputs, *signature.defaults)],
         [value_info(n, t) for n, t in signature.outputs],
-        initializer=[initializer(n, a, storage) for n, a in arrays.items()])
+        initializer=[initializer(n, arrays[n], storage) for n in stored])
     opsets = [helper.make_opsetid("", shared.opset)]
     model = helper.make_model(graph, opset_imports=opsets, producer_name="treadle",
                               ir_version=helper.find_min_ir_version_for(opsets))

@@ -17,7 +17,7 @@ import numpy as np
 from ...ir.dims import Dim, Size
 from ...ir.graph import Node, Value
 from .export_math import both
-from .export_ranges import wrapped, within
+from .export_ranges import MOVES, wrapped
 from .export_rules import exports
 from .export_shape import counting, expand, filled, reshape, squeeze, take_slice, transpose, unsqueeze
 from .export_writer import INT64, Ref, Writer
@@ -30,15 +30,27 @@ def scalar_size(out: Writer, size: Size) -> Ref:
     return out.const(np.int64(size))
 
 
-def trusted(out: Writer, index: Value, size: Size) -> bool:
-    """Whether an index needs no clamping."""
-    return not out.model.clamp if out.model.clamp is not None else within(index, size, out.model.given)
+def trusted(out: Writer, index: Value, size: Size, negative: bool = False) -> bool:
+    """Whether an index needs no clamping; with `negative` it may count from the end."""
+    if out.model.clamp is not None:
+        return not out.model.clamp
+    return out.model.known.within(index, size, negative)
 
 
-def source_of(out: Writer, index: Value, ref: Ref, size: Size) -> tuple[Value, Ref]:
-    """The index that a value was made of by counting negative ones from the end, which ONNX's gathers do themselves."""
+def unwrapped(out: Writer, index: Value, size: Size) -> Ref | None:
+    """The index before negative ones were counted from the end, which ONNX's gathers do themselves; None if it was
+    computed in another way, or may lie outside."""
     found = wrapped(index, size)
-    return (index, ref) if found is None or found not in out.refs else (found, out.refs[found])
+    if found is not None:
+        return out.refs[found] if found in out.refs and trusted(out, found, size, negative=True) else None
+    node = index.producer
+    if node is None or node.op.name not in MOVES:
+        return None
+    inner = unwrapped(out, node.operands[0], size)
+    if inner is None:
+        return None
+    made: Ref = node.op.slots["onnx"](out, node, inner)
+    return made
 
 
 def as_index(out: Writer, ref: Ref) -> Ref:
@@ -65,9 +77,9 @@ def inside(out: Writer, ref: Ref, size: Size) -> Ref:
 
 def gather_index(out: Writer, value: Value, ref: Ref, size: Size) -> Ref:
     """The index of a gather."""
-    origin, found = source_of(out, value, ref, size)
-    if origin is not value and trusted(out, origin, size):
-        return as_index(out, found)
+    origin = unwrapped(out, value, size)
+    if origin is not None:
+        return as_index(out, origin)
     return as_index(out, ref) if trusted(out, value, size) else inside(out, ref, size)
 
 

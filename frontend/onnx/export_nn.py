@@ -33,10 +33,16 @@ def matmul(out: Writer, node: Node, x: Ref, y: Ref) -> Ref:
     inner = wanted if not x.dtype.is_float or x.dtype not in ACCUMULATES or wanted.bits > 16 else x.dtype
     x, y = out.cast(x, inner), out.cast(y, inner)
     if ranks == [2, 2] and any(flags) and inner.is_float:
-        made = out.op("Gemm", x, y, transA=int(flags[0]) or None, transB=int(flags[1]) or None)
+        made = gemm(out, x, y, None, *flags)
     else:
         made = out.op("MatMul", *turned(out, x, y, ranks, flags))
     return out.cast(made, wanted)
+
+
+def gemm(out: Writer, x: Ref, y: Ref, bias: Ref | None, transpose_x: bool, transpose_y: bool) -> Ref:
+    """A product of two matrices, plus a row."""
+    made: Ref = out.op("Gemm", x, y, bias, transA=int(transpose_x) or None, transB=int(transpose_y) or None)
+    return made
 
 
 def turned(out: Writer, x: Ref, y: Ref, ranks: list[int], flags: tuple[bool, bool]) -> tuple[Ref, ...]:
@@ -85,11 +91,17 @@ def rms_norm(out: Writer, node: Node, x: Ref, scale: Ref) -> Ref:
 
 @exports("group_norm")
 def group_norm(out: Writer, node: Node, x: Ref, scale: Ref, bias: Ref) -> Ref:
-    """GroupNormalization takes a scale for each channel since opset 21."""
-    if out.opset < 21 or x.dtype == "float64" or node.operands[0].rank < 3 or 0 in node.result.shape:
+    """InstanceNormalization for groups of one channel; GroupNormalization, which scales channels since opset 21."""
+    shape, groups = node.result.shape, node.attrs["groups"]
+    if x.dtype == "float64" or node.result.rank < 3 or 0 in shape:
         return decomposed(out, node, [x, scale, bias])[0]
-    made: Ref = out.op("GroupNormalization", x, scale, bias, num_groups=node.attrs["groups"],
-                       epsilon=float(node.attrs["eps"]))
+    eps = float(node.attrs["eps"])
+    if groups == shape[1]:
+        made: Ref = out.op("InstanceNormalization", x, scale, bias, epsilon=eps)
+        return made
+    if out.opset < 21:
+        return decomposed(out, node, [x, scale, bias])[0]
+    made = out.op("GroupNormalization", x, scale, bias, num_groups=groups, epsilon=eps)
     return made
 
 

@@ -67,21 +67,109 @@ def names_read(record: Record) -> set[str]:
     return names
 
 
-def node_proto(record: Record, rename: Mapping[str, str]) -> onnx.NodeProto:
+def finished(records: Sequence[Record], renamed: Mapping[str, str], outputs: Iterable[str],
+             taken: Iterable[str]) -> list[Record]:
+    """The live records in their final order and under their final names.
+
+    Constants and sizes stand in front of their first reader, and names are counted in this order: so equal graphs give
+    equal files, whatever was written and dropped on the way.
+
+    Args:
+        records: preamble first.
+        renamed: names that are outputs of the model -> the name there.
+        outputs: of the model; other names count as well, in vain.
+        taken: names that are given already.
+    """
+    wanted = set(outputs)
+    kept = live(records, wanted | {old for old, new in renamed.items() if new in wanted})
+    names = _Names(renamed, taken)
+    return [names.apply(r) for r in arranged(kept)]
+
+
+def arranged(records: Sequence[Record]) -> list[Record]:
+    """Nodes without inputs of their own (constants, sizes) moved to where they are first read."""
+    maker = {name: r for r in records for name in r.outputs}
+    early = {id(r) for r in records if r.kind in ("Constant", "Shape")}
+    placed: set[int] = set()
+    order: list[Record] = []
+
+    def place(record: Record) -> None:
+        if id(record) in placed:
+            return
+        placed.add(id(record))
+        for name in names_in_order(record):
+            if name in maker:
+                place(maker[name])
+        order.append(record)
+
+    for record in records:
+        if id(record) not in early:
+            place(record)
+    return order + [r for r in records if id(r) not in placed]
+
+
+def names_in_order(record: Record) -> list[str]:
+    """`names_read`, each where it is read first."""
+    names = list(record.inputs)
+    for attr in record.attrs.values():
+        if isinstance(attr, Subgraph):
+            names += [n for inner in attr.records for n in names_in_order(inner)] + [n for n, _ in attr.outputs]
+    return names
+
+
+class _Names:
+    """Gives values and nodes their final names, counted for each kind of node."""
+
+    def __init__(self, renamed: Mapping[str, str], taken: Iterable[str]):
+        self.final = dict(renamed)
+        self.given = frozenset(taken)
+        self.taken = {*taken, *renamed.values()}
+        self.counts: dict[str, int] = {}
+
+    def fresh(self, stem: str) -> str:
+        """An unused name."""
+        while True:
+            count = self.counts[stem] = self.counts.get(stem, -1) + 1
+            name = f"{stem}_{count}" if count else stem
+            if name not in self.taken:
+                self.taken.add(name)
+                return name
+
+    def value(self, name: str, stem: str) -> str:
+        """The name of something that is made here."""
+        if name and name not in self.final:
+            self.final[name] = self.fresh(stem)
+        return self.final.get(name, name)
+
+    def apply(self, record: Record) -> Record:
+        """The record under final names; subgraphs are walked when they are met."""
+        attrs = {k: self.subgraph(v) if isinstance(v, Subgraph) else v for k, v in record.attrs.items()}
+        inputs = [self.final.get(n, n) for n in record.inputs]
+        outputs = [n if n in self.given else self.value(n, record.kind.lower()) for n in record.outputs]
+        return Record(record.kind, inputs, outputs, attrs, self.fresh(record.kind))
+
+    def subgraph(self, graph: Subgraph) -> Subgraph:
+        """A region's records, the live ones."""
+        inputs = [(self.value(n, n.rstrip("0123456789").rstrip("_")), t) for n, t in graph.inputs]
+        records = [self.apply(r) for r in live(graph.records, [n for n, _ in graph.outputs])]
+        outputs = [(self.final.get(n, n), t) for n, t in graph.outputs]
+        return Subgraph(self.fresh(graph.name.rstrip("0123456789").rstrip("_")), inputs, outputs, records)
+
+
+def node_proto(record: Record) -> onnx.NodeProto:
     """One node."""
-    attrs = {k: attribute(v, rename) for k, v in record.attrs.items()}
-    return helper.make_node(record.kind, [rename.get(n, n) for n in record.inputs],
-                            [rename.get(n, n) for n in record.outputs], name=record.name, **attrs)
+    attrs = {k: attribute(v) for k, v in record.attrs.items()}
+    return helper.make_node(record.kind, record.inputs, record.outputs, name=record.name, **attrs)
 
 
-def attribute(value: Any, rename: Mapping[str, str]) -> Any:
+def attribute(value: Any) -> Any:
     """An attribute as `make_node` takes it."""
     if isinstance(value, np.ndarray):
         return numpy_helper.from_array(value)
     if isinstance(value, Subgraph):
-        nodes = [node_proto(r, rename) for r in live(value.records, [n for n, _ in value.outputs])]
-        return helper.make_graph(nodes, value.name, [value_info(n, t) for n, t in value.inputs],
-                                 [value_info(rename.get(n, n), t) for n, t in value.outputs])
+        return helper.make_graph([node_proto(r) for r in value.records], value.name,
+                                 [value_info(n, t) for n, t in value.inputs],
+                                 [value_info(n, t) for n, t in value.outputs])
     return value
 
 

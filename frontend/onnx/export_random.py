@@ -1,7 +1,7 @@
 """Export of random bits: the ten rounds of Philox4x32 in 64-bit integer arithmetic.
 
-The numbers are those that Treadle draws, bit by bit, so a training step with dropout gives the same result elsewhere. It
-takes bitwise operations, which ONNX has since opset 18.
+The numbers are those that Treadle draws, bit by bit, so a training step with dropout gives the same result elsewhere.
+It takes bitwise operations, which ONNX has since opset 18.
 """
 
 from __future__ import annotations

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from ...ir.dims import Dim, Size
-from ...ir.graph import Value
+from ...ir.graph import Node, Value
 from ...ir.simplify_match import constant_of, made_by, uniform
 
 VIEWS = frozenset({"reshape", "broadcast_to", "transpose", "slice", "concat", "identity", "stop_gradient", "barrier",
@@ -31,7 +32,6 @@ def _widens(value: Value) -> bool:
 
 def wrapped(value: Value, size: Size) -> Value | None:
     """i of where(i < 0, i + size, i); None if the value is something else."""
-    value = root(value)
     if value.producer is None or not made_by(value, "where"):
         return None
     test, moved, index = value.producer.operands
@@ -59,92 +59,98 @@ def is_size(value: Value, size: Size) -> bool:
     return uniform(ones) == 1 and ones.type.size == size and len(value.producer.attrs["axes"]) == ones.rank
 
 
-def within(value: Value, size: Size, given: Collection[Value], depth: int = 8) -> bool:
-    """Whether all elements lie in [0, size), or are given by the caller as they are."""
-    value = root(value)
+Bounds = tuple[int, int]
+
+
+@dataclass
+class Known:
+    """What is known of the inputs of the main graph.
+
+    Attributes:
+        given: those that the caller gives. An index that he gives is taken to be right.
+        arrays: the elements of those that are stored in the file.
+    """
+
+    given: set[Value] = field(default_factory=set)
+    arrays: dict[Value, np.ndarray] = field(default_factory=dict)
+
+    def within(self, value: Value, size: Size, negative: bool = False, depth: int = 8) -> bool:
+        """Whether all elements lie in [0, size), or with `negative` in [-size, size); or are given by the caller."""
+        value = root(value)
+        if value in self.given:
+            return True
+        if isinstance(size, int):
+            bounds = self.interval(value, depth)
+            return bounds is not None and bounds[0] >= (-size if negative else 0) and bounds[1] < size
+        node = value.producer
+        if node is None or depth == 0:
+            return False
+        if node.op.name == "iota":
+            return bool(node.attrs["shape"][node.attrs["axis"]] == size)
+        if _is_position(value):
+            return bool(node.operands[0].shape[node.attrs["axis"]] == size)
+        found = wrapped(value, size)
+        return found is not None and self.within(found, size, True, depth - 1)
+
+    def interval(self, value: Value, depth: int = 8) -> Bounds | None:
+        """The least and the largest element of an integer value; None if they are not known."""
+        value = root(value)
+        node = value.producer
+        array = self.arrays.get(value) if node is None else constant_of(value)
+        if array is not None:
+            return (int(array.min()), int(array.max())) if array.size else (0, 0)
+        if node is None or depth == 0 or not value.dtype.is_integer:
+            return None
+        if node.op.name == "iota" or _is_position(value):
+            shape = node.attrs["shape"] if node.op.name == "iota" else node.operands[0].shape
+            size = shape[node.attrs["axis"]]
+            return None if isinstance(size, Dim) else (0, max(size - 1, 0))
+        if node.op.name == "cast" and node.operands[0].dtype.is_bool:
+            return (0, 1)
+        if node.op.name == "where":
+            return self._where(node, depth - 1)
+        if node.op.name in VIEWS:
+            operands = node.operands if node.op.name == "concat" else node.operands[:1]
+            return _join([self.interval(v, depth - 1) for v in operands])
+        found = _arithmetic(node, [self.interval(v, depth - 1) for v in node.operands])
+        info = np.iinfo(value.dtype.np)
+        return found if found is not None and info.min <= found[0] and found[1] <= info.max else None
+
+    def _where(self, node: Node, depth: int) -> Bounds | None:
+        """where(i < 0, i + n, i) brings [-n, n) into [0, n)."""
+        _, moved, index = node.operands
+        bounds = self.interval(index, depth)
+        sizes = [uniform(v) for v in moved.producer.operands] if moved.producer and made_by(moved, "add") else []
+        for size in (s for s in sizes if isinstance(s, int) and wrapped(node.result, s) is index):
+            if bounds is not None and bounds[0] >= -size:
+                return bounds if bounds[0] >= 0 else (0, max(bounds[1], size - 1))
+        return _join([self.interval(moved, depth), bounds])
+
+
+def _is_position(value: Value) -> bool:
+    """Whether it counts along an axis of an operand: argmax, the order of a sort..."""
     node = value.producer
-    if node is None:
-        return value in given
-    if isinstance(size, int):
-        bounds = interval(value, depth)
-        return bounds is not None and bounds[0] >= 0 and bounds[1] < size
-    if node.op.name == "iota":
-        return bool(node.attrs["shape"][node.attrs["axis"]] == size)
-    if node.op.name in ("argmax", "argmin", "sort", "top_k"):
-        axis = node.attrs["axis"]
-        return bool(node.operands[0].shape[axis] == size) and (node.op.name not in ("sort", "top_k") or value.index == 1)
-    found = wrapped(value, size)
-    return found is not None and root(found) in given
+    return node is not None and (node.op.name in ("argmax", "argmin")
+                                 or node.op.name in ("sort", "top_k") and value.index == 1)
 
 
-def interval(value: Value, depth: int = 8) -> tuple[int, int] | None:
-    """The least and the largest element of an integer value; None if they are not known."""
-    value = root(value)
-    node = value.producer
-    if node is None or depth == 0:
-        return None
-    array = constant_of(value)
-    if array is not None:
-        return (int(array.min()), int(array.max())) if array.size else (0, 0)
-    name, attrs = node.op.name, node.attrs
-    if name in ("iota", "argmax", "argmin") or name in ("sort", "top_k") and value.index == 1:
-        shape = attrs["shape"] if name == "iota" else node.operands[0].shape
-        size = shape[attrs["axis"]]
-        return None if isinstance(size, Dim) else (0, max(size - 1, 0))
-    if name == "cast" and node.operands[0].dtype.is_bool:
-        return (0, 1)
-    if name in VIEWS:
-        operands = node.operands if name == "concat" else node.operands[:1]
-        return _join([interval(v, depth - 1) for v in operands])
-    if name == "where":
-        return _where(node, depth)
-    return _arithmetic(node, depth)
-
-
-def _join(parts: list[Any]) -> tuple[int, int] | None:
+def _join(parts: list[Bounds | None]) -> Bounds | None:
     known = [p for p in parts if p is not None]
     return (min(p[0] for p in known), max(p[1] for p in known)) if known and len(known) == len(parts) else None
 
 
-def _where(node: Any, depth: int) -> tuple[int, int] | None:
-    """where(i < 0, i + n, i) brings [-n, n) into [0, n)."""
-    whole = _join([interval(v, depth - 1) for v in node.operands[1:]])
-    index = node.operands[2]
-    bounds = interval(index, depth - 1)
-    test = node.operands[0].producer
-    if test is not None and test.op.name == "lt" and test.operands[0] is index and uniform(test.operands[1]) == 0:
-        moved = node.operands[1].producer
-        number = uniform(moved.operands[1]) if moved is not None and moved.op.name == "add" else None
-        if bounds is not None and number is not None and wrapped(node.result, int(number)) is index:
-            low = min(0, bounds[0] + int(number)) if bounds[0] < 0 else bounds[0]
-            return (low, max(bounds[1], int(number) - 1 if bounds[0] < 0 else bounds[1]))
-    return whole
-
-
-def _arithmetic(node: Any, depth: int) -> tuple[int, int] | None:
-    parts = [interval(v, depth - 1) for v in node.operands]
-    if node.op.name == "clip":
-        lo, hi = node.attrs["lo"], node.attrs["hi"]
-        known = parts[0] or (None, None)
-        low, high = (known[0] if lo is None else lo), (known[1] if hi is None else hi)
+def _arithmetic(node: Node, parts: list[Bounds | None]) -> Bounds | None:
+    name = node.op.name
+    if name == "clip":
+        low, high = parts[0] or (None, None)
+        low, high = (bound if given is None else given
+                     for given, bound in ((node.attrs["lo"], low), (node.attrs["hi"], high)))
         return None if low is None or high is None else (int(low), int(high))
-    if node.op.name == "remainder" and parts[1] is not None and parts[1][0] > 0:
+    if name == "remainder" and parts[1] is not None and parts[1][0] > 0:
         return (0, parts[1][1] - 1)
-    if any(p is None for p in parts):
+    if len(parts) != 2 or parts[0] is None or parts[1] is None:
         return None
-    if node.op.name == "add":
-        (a, b), (c, d) = parts
-        return (a + c, b + d)
-    if node.op.name == "sub":
-        (a, b), (c, d) = parts
-        return (a - d, b - c)
-    if node.op.name in ("maximum", "minimum"):
-        pick = max if node.op.name == "maximum" else min
-        return (pick(p[0] for p in parts), pick(p[1] for p in parts))
-    if node.op.name == "mul":
-        products = [x * y for x in parts[0] for y in parts[1]]
-        return (min(products), max(products))
-    return None
-
-
-__all__ = ["interval", "root", "within", "wrapped"]
+    (a, b), (c, d) = parts  # type: ignore[misc]
+    corners = {"add": (a + c, b + d), "sub": (a - d, b - c), "maximum": (max(a, c), max(b, d)),
+               "minimum": (min(a, c), min(b, d)), "mul": (a * c, a * d, b * c, b * d)}.get(name)
+    return None if corners is None else (min(corners), max(corners))

@@ -56,14 +56,23 @@ def load_rules() -> None:
         importlib.import_module(f"{__package__}.export_{name}")
 
 
+def fused(out: Writer, node: Node) -> Ref | None:
+    """What stands for a node that ends a group of nodes which one ONNX op says."""
+    from . import export_fuse  # uses the rules, which this module must not import before they register
+    return export_fuse.fused(out, node)
+
+
 def write_node(out: Writer, node: Node) -> None:
     """Writes one IR node: by its rule, or by the rules of what it decomposes into."""
     out.node = node
     refs = [out.refs[v] for v in node.operands]
     rule = node.op.slots.get("onnx")
-    if rule is not None:
+    group = fused(out, node) if len(node.results) == 1 else None
+    if group is not None:
+        results: Sequence[Ref] = (group,)
+    elif rule is not None:
         made = rule(out, node, *refs)
-        results: Sequence[Ref] = (made,) if isinstance(made, Ref) else made
+        results = (made,) if isinstance(made, Ref) else made
     elif "decompose" in node.op.slots:
         results = decomposed(out, node, refs)
     else:
@@ -74,13 +83,12 @@ def write_node(out: Writer, node: Node) -> None:
         out.refs[value] = ref
 
 
-def write_graph(out: Writer, graph: Graph, refs: Sequence[Ref], skip: frozenset[Node] = frozenset()) -> list[Ref]:
+def write_graph(out: Writer, graph: Graph, refs: Sequence[Ref]) -> list[Ref]:
     """Writes the nodes of a graph into a scope; gives what stands for its outputs."""
     out.bind(graph, refs)
     outer = out.node
     for node in graph.nodes:
-        if node not in skip:
-            write_node(out, node)
+        write_node(out, node)
     out.node = outer
     return [out.refs[v] for v in graph.outputs]
 

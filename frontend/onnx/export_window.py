@@ -65,26 +65,27 @@ def computed(out: Writer, node: Node, *refs: Ref) -> tuple[Ref, ...]:
     """Operands of a convolution in the dtype that it accumulates in."""
     wanted = node.result.dtype
     if wanted.is_integer:
-        raise out.fail(f"ONNX convolves integers only from 8 to 32 bits (ConvInteger), not {refs[0].dtype} to {wanted}: "
-                       "cast to float32, or to float64 for numbers above 2**24")
+        raise out.fail(f"ONNX convolves integers only from 8 to 32 bits (ConvInteger), not {refs[0].dtype} to "
+                       f"{wanted}: cast to float32, or to float64 for numbers above 2**24")
     inner = wanted if wanted.bits > 16 or refs[0].dtype.bits == 16 and out.takes("Conv", wanted) else "float32"
     return tuple(out.cast(r, inner) for r in refs)
 
 
 @exports("conv")
-def conv(out: Writer, node: Node, x: Ref, w: Ref) -> Ref:
+def write_conv(out: Writer, node: Node, x: Ref, w: Ref, bias: Ref | None = None) -> Ref:
+    """Conv, perhaps with a bias (C,)."""
     x = to_channels_first(out, node, x)
     attrs = window_attrs(node, node.operands[1].shape[2:])
     if x.dtype in ("int8", "uint8") and node.result.dtype == "int32":
         made: Ref = out.op("ConvInteger", x, w, dtype="int32", **attrs)
     else:
-        made = out.cast(out.op("Conv", *computed(out, node, x, w), **attrs), node.result.dtype)
+        made = out.cast(out.op("Conv", *computed(out, node, x, w), bias, **attrs), node.result.dtype)
     return from_channels_first(out, node, made)
 
 
 @exports("conv_input_grad")
-def conv_input_grad(out: Writer, node: Node, dy: Ref, w: Ref) -> Ref:
-    """ConvTranspose; where sizes are symbolic, what it gives without padding is cut to the size that is wanted."""
+def write_conv_transpose(out: Writer, node: Node, dy: Ref, w: Ref, bias: Ref | None = None) -> Ref:
+    """ConvTranspose; where the output padding is symbolic, its whole result is cut to the size that is wanted."""
     attrs = node.attrs
     spatial, kernel = attrs["input_spatial"], node.operands[1].shape[2:]
     dy, w = computed(out, node, to_channels_first(out, node, dy), w)
@@ -93,7 +94,7 @@ def conv_input_grad(out: Writer, node: Node, dy: Ref, w: Ref) -> Ref:
     extra = [n - ((o - 1) * s - lo - hi + d * (k - 1) + 1) for n, o, s, (lo, hi), d, k in
              zip(spatial, places, attrs["stride"], attrs["padding"], attrs["dilation"], kernel)]
     if not any(isinstance(e, Dim) for e in extra):
-        made = out.op("ConvTranspose", dy, w, **given, output_padding=extra if any(extra) else None)
+        made = out.op("ConvTranspose", dy, w, bias, **given, output_padding=extra if any(extra) else None)
     else:
         full = out.op("ConvTranspose", dy, w, **{**given, "pads": None})
         room = list(attrs["stride"])
@@ -101,6 +102,9 @@ def conv_input_grad(out: Writer, node: Node, dy: Ref, w: Ref) -> Ref:
         low = [lo for lo, _ in attrs["padding"]]
         made = take_slice(out, full, range(2, len(low) + 2), out.ints(*low),
                           out.shape([lo + n for lo, n in zip(low, spatial)]))
+        if bias is not None:
+            column = reshape(out, bias, (node.result.shape[1],), (node.result.shape[1], *(1,) * len(low)))
+            made = out.op("Add", made, column)
     return from_channels_first(out, node, out.cast(made, node.result.dtype))
 
 

@@ -4,8 +4,8 @@
 schema or the runtime's CPU kernels (`export_kernels`) do not take a dtype, it computes in one that holds every value of
 it and casts back. So the rules say what is computed, and need not know which op takes which dtype since when.
 
-Constants become `Constant` nodes (initializers are for parameters and state, so that an importer can tell them apart),
-each written once, in front of the main graph. So are symbolic sizes, which are read from the shapes of the inputs.
+Small constants become `Constant` nodes (initializers are for parameters and state, so that an importer can tell them
+apart), each written once, in front of the main graph. So are symbolic sizes, which are read from the inputs' shapes.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from ...ir.errors import OnnxError
 from ...ir.graph import Graph, Node, Value
 from .dtypes import BY_NUMBER, number_of
 from .export_kernels import KERNELS
+from .export_ranges import Known
 from .node import schema_of
 
 INT64, BOOL, F32 = as_dtype("int64"), as_dtype("bool"), as_dtype("float32")
 FAR = np.iinfo(np.int64).max
 """A limit beyond every axis."""
-EXTERNAL_CONSTANT = 1 << 20
-"""Constants of more bytes than this are written as initializers, which can live outside the file."""
+SMALL_CONSTANT = 64
+"""Constants of more elements than this are written as initializers, which can live outside the file."""
 
 # Dtypes that hold every value of a dtype, the nearest first.
 WIDER: dict[str, tuple[str, ...]] = {
@@ -88,7 +89,7 @@ class Model:
         constants: what stands for each, by its elements; arrays: the elements, by name.
         sizes: what stands for each symbolic size or shape.
         sources: name of a size -> (input, axis, slope, offset) that it is read from.
-        given: inputs of the main graph that the caller gives.
+        known: of indices.
         renamed: outputs of nodes that are outputs of the model -> their name there.
     """
 
@@ -102,7 +103,7 @@ class Model:
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
     sizes: dict[Any, Ref] = field(default_factory=dict)
     sources: dict[str, tuple[Ref, int, int, int]] = field(default_factory=dict)
-    given: set[Value] = field(default_factory=set)
+    known: Known = field(default_factory=Known)
     renamed: dict[str, str] = field(default_factory=dict)
 
     def unique(self, stem: str) -> str:
@@ -259,7 +260,7 @@ class Writer:
         if key not in self.model.constants:
             name = self.model.unique("constant")
             self.model.arrays[name] = value
-            if value.nbytes > EXTERNAL_CONSTANT:
+            if value.size > SMALL_CONSTANT:
                 self.model.initializers[name] = value
             else:
                 self.model.preamble.append(Record("Constant", [], [name], {"value": value}, f"Constant.{name}"))
