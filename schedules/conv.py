@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
@@ -25,7 +26,7 @@ Store = Callable[[Any, Any, tuple, Any], None]
 
 
 def conv_primfunc(problem: ConvProblem, config: ConvConfig | None, target, name: str, store: Store | None = None,
-                  extra_buffers: Sequence[Any] = ()):
+                  extra_buffers: Sequence[Any] = (), packed: np.ndarray | None = None):
     """`y = conv(x, w)` as a PrimFunc with parameters (x, w, *extra_buffers), and y last if `store` is None.
 
     Shapes are `problem.x_shape`, `problem.w_shape`, `problem.y_shape`; dtype `problem.dtype`.  `config` None means
@@ -38,19 +39,28 @@ def conv_primfunc(problem: ConvProblem, config: ConvConfig | None, target, name:
     "NHWC" and over the last spatial axis when it is "NCHW"; each output element is stored exactly once.
 
     Buffers must be aligned to the vector size.  No two of them may overlap.
+
+    `packed` is what `packed_weights` made of constant weights: w is then that array.
     """
-    return _gather_primfunc(problem, config, target, name, store, extra_buffers, FORWARD)
+    return _gather_primfunc(problem, config, target, name, store, extra_buffers, FORWARD, packed)
+
+
+def packed_weights(problem: ConvProblem, config: ConvConfig | None, target, weights: np.ndarray,
+                   op: str = FORWARD) -> np.ndarray | None:
+    """Weights known while compiling as the kernel reads them; None if it packs them at run time all the same."""
+    return _gather(problem, config or propose(problem, target, op), target, op).packed_weights(weights)
 
 
 def conv_input_grad_primfunc(problem: ConvProblem, config: ConvConfig | None, target, name: str,
-                             store: Store | None = None, extra_buffers: Sequence[Any] = ()):
+                             store: Store | None = None, extra_buffers: Sequence[Any] = (),
+                             packed: np.ndarray | None = None):
     """`dx`, the gradient of `conv(x, w)` to x; also transposed convolution.
 
     Parameters (dy, w, *extra_buffers), and dx last if `store` is None: dy as `problem.y_shape`, dx as
     `problem.x_shape`.  `store` as in `conv_primfunc`, with `c` an input channel and `spatial` an input position
     (lanes follow `problem.layout`).
     """
-    return _gather_primfunc(problem, config, target, name, store, extra_buffers, INPUT_GRAD)
+    return _gather_primfunc(problem, config, target, name, store, extra_buffers, INPUT_GRAD, packed)
 
 
 def conv_weight_grad_primfunc(problem: ConvProblem, config: ConvConfig | None, target, name: str,
@@ -81,18 +91,23 @@ def _parameters(name: str, shapes: dict[str, tuple[int, ...]], dtype: str, extra
     return inputs
 
 
-def _gather_primfunc(problem, config, target, name, store, extra_buffers, op):
-    config = config or propose(problem, target, op)
-    forward = op == FORWARD
-    source_shape, out_shape = ((problem.x_shape, problem.y_shape) if forward else (problem.y_shape, problem.x_shape))
+def _gather(problem, config, target, op):
     kind = DepthwiseConv if config.algorithm == "depthwise" else DirectConv
     if config.algorithm == "direct" and supports_dot(problem, target, op):
         kind = DotConv
-    conv = kind(problem, config, target, op)
+    return kind(problem, config, target, op)
+
+
+def _gather_primfunc(problem, config, target, name, store, extra_buffers, op, packed=None):
+    config = config or propose(problem, target, op)
+    forward = op == FORWARD
+    source_shape, out_shape = ((problem.x_shape, problem.y_shape) if forward else (problem.y_shape, problem.x_shape))
+    conv = _gather(problem, config, target, op)
+    conv.packed = packed is not None
     layout = problem.out_layout if forward else problem.layout
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         label, result = ("x", "y") if forward else ("dy", "dx")
-        shapes = {label: source_shape, "w": problem.w_shape}
+        shapes = {label: source_shape, "w": problem.w_shape if packed is None else packed.shape}
         source, weights = _parameters(name, shapes, problem.dtype, extra_buffers)
         if store is None:
             store = plain_store(T.arg(result, tirx.decl_buffer(out_shape, problem.dtype)), layout)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from contextlib import ExitStack
 
+import numpy as np
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
@@ -52,9 +53,17 @@ class DepthwiseConv(GatherConv):
         return super().transposes() + _transposes(self.pack)
 
     def emit(self, source, weights, store) -> None:
-        packed = T.alloc_buffer((math.prod(self.kernel) * self.channels_in,), self.acc_dtype)
-        self._pack_weights(weights, packed)
+        packed = weights
+        if not self.packed:
+            packed = T.alloc_buffer((math.prod(self.kernel) * self.channels_in,), self.acc_dtype)
+            self._pack_weights(weights, packed)
         self.emit_rows(self.pack.emit(source) if self.pack else source, packed, store)
+
+    def packed_weights(self, array):
+        """Weights known while compiling, as the kernel reads them."""
+        padded = np.zeros((math.prod(self.kernel), self.channels_in), self.acc_dtype)
+        padded[:, :self.out] = array.reshape(self.out, -1).T
+        return padded.reshape(-1)
 
     def _pack_weights(self, weights, packed) -> None:
         """W[channels, taps] to P[taps, padded channels]: small, so element by element."""

@@ -46,7 +46,7 @@ class DirectConv(GatherConv):
         return [self.pack.transpose, *super().transposes()]
 
     def emit(self, source, weights, store) -> None:
-        packed = self.prepare_weights(weights)
+        packed = weights if self.packed else self.prepare_weights(weights)
         source = self.prepare_source(source)
         if self.config.flatten:
             self._emit_flat(source, packed, store, self.groups * self.blocks)
@@ -55,6 +55,10 @@ class DirectConv(GatherConv):
 
     def prepare_source(self, source):
         return widen(source, self.acc_dtype)
+
+    def packed_weights(self, array):
+        """Weights known while compiling, as the kernel reads them."""
+        return self.pack.array(array)
 
     def prepare_weights(self, weights):
         packed = T.alloc_buffer((self.pack.size,), self.pack.packed_dtype)

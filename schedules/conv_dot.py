@@ -46,6 +46,10 @@ class DotConv(DirectConv):
         source = self.source_pack.emit(source) if self.source_pack else source
         return T.decl_buffer((int(source.shape[0]) // 2,), "uint32", data=source.data)
 
+    def packed_weights(self, array):
+        """They are packed at run time: pairs of a constant take no less memory."""
+        return None
+
     def prepare_weights(self, weights):
         """Pairs of bfloat16, each exactly the upper half of a packed float32, as one word."""
         single = super().prepare_weights(weights)

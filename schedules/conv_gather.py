@@ -54,6 +54,7 @@ class GatherConv:
         self.kernel = (1,) * (3 - len(problem.kernel)) + tuple(problem.kernel)
         self.out = self.channels_out // self.groups
         self.blocks = -(-self.out // self.tile)
+        self.packed = False  # whether the weights come as `packed_weights` has them
 
     @property
     def strides(self) -> tuple[int, int, int, int, int]:

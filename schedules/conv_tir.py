@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
@@ -256,6 +257,17 @@ class WeightPack:
     def at(self, group, block, tap, red):
         """Index of lane 0."""
         return (((group * self.blocks + block) * self.taps + tap) * self.red + red) * self.tile
+
+    def array(self, w: np.ndarray) -> np.ndarray:
+        """What `emit` writes, of weights known while compiling."""
+        dense = w.reshape(self.groups, self.fold, self.outer, self.inner, self.taps)
+        out, red = (self.inner, self.outer) if self.swap else (self.outer, self.inner)
+        packed = np.zeros((self.groups, self.blocks * self.tile, self.taps, self.red), self.packed_dtype)
+        for f in range(self.fold):
+            part = np.transpose(dense[:, f], (0, 2, 3, 1) if self.swap else (0, 1, 3, 2))  # group, out, tap, red
+            packed[:, f * out:(f + 1) * out, :, f * red:(f + 1) * red] = part
+        tiled = packed.reshape(self.groups, self.blocks, self.tile, self.taps, self.red)
+        return np.ascontiguousarray(np.transpose(tiled, (0, 1, 3, 4, 2))).reshape(-1)
 
     def emit(self, w, packed) -> None:
         """Pack flat buffer `w` into flat buffer `packed`, in parallel over blocks of lanes and slices of W."""

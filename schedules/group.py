@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from ..ir.graph import Graph, Node, Value
 from .loops import domain_of, refine, vectorizable
 from .loops_eval import NotAligned, Recorder
@@ -51,6 +53,7 @@ class Group:
     anchor: Node | None = None
     inputs: list[Value] = field(default_factory=list)
     outputs: list[Value] = field(default_factory=list)
+    packed: dict[Value, np.ndarray] = field(default_factory=dict)  # constants in the layout that the kernel reads
 
     @property
     def has_reduction(self) -> bool:

@@ -161,6 +161,10 @@ class Lowering:
         return self.constants[id(node)]
 
 
+    def array(self, array: np.ndarray) -> Buffer:
+        """A constant that is no value of the graph."""
+        return Buffer(f"c{next(self.numbers)}", array.shape, str(array.dtype), "constant", data=array)
+
 class _Region:
     """The lowering of one graph: where each value lies, and the steps so far."""
 
@@ -287,6 +291,8 @@ class _Region:
                                      group.label, float(hint(sum(n.flops for n in group.nodes)))))
 
     def reuse(self, operand: Value, result: Value) -> None:
+        for v, array in group.packed.items():
+            args[signature.position(v)] = self.shared.array(array)
         """Gives a result the memory of an operand that nothing else needs."""
         place = self.places[operand]
         own = isinstance(place, Buffer) and place.kind == "temp" and place.alias_of is None

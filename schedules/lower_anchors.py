@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from ..ir import ops as _ops  # noqa: F401  (declares the ops whose slots are filled here)
 from ..ir.graph import Node, Value
 from ..ir.opdef import fill
-from .conv import conv_input_grad_primfunc, conv_primfunc, conv_weight_grad_primfunc
+from .conv import conv_input_grad_primfunc, conv_primfunc, conv_weight_grad_primfunc, packed_weights
 from .conv_plain import needs_plain, plain_kernel
-from .conv_problem import ConvProblem
+from .conv_problem import FORWARD, INPUT_GRAD, ConvProblem
 from .gemm import GemmHooks, GemmProblem, gemm_primfunc
 from .group import anchor_axes
 from .loops import Signature
@@ -57,6 +58,16 @@ def _declared(v: Value, anchor: Node) -> str:
 
 
 class Epilogue:
+def _constants(anchor: Node, nodes: Sequence[Node]) -> dict[Value, np.ndarray]:
+    """The constant operands of an anchor that nothing else in its kernel reads."""
+    found = {}
+    for v in anchor.operands:
+        if v.producer is not None and v.producer.op.name == "constant" and anchor.operands.count(v) == 1 \
+                and not any(v in n.operands for n in nodes if n is not anchor):
+            found[v] = v.producer.attrs["value"]
+    return found
+
+
     """The parameters of an anchor's kernel, and what happens to each element of its result."""
 
     def __init__(self, anchor: Node, nodes: Sequence[Node], signature: Signature):
@@ -69,6 +80,8 @@ class Epilogue:
         self.result = anchor.result
         self.axes = anchor_axes(self.result)
         self.given = Given()
+        self.packed: dict[Value, np.ndarray] = {}  # constant operands, as the kernel reads them
+        self.constants = _constants(anchor, nodes)
         self.outputs = signature.outputs
         rest = [n for n in nodes if n is not anchor]
         self.is_heavy = sum(map(cost_of, rest)) >= EXPENSIVE
@@ -151,16 +164,28 @@ def conv(node: Node, epilogue: Epilogue, target: Any, name: str) -> Any:
     if needs_plain(node):
         return plain_kernel(node, epilogue, name)
     x, w = node.operands
-    return conv_primfunc(conv_problem(node, x.shape, w.shape), None, target, name, _activation_store(node, epilogue),
-                         _extra(node, epilogue))
+    problem = conv_problem(node, x.shape, w.shape)
+    return conv_primfunc(problem, None, target, name, _activation_store(node, epilogue), _extra(node, epilogue),
+                         _packed(problem, w, epilogue, target, FORWARD))
+
+
+def _packed(problem: ConvProblem, w: Value, epilogue: Epilogue, target: Any, op: str) -> np.ndarray | None:
+    """Constant weights as the kernel reads them."""
+    if w not in epilogue.constants:
+        return None
+    array = packed_weights(problem, None, target, epilogue.constants[w], op)
+    if array is not None:
+        epilogue.packed[w] = array
+    return array
 
 
 def conv_input_grad(node: Node, epilogue: Epilogue, target: Any, name: str) -> Any:
     if needs_plain(node):
         return plain_kernel(node, epilogue, name)
     w = node.operands[1]
-    return conv_input_grad_primfunc(conv_problem(node, node.result.shape, w.shape), None, target, name,
-                                    _activation_store(node, epilogue), _extra(node, epilogue))
+    problem = conv_problem(node, node.result.shape, w.shape)
+    return conv_input_grad_primfunc(problem, None, target, name, _activation_store(node, epilogue),
+                                    _extra(node, epilogue), _packed(problem, w, epilogue, target, INPUT_GRAD))
 
 
 def conv_weight_grad(node: Node, epilogue: Epilogue, target: Any, name: str) -> Any:

@@ -22,7 +22,10 @@ def contraction(group: Group, signature: Signature, target: Any, name: str) -> A
     anchor = group.anchor
     if anchor is None:
         return None
-    return anchor.op.slots["lower"].fn(anchor, Epilogue(anchor, group.nodes, signature), target, name)
+    epilogue = Epilogue(anchor, group.nodes, signature)
+    function = anchor.op.slots["lower"].fn(anchor, epilogue, target, name)
+    group.packed = epilogue.packed
+    return function
 
 
 def reduction(group: Group, signature: Signature, target: Any, name: str) -> Any:
