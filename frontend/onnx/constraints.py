@@ -7,7 +7,6 @@ from typing import Any
 
 from ..tensor import Tensor
 from .node import OnnxNode, schema_of
-from .values import is_text
 
 _variables: dict[tuple[str, str, int], tuple[list[str], bool]] = {}
 
@@ -55,6 +54,6 @@ def _read(op_type: str, domain: str, opset: int) -> tuple[list[str], bool]:
 def _dtype(value: Any) -> str | None:
     if isinstance(value, Tensor):
         return str(value.dtype)
-    if value is None or isinstance(value, list) or is_text(value):
+    if value is None or isinstance(value, list) or value.dtype == object:  # sizes are integers of any width
         return None
-    return "int64" if value.dtype == object else str(value.dtype)
+    return str(value.dtype)

@@ -14,7 +14,6 @@ import numpy as np
 from ...ir.dims import Dim
 from ...ir.errors import ShapeError
 from .node import OnnxNode
-from .values import plain
 
 Fold = Callable[..., Any]
 
@@ -28,9 +27,7 @@ def fold_symbolic(node: OnnxNode, operands: Sequence[Any]) -> Any:
         result = rule(node, *operands)
     except (ShapeError, TypeError, ZeroDivisionError):
         return None
-    if isinstance(result, tuple):
-        return tuple(plain(r) for r in result)
-    return None if result is None else plain(result)
+    return result
 
 
 def _each(fn: Callable[..., Any]) -> Fold:

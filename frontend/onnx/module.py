@@ -8,7 +8,7 @@ shapes, axes and scalars, is known while tracing and part of the program.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from ..dispatch import as_tensor
 from ..nn.module import Module
 from ..nn.parameter import Parameter
 from ..tensor import Tensor
-from ..trace import Spec
+from ..trace import Spec, leaf_type
 from .node import array_of, dense_of
 from .reader import MAX_ELEMENTS, opsets_of, read
 from .run import DATA_ERRORS, Context, Frame, concrete, eager_limit
@@ -230,6 +230,19 @@ class OnnxModule(Module):
             found = value.type if isinstance(value, Tensor) else f"{value.dtype}{list(value.shape)}"
             raise ArgumentsError(f"{self.label}: the input {name!r} is {declared.type}, got {found}")
         return value
+
+    def dynamic_specs(self, args: Sequence[Any], keywords: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call with a `Spec` for each tensor that the file declares with symbolic sizes; `compile`
+        makes one program for all of them."""
+        declared = dict(zip(self.input_names, self.inputs))
+
+        def opened(name: str, value: Any) -> Any:
+            spec, kind = declared.get(name), leaf_type(value)
+            fits = spec is not None and kind is not None and kind.rank == spec.type.rank and kind.dtype == spec.dtype
+            return spec if fits else value
+
+        return (tuple(opened(name, value) for name, value in zip(self.input_names, args)) + tuple(
+            args[len(self.input_names):]), {name: opened(name, value) for name, value in keywords.items()})
 
     def input_dtype(self, name: str) -> Any:
         """The NumPy dtype that an input is declared with, or None."""

@@ -26,7 +26,7 @@ from .fold import fold_symbolic
 from .functions import FunctionBody, standard_body
 from .node import NeedsValue, OnnxNode, array_of, dense_of
 from .rules import OnnxRule, find_rule
-from .values import is_known, is_symbolic, is_text, plain, tensor
+from .values import dtype_of, is_known, is_symbolic, is_text, plain, tensor
 
 FOLD_ELEMENTS = 1 << 16
 """Known operands with more elements than this are computed with at run time (or by the passes)."""
@@ -228,11 +228,21 @@ def apply_rule(node: OnnxNode, rule: OnnxRule, operands: Sequence[Any]) -> list[
         folded = fold_symbolic(node, operands)
         if folded is not None:
             return _listed(folded)
+    operands = settled(operands)
     if all_known and rule.fold and not any(is_text(x) or is_symbolic(x) for x in given) \
             and sum(x.size for x in given) <= FOLD_ELEMENTS and _result_is_small(node, operands):
         with eager.eager_builder():
             return [_known(r) for r in _listed(rule.function(node, *operands))]
     return _listed(rule.function(node, *operands))
+
+
+def settled(operands: Sequence[Any]) -> list[Any]:
+    """Object arrays that hold plain ints as arrays of the integer dtype of their neighbours, int64 by default."""
+    if not any(is_known(x) and x.dtype == object for x in operands):
+        return list(operands)
+    narrow = any(dtype_of(x) == "int32" for x in operands if isinstance(x, (Tensor, np.ndarray)) and not is_text(x))
+    return [plain(x).astype(np.int32) if narrow and is_known(x) and x.dtype == object and plain(x).dtype != object
+            else plain(x) if is_known(x) else x for x in operands]
 
 
 def _known(result: Any) -> Any:

@@ -20,7 +20,7 @@ import numpy as np
 
 from ...ir.errors import OnnxError
 from .. import tree
-from ..compile import Compiled
+from ..compile import Compiled, log
 from ..recording import current_trace
 from ..signature import Scanned
 from ..tensor import Tensor
@@ -178,6 +178,17 @@ class OnnxCompiled(Compiled):
             value = value.numpy()
         array = np.asarray(value, self.fn.input_dtype(name))
         return Fixed(array) if array.size <= STATIC_ELEMENTS else array
+
+    def _make_generic(self, key: Any, arguments: Any, args: Sequence[Any], keywords: dict[str, Any]) -> Any:
+        try:
+            return super()._make_generic(key, arguments, args, keywords)
+        except NeedsValue:
+            raise
+        except OnnxError as error:
+            log.warning("%s: compiled for each combination of sizes, since it is not one program for all: %s",
+                        self.__name__, error)
+            self._refused.add(key)
+            return None
 
     def _run(self, found: Scanned, args: Sequence[Any], keywords: dict[str, Any]) -> Any:
         if found.key not in self._stages:
