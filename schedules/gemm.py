@@ -170,6 +170,9 @@ class GemmHooks:
     load_b:  (batch, k, j) -> element of op(B)
     store:   (batch, i, j, value) emits the stores of one element; value is of `acc_dtype`, batch indexes C's
 
+    again:   the stores of an element may run twice (none reads what it wrote)
+    by_row:  gives the `store` of a product whose batch is folded into its rows; default: the row's number is split
+
     apart:   compile the stores of a tile as a function of their own. For a store that computes much, whose constants
              would otherwise take registers from the accumulators (gelu behind a product: four times slower)
 
@@ -185,6 +188,9 @@ class GemmHooks:
     load_b: Callable[..., Any] | None = None
     store: Callable[..., None] | None = None
     apart: bool = False
+    again: bool = False
+    by_row: Callable[[], Callable[..., None]] | None = None
+
 
 def gemm_primfunc(problem: GemmProblem, config: GemmConfig | None, target: GemmTarget, name: str = "gemm",
                   hooks: GemmHooks | None = None) -> Any:

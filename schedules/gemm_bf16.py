@@ -71,7 +71,7 @@ class PairPacking(Packing):
 
     def pack_b(self, batch: Any, q: Index, col: Index, k0: Index, length: Index) -> None:
         e, lanes = self.e, self.lanes
-        if e.p.n < e.cols:
+        if e.narrow:
             self.pack_b_narrow(batch, q, k0, length)
         elif not e.p.transpose_b:
             def copy(s: Index, whole: bool) -> None:

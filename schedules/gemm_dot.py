@@ -25,9 +25,13 @@ class DotEmitter(Emitter):
     """tile_rows dot products with each of L columns at once."""
 
     def emit(self) -> None:
-        assert self.cols == self.lanes, "a dot schedule reduces L columns at once"
         bits = dtype_bits(self.acc_dtype)
-        with T.attr(0, "pragma_import_llvm", gemm_llvm.transpose_ir(self.lanes, bits)), self.tasks() as t:
+        with T.attr(0, "pragma_import_llvm", gemm_llvm.transpose_ir(self.lanes, bits)):
+            self.emit_tasks()
+
+    def emit_tasks(self) -> None:
+        assert self.cols == self.lanes, "a dot schedule reduces L columns at once"
+        with self.tasks() as t:
             batch, col_block, row_block = self.task(t)
             self.sums = self.buffer((self.rows, self.lanes, self.lanes), self.acc_dtype)  # [row, column, lane]
             self.stack = self.buffer((self.rows, self.cols), self.acc_dtype)
@@ -52,7 +56,7 @@ class DotEmitter(Emitter):
         self.write_stack(at, result)
 
     def column(self, at: Where, c: Index) -> Index:
-        return T.min(c, self.p.n - 1) if self.p.n < self.cols else at.col + c
+        return T.min(c, self.p.n - 1) if self.narrow else at.col + c
 
     def accumulate(self, at: Where, sums: tirx.Buffer, first: Index, group: int) -> None:
         """sums[r, first + c, lane] = sum over k = lane mod L of A[r, k] * B[k, first + c]."""

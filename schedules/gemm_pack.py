@@ -18,6 +18,7 @@ from tvm.tirx.script import builder as T
 
 from . import gemm_llvm
 from .gemm import dtype_bits
+from .sizes import expression
 
 if TYPE_CHECKING:
     from .gemm_tir import Index, TileEmitter, Where
@@ -69,7 +70,7 @@ class Packing:
     def pack_b(self, batch: Any, q: Index, col: Index, k0: Index, length: Index) -> None:
         """Copy columns col... of rows k0...k0+length-1 into panel q."""
         e = self.e
-        if e.p.n < e.cols:
+        if e.narrow:
             self.pack_b_narrow(batch, q, k0, length)
         elif not e.p.transpose_b:
             with e.serial(length) as k, e.unroll(e.cols // self.lanes) as v, e.vector() as lane:
@@ -151,4 +152,4 @@ def call_transpose(lanes: int, bits: int, dst: Any, dst_stride: int, src: Any, s
     """Strides are in bytes."""
     name = gemm_llvm.TRANSPOSE.format(bits=bits, lanes=lanes)
     T.evaluate(T.call_extern("void", name, T.address_of(dst), T.int64(dst_stride), T.address_of(src),
-                             T.int64(src_stride)))
+                             T.int64(src_stride) if isinstance(src_stride, int) else expression(src_stride)))

@@ -16,7 +16,9 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
+from ..ir.dims import Dim
 from .gemm import GemmConfig, GemmHooks, GemmProblem, GemmTarget, dtype_bits
+from .sizes import expressions, is_dynamic, trunc_div, trunc_mod
 
 Index = Any  # int or tirx.PrimExpr
 SMALL_BYTES = 2**31 - 1  # above this many elements in one buffer, indices are 64-bit
@@ -26,14 +28,19 @@ def build_primfunc(problem: GemmProblem, config: GemmConfig | None, target: Gemm
                    hooks: GemmHooks | None) -> tirx.PrimFunc:
     """See gemm.gemm_primfunc."""
     hooks = hooks or default_hooks(problem)
-    config = config or propose_for(problem, target, hooks)
+    sized = is_dynamic(problem.m, problem.n, problem.k, *problem.batch_a, *problem.batch_b)
+    config = config or (None if sized else propose_for(problem, target, hooks))
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_name(name)
             T.func_attr({"global_symbol": name, "tirx.noalias": True})
             for buffer in hooks.params:
                 T.arg(buffer.name, buffer)
-            emit_gemm(problem, config, target, hooks)
+            if config is None:
+                from .gemm_sized import emit_sized
+                emit_sized(problem, target, hooks)
+            else:
+                emit_gemm(problem, config, target, hooks)
     return builder.get()
 
 
@@ -90,6 +97,10 @@ def unflatten(flat: Index, dims: Sequence[int]) -> tuple[Index, ...]:
     """The multi-index of a row-major flat index."""
     index: list[Index] = []
     for dim in reversed(dims):
+        if isinstance(dim, Dim):
+            index.append(trunc_mod(flat, dim))
+            flat = trunc_div(flat, dim)
+            continue
         index.append(flat % dim if dim > 1 else 0)
         flat = flat // dim
     return tuple(reversed(index))
@@ -98,18 +109,21 @@ def unflatten(flat: Index, dims: Sequence[int]) -> tuple[Index, ...]:
 def fold_hooks(problem: GemmProblem, hooks: GemmHooks) -> GemmHooks:
     """Hooks of the folded problem: row i of it is row i % m of batch i // m."""
     def split(i: Index) -> tuple[tuple[Index, ...], Index]:
-        return unflatten(i // problem.m, problem.batch), i % problem.m
+        *batch, row = unflatten(i, (*problem.batch, problem.m)) if isinstance(problem.m, Dim) else (
+            *unflatten(i // problem.m, problem.batch), i % problem.m)
+        return tuple(batch), row
 
     la, lb, put = hooks.load_a, hooks.load_b, hooks.store
     batch_b = (0,) * len(problem.batch_b)
 
     def view(buffer: tirx.Buffer | None, shape: Sequence[int]) -> tirx.Buffer | None:
-        return None if buffer is None else T.decl_buffer(shape, buffer.dtype, data=buffer.data, layout=None)
+        sizes = expressions(shape)
+        return None if buffer is None else T.decl_buffer(sizes, buffer.dtype, data=buffer.data, layout=None)
 
     folded = problem.folded()
     return replace(
         hooks, load_a=la and (lambda _, i, k: la(*split(i), k)), load_b=lb and (lambda _, k, j: lb(batch_b, k, j)),
-        store=put and (lambda _, i, j, value: put(*split(i), j, value)),
+        store=hooks.by_row() if hooks.by_row else put and (lambda _, i, j, value: put(*split(i), j, value)),
         a=view(hooks.a, folded.shape_a), b=view(hooks.b, folded.shape_b), c=view(hooks.c, folded.shape_c))
 
 
@@ -152,6 +166,7 @@ class Emitter:
         self.p, self.c, self.hooks, self.lanes = problem, config, hooks, lanes
         self.acc_dtype = problem.acc_dtype
         self.rows, self.cols = min(config.tile_rows, problem.m), config.tile_cols
+        self.narrow = problem.n < self.cols
         self.tiles = -(-problem.m // self.rows)
         self.panels = -(-problem.n // self.cols)
         self.row_tiles = min(config.row_tiles, self.tiles)
@@ -189,7 +204,7 @@ class Emitter:
         return tile * self.rows if self.p.m % self.rows == 0 else T.min(tile * self.rows, self.p.m - self.rows)
 
     def panel_col(self, panel: Index) -> Index:
-        if self.p.n < self.cols:
+        if self.narrow:
             return 0
         return panel * self.cols if self.p.n % self.cols == 0 else T.min(panel * self.cols, self.p.n - self.cols)
 
@@ -284,24 +299,29 @@ class TileEmitter(Emitter):
         super().__init__(problem, config, hooks, lanes)
         self.k_blocks = -(-problem.k // min(config.k_block, problem.k))
         self.k_block = problem.k if self.k_blocks == 1 else config.k_block
+        self.blocked = self.k_blocks > 1
         self.pack = packing(self)
         assert config.tile_cols % lanes == 0, "tile_cols: a multiple of the vector length"
         assert self.k_blocks == 1 or self.k_block % (2 * lanes) == 0, "k_block: a multiple of two vectors"
 
     def emit(self) -> None:
-        with T.attr(0, "pragma_import_llvm", self.pack.llvm_ir()), self.tasks() as t:
+        with T.attr(0, "pragma_import_llvm", self.pack.llvm_ir()):
+            self.emit_tasks()
+
+    def emit_tasks(self) -> None:
+        with self.tasks() as t:
             batch, col_block, row_block = self.task(t)
             self.pack.allocate()
             self.stack = self.buffer((self.rows, self.cols), self.acc_dtype)
             part = None
-            if self.k_blocks > 1:
+            if self.blocked:
                 shape = (self.row_tiles, self.col_panels, self.rows, self.cols)
                 part = self.buffer(shape, self.acc_dtype)
             first_tile, first_panel = row_block * self.row_tiles, col_block * self.col_panels
             tiles = self.count(self.tiles, self.row_tiles, first_tile)
             panels = self.count(self.panels, self.col_panels, first_panel)
             with self.serial(self.k_blocks) as kb:
-                k0 = kb * self.k_block if self.k_blocks > 1 else 0
+                k0 = kb * self.k_block if self.blocked else 0
                 length = self.count(self.p.k, self.k_block, k0)
                 if self.c.pack_b:
                     with self.serial(panels) as q:

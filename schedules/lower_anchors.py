@@ -19,10 +19,11 @@ from .conv_problem import FORWARD, INPUT_GRAD, ConvProblem
 from .gemm import GemmHooks, GemmProblem, gemm_primfunc
 from .group import anchor_axes
 from .loops import Signature
-from .loops_eval import Evaluator, Idx, count_uses
-from .loops_index import flatten, unflatten
+from .loops_eval import Evaluator, Idx, InMemory, count_uses
+from .loops_index import Axis, Merged, flatten, unflatten
 from .lower_slots import Anchor, cast, compute_dtype, let, read, storage_dtype, written
 from .rows_domain import EXPENSIVE, cost_of
+from .sizes import expression, expressions, is_dynamic
 
 
 @dataclass
@@ -57,7 +58,6 @@ def _declared(v: Value, anchor: Node) -> str:
     return "bfloat16" if v.dtype == "bfloat16" and v in anchor.operands else storage_dtype(v.dtype)
 
 
-class Epilogue:
 def _constants(anchor: Node, nodes: Sequence[Node]) -> dict[Value, np.ndarray]:
     """The constant operands of an anchor that nothing else in its kernel reads."""
     found = {}
@@ -68,40 +68,62 @@ def _constants(anchor: Node, nodes: Sequence[Node]) -> dict[Value, np.ndarray]:
     return found
 
 
+class Epilogue:
     """The parameters of an anchor's kernel, and what happens to each element of its result."""
 
     def __init__(self, anchor: Node, nodes: Sequence[Node], signature: Signature):
         self.signature = signature
-        self.places = {v: Shaped(v, tirx.decl_buffer(v.shape or (1,), _declared(v, anchor), f"p{i}",
-                                                     data_alignment=v.dtype.itemsize))
-                       for i, v in enumerate(signature.params)}
+        self.is_dynamic = is_dynamic(*(v.type.size for v in signature.params))
+        self.places: dict[Value, Any] = {
+            v: Shaped(v, tirx.decl_buffer(expressions(v.shape) or (1,), _declared(v, anchor), f"p{i}",
+                                          data_alignment=v.dtype.itemsize)) for i, v in enumerate(signature.params)}
         for output, source in signature.inplace.items():
             self.places[output] = Shaped(output, self.places[source].buffer)
         self.result = anchor.result
-        self.axes = anchor_axes(self.result)
-        self.given = Given()
         self.packed: dict[Value, np.ndarray] = {}  # constant operands, as the kernel reads them
         self.constants = _constants(anchor, nodes)
+        self.axes = anchor_axes(self.result)
+        self.given = Given()
         self.outputs = signature.outputs
         rest = [n for n in nodes if n is not anchor]
         self.is_heavy = sum(map(cost_of, rest)) >= EXPENSIVE
         loads = {v: p for v, p in self.places.items() if v not in self.outputs}
         self.evaluator = Evaluator(frozenset(rest), {**loads, self.result: self.given},
                                    count_uses(rest, self.outputs))
-
-    @property
-    def params(self) -> list[Any]:
-        """All buffers in order."""
-        return [self.places[v].buffer for v in self.signature.params]
+        self.buffers = {v: self.places[v].buffer for v in signature.params}
+        self.params = list(self.buffers.values())
 
     def buffer(self, v: Value) -> Any:
-        return self.places[v].buffer
+        return self.buffers[v]
 
     def store(self, idx: Sequence[Any], element: Any) -> None:
         """Computes and stores every output for one element of the anchor's result."""
         for axis, expr in zip(self.axes, idx):
             for atom in axis.terms:
                 atom.bind(expr)  # type: ignore[attr-defined]
+        self._store(element)
+
+    def by_row(self) -> Any:
+        """The same with all axes but the last as one: its position is not taken apart where nothing depends on the
+        parts. Declares buffers: call it at the head of the kernel."""
+        parts = [atom for axis in self.axes[:-1] for atom in axis.terms if isinstance(atom, Axis)]
+        joined = Merged(parts) if len(parts) != 1 else parts[0]
+        flat = [(buffer, T.decl_buffer((expression(v.type.size),), buffer.dtype, data=buffer.data,
+                                       align=v.dtype.itemsize)) for v, buffer in self.buffers.items()]
+        for v, place in self.places.items():
+            self.places[v] = InMemory(v, next(f for b, f in flat if b is place.buffer), wide=True)
+            if v in self.evaluator.places and v is not self.result:
+                self.evaluator.places[v] = self.places[v]
+
+        def store(_batch: Any, row: Any, column: Any, element: Any) -> None:
+            joined.bind(row)
+            for atom in self.axes[-1].terms:
+                atom.bind(column)  # type: ignore[attr-defined]
+            self._store(element)
+
+        return store
+
+    def _store(self, element: Any) -> None:
         self.evaluator.fresh()
         self.given.element = let(cast(element, compute_dtype(self.result.dtype)))
         position = flatten(self.axes, self.result.shape)
@@ -125,7 +147,8 @@ def matmul(node: Node, epilogue: Epilogue, target: Any, name: str) -> Any:
     hooks = GemmHooks(epilogue.params, a=epilogue.buffer(x), b=epilogue.buffer(y),
                       load_a=_decoded(x, epilogue, transpose_x), load_b=_decoded(y, epilogue, transpose_y),
                       store=lambda batch, i, j, value: epilogue.store((*batch, i, j), value),
-                      apart=epilogue.is_heavy)
+                      apart=epilogue.is_heavy, again=not epilogue.signature.inplace,
+                      by_row=epilogue.by_row if epilogue.is_dynamic else None)
     return gemm_primfunc(problem, None, target, name, hooks)
 
 
