@@ -20,7 +20,7 @@ from .node import OnnxNode
 from .rules import onnx_rule
 from .values import dims_array, known, require_ints, require_known, shape_of, size_tensor, tensor
 
-INFINITE = 2**31 - 1
+INFINITE = 10**9
 """Bounds at least this far out mean the end of an axis, whatever its size."""
 
 
