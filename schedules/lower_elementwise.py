@@ -254,8 +254,8 @@ def integer_power(x: Any, y: Any) -> Any:
     exponent, base, result = let(unsigned_of(y)), let(unsigned_of(x)), const(1, kind)
     for i in range(bits_of(x)):
         odd = ((exponent >> const(i, kind)) & const(1, kind)) == const(1, kind)
-        result = let(tirx.Select(odd, result * base, result))
-        base = let(base * base)
+        result = let(tirx.Select(odd, mul(result, base), result))
+        base = let(mul(base, base))
     result = cast(result, dtype)
     if not is_signed(x):
         return result

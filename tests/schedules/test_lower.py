@@ -180,3 +180,18 @@ def test_a_scatter_works_in_the_memory_of_a_dying_operand():
     graph = graph_of(fn, ((3,), "int32"), (3, 4))
     assert not copies(graph)
     check(graph, [np.array([1, 9, 1], np.int32), np.ones((3, 4), np.float32)])
+
+
+@pytest.mark.parametrize("dtype", ["int32", "uint32", "int64", "uint64"])
+@pytest.mark.parametrize("exponent", [2, 3])
+def test_integer_powers_wrap_and_are_not_reasoned_about(dtype, exponent):
+    """x**2 % x is 0 only where x**2 does not overflow."""
+    def fn(x):
+        power = emit("pow", x, emit("constant", value=np.asarray(exponent, dtype)))
+        return [power, emit("remainder", power, x), emit("floor_divide", power, x), emit("lt", power, x)]
+    graph = graph_of(fn, ((23,), dtype))
+    info = np.iinfo(dtype)
+    x = np.random.default_rng(0).integers(info.min, info.max, 23, dtype, endpoint=True)
+    with np.errstate(over="ignore"):
+        got = check(graph, [x])[0]
+        np.testing.assert_array_equal(got, x**exponent)
