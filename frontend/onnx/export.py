@@ -13,8 +13,9 @@ its default, and an output `<name>.new`: run it, feed the outputs back, and the 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,15 @@ import onnx
 from onnx import helper
 
 from ...ir.dims import Dim
-from ...ir.errors import ArgumentsError, OnnxError
+from ...ir.errors import ArgumentsError, AttributeValueError, OnnxError, TreadleError
 from ...ir.graph import Graph
 from ...ir.location import user_location
 from ...ir.passes import TIDY
 from ...ir.pipeline import Pipeline
 from ...ir.types import TensorType
 from ..compile import Compiled
-from ..nn.module import Module
 from ..tensor import Tensor
-from ..trace import record
-from ..train import TrainStep
+from .export_kept import can_keep, kept
 from .export_proto import (
     LIMIT,
     Storage,
@@ -46,7 +45,10 @@ from .export_proto import (
     write_files,
 )
 from .export_rules import load_rules, write_graph
+from .export_sources import opset_of, source_of
 from .export_writer import Model, Record, Ref, Writer
+
+log = logging.getLogger("treadle.onnx")
 
 DEFAULT_OPSET = 20
 OLDEST = 11
@@ -69,9 +71,7 @@ class Signature:
     outputs: list[tuple[str, TensorType]]
 
 
-def save(model: Any, path: Any, *specs: Any, opset: int | None = None, input_names: Sequence[str] | None = None,
-         output_names: Sequence[str] | None = None, train: bool = False, clamp: bool | None = None,
-         external_data: bool | None = None, check: bool = True, metadata: Mapping[str, str] | None = None) -> None:
+def save(model: Any, path: Any, *specs: Any, external_data: bool | None = None, **options: Any) -> None:
     """Writes a module, function or graph as an ONNX file; the file is either whole or not there.
 
     Args:
@@ -79,95 +79,67 @@ def save(model: Any, path: Any, *specs: Any, opset: int | None = None, input_nam
         path: of the file.
         *specs: the arguments: `td.spec`s, in which sizes given by name stay dynamic, or tensors or arrays, whose types
             count. Not for a Graph; an imported module has its own.
-        opset: 11 or above; default 20, and for an imported module its own.
-        input_names, output_names: what to call them; by default the names of the function's parameters (with the path
-            inside containers) and `output`, `output_1`... or the keys of a dict, and for an imported module its own.
-        train: export a module as it trains (dropout, batch statistics), instead of as it predicts.
-        clamp: whether indices of gathers that may lie outside are clamped in the graph, as Treadle does (ONNX has an
-            error). None: those that the graph computes are, those that the caller passes in are not.
         external_data: put weights into `<path>.data`. None: if they do not fit into one file (2 GB).
-        check: run ONNX's checker with strict shape inference on the result.
-        metadata: strings to keep in the file.
+        **options: see `Options`.
 
     Raises:
         OnnxError: an op cannot be said at this opset (the message names op, line and remedy), or the file cannot be
             written.
-        ArgumentsError: specs or names that do not fit the model.
+        ArgumentsError: specs, names or options that do not fit the model.
     """
     place = Path(path)
-    signature, writer = _written(model, specs, opset, input_names, output_names, train, clamp)
-    arrays = {**signature.initializers, **writer.model.initializers}
-    external = sum(a.nbytes for a in arrays.values()) > LIMIT if external_data is None else external_data
+    chosen = _options(options)
+    written = _written(model, specs, chosen)
+    external = written.nbytes > LIMIT if external_data is None else external_data
     storage = Storage(f"{place.name}.data") if external else None
-    proto = _proto(signature, writer, storage, metadata)
-    write_files(proto, place, storage, check)
+    write_files(written.proto(storage, chosen.metadata), place, storage, chosen.check)
 
 
-def to_model(model: Any, *specs: Any, opset: int | None = None, input_names: Sequence[str] | None = None,
-             output_names: Sequence[str] | None = None, train: bool = False, clamp: bool | None = None,
-             check: bool = True, metadata: Mapping[str, str] | None = None) -> onnx.ModelProto:
+def to_model(model: Any, *specs: Any, **options: Any) -> onnx.ModelProto:
     """The ModelProto that `save` writes; see there."""
-    signature, writer = _written(model, specs, opset, input_names, output_names, train, clamp)
-    proto = _proto(signature, writer, None, metadata)
-    if check:
+    chosen = _options(options)
+    proto = _written(model, specs, chosen).proto(None, chosen.metadata)
+    if chosen.check:
         validate(proto)
     return proto
 
 
-# From a model to a graph -----------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Options:
+    """The options of `save` and `to_model`.
 
-def _graph_of(model: Any, specs: Sequence[Any], train: bool) -> Graph:
-    if isinstance(model, Compiled):
-        model = model.fn
-    if isinstance(model, Graph):
-        if specs:
-            raise ArgumentsError("a Graph has its inputs already: save it without specs", user_location())
-        return model
-    if isinstance(model, TrainStep):
-        return model.trace(*specs)
-    if not callable(model):
-        raise ArgumentsError(f"onnx.save takes a module, a function or a graph, not {model!r}", user_location())
-    if not specs and isinstance(model, Module):
-        specs = _declared(model)
-    modes = [(m, m._training) for m in model.modules()] if isinstance(model, Module) else []
-    try:
-        if modes:
-            model.train(train)
-        return record(model, specs)
-    finally:
-        for module, mode in modes:
-            object.__setattr__(module, "_training", mode)
-        if modes:
-            model.train(model._training) if len({mode for _, mode in modes}) == 1 else None
+    Attributes:
+        opset: 11 or above; default 20, and for an imported module its own.
+        input_names, output_names: what to call them; by default the names of the function's parameters (with the path
+            inside containers) and `output`, `output_1`... or the keys of a dict, and for an imported module its own.
+        train: export a module as it trains (dropout, batch statistics), instead of as it predicts.
+        merge: store a weight that has an adapter (LoRA) as it is read, with the adapter folded in. False: weight and
+            adapter are stored apart, and the graph adds them.
+        clamp: whether indices of gathers that may lie outside are clamped in the graph, as Treadle does (ONNX has an
+            error). None: those that the graph computes are, those that the caller passes in are not.
+        keep: write the graph of an imported module as it is in its file, with the present weights, instead of what is
+            traced. None: only if it cannot be traced with open sizes; that is logged (`treadle.onnx`).
+        check: run ONNX's checker with strict shape inference on the result.
+        metadata: strings to keep in the file.
+    """
 
-
-def _declared(model: Module) -> Sequence[Any]:
-    """The inputs that an imported module declares."""
-    inputs = getattr(model, "inputs", None)
-    if not isinstance(inputs, list) or any(i is None for i in inputs):
-        raise ArgumentsError(f"onnx.save({type(model).__name__}, ...) needs the types of its arguments: give a "
-                             "td.spec(shape, dtype) for each, or an example", user_location())
-    return inputs
+    opset: int | None = None
+    input_names: Sequence[str] | None = None
+    output_names: Sequence[str] | None = None
+    train: bool = False
+    merge: bool = False
+    clamp: bool | None = None
+    keep: bool | None = None
+    check: bool = True
+    metadata: Mapping[str, str] | None = None
 
 
-def _names_of(model: Any) -> dict[int, str]:
-    """Names of parameters and buffers, by identity."""
-    model = getattr(model, "model", model) if isinstance(model, TrainStep) else model
-    model = model.fn if isinstance(model, Compiled) else model
-    named: dict[int, str] = {}
-    for kind in ("named_buffers", "named_parameters"):
-        listed = getattr(model, kind, None)
-        if callable(listed):
-            named.update((id(tensor), name) for name, tensor in listed())
-    return named
-
+# Choices ------------------------------------------------------------------------------------------------------
 
 def _checked_opset(model: Any, opset: int | None) -> int:
     newest = onnx.defs.onnx_opset_version()
     if opset is None:
-        own = getattr(model, "opsets", None)
-        found = own.get("", DEFAULT_OPSET) if isinstance(own, Mapping) else DEFAULT_OPSET
-        return min(max(int(found), OLDEST), newest)
+        return min(max(opset_of(model) or DEFAULT_OPSET, OLDEST), newest)
     if isinstance(opset, bool) or not isinstance(opset, int) or not OLDEST <= opset <= newest:
         raise OnnxError(f"opset is {opset!r}; this version writes opsets {OLDEST} to {newest}", user_location())
     return opset
@@ -175,23 +147,68 @@ def _checked_opset(model: Any, opset: int | None) -> int:
 
 # Writing ---------------------------------------------------------------------------------------------------------
 
-def _written(model: Any, specs: Sequence[Any], opset: int | None, input_names: Sequence[str] | None,
-             output_names: Sequence[str] | None, train: bool, clamp: bool | None) -> tuple[Signature, Writer]:
+def _options(given: Mapping[str, Any]) -> Options:
+    known = [f.name for f in fields(Options)]
+    if unknown := sorted(set(given) - set(known)):
+        raise ArgumentsError(f"onnx.save has no option {unknown[0]!r}; it has external_data, {', '.join(known)}",
+                             user_location())
+    return Options(**given)
+
+
+def _written(model: Any, specs: Sequence[Any], options: Options) -> Traced | Kept:
+    if isinstance(model, Compiled) and not isinstance(model.fn, Graph):
+        model = model.fn
+    named = options.input_names is not None or options.output_names is not None
+    keeps = can_keep(model, options.opset) and not specs and not named and not options.train
+    if options.keep and not keeps:
+        raise ArgumentsError("onnx.save(keep=True) is for an imported module as it came: without modules wrapped "
+                             "around its nodes, specs, other names, another opset, or train=True", user_location())
+    if options.keep:
+        return Kept(model, options.merge)
+    try:
+        return _traced(model, specs, options)
+    except TreadleError as error:
+        if not keeps or options.keep is not None or isinstance(error, (ArgumentsError, AttributeValueError)):
+            raise
+        log.warning("%s: cannot be traced for open sizes, so its graph is written as it was read, with the present "
+                    "weights. %s", model.label, error.message)
+        return Kept(model, options.merge)
+
+
+@dataclass
+class Kept:
+    """An imported module whose graph is written as it was read."""
+
+    module: Any
+    merge: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights."""
+        return sum(t.numpy(copy=False).nbytes for _, t in (*self.module.named_parameters(),
+                                                            *self.module.named_buffers()))
+
+    def proto(self, storage: Storage | None, metadata: Mapping[str, str] | None) -> onnx.ModelProto:
+        """The model; what fits into a storage goes there."""
+        model = kept(self.module, self.merge, storage)
+        if metadata:
+            helper.set_model_props(model, {**{p.key: p.value for p in model.metadata_props}, **metadata})
+        return model
+
+
+def _traced(model: Any, specs: Sequence[Any], options: Options) -> Traced:
     load_rules()
-    target = _checked_opset(model, opset)
-    traced = _graph_of(model, specs, train)
-    if input_names is None and not specs:
-        input_names = getattr(model, "input_names", None)
-    output_names = getattr(model, "output_names", None) if output_names is None else output_names
-    graph = Pipeline(TIDY).run(traced)
-    shared = Model(target, clamp)
+    target = _checked_opset(model, options.opset)
+    source = source_of(model, specs, options.train, options.merge)
+    graph = Pipeline(TIDY).run(source.graph)
+    shared = Model(target, options.clamp)
     out = Writer(shared)
     for value in (*graph.inputs, *graph.outputs):
         out.check_dtype(value.dtype)
-    signature, refs = _sign(graph, _names_of(model), shared, input_names, output_names)
-    results = write_graph(out, graph, refs)
-    _give(out, signature, results)
-    return signature, out
+    signature, refs = _sign(graph, source.names, shared, options.input_names or source.input_names,
+                            options.output_names or source.output_names)
+    _give(out, signature, write_graph(out, graph, refs))
+    return Traced(signature, out)
 
 
 def _sign(graph: Graph, named: Mapping[int, str], shared: Model, input_names: Sequence[str] | None,
@@ -268,22 +285,35 @@ def _give(out: Writer, signature: Signature, results: Sequence[Ref]) -> None:
             out.records.append(Record("Identity", [ref.name], [name], {}, f"Identity.{name}"))
 
 
-def _proto(signature: Signature, out: Writer, storage: Storage | None,
-           metadata: Mapping[str, str] | None) -> onnx.ModelProto:
-    shared = out.model
-    seen = [n for n, _ in (*signature.inputs, *signature.defaults, *signature.outputs)]
-    arrays = {**signature.initializers, **shared.initializers}
-    records = finished([*shared.preamble, *out.records], shared.renamed, seen, {*seen, *arrays})
-    nodes = [node_proto(r) for r in records]
-    read = dict.fromkeys(n for r in records for n in names_in_order(r))
-    stored = [n for n in (*read, *(n for n, _ in signature.defaults if n not in read)) if n in arrays]
-    graph = helper.make_graph(
-        nodes, "main", [value_info(n, t) for n, t in (*signature.inputs, *signature.defaults)],
-        [value_info(n, t) for n, t in signature.outputs],
-        initializer=[initializer(n, arrays[n], storage) for n in stored])
-    opsets = [helper.make_opsetid("", shared.opset)]
-    model = helper.make_model(graph, opset_imports=opsets, producer_name="treadle",
-                              ir_version=helper.find_min_ir_version_for(opsets))
-    if metadata:
-        helper.set_model_props(model, dict(metadata))
-    return model
+@dataclass
+class Traced:
+    """A graph that was written, before it is serialised."""
+
+    signature: Signature
+    out: Writer
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the initializers."""
+        arrays = {**self.signature.initializers, **self.out.model.initializers}
+        return sum(a.nbytes for a in arrays.values())
+
+    def proto(self, storage: Storage | None, metadata: Mapping[str, str] | None) -> onnx.ModelProto:
+        """The model; what fits into a storage goes there."""
+        shared, signature = self.out.model, self.signature
+        seen = [n for n, _ in (*signature.inputs, *signature.defaults, *signature.outputs)]
+        arrays = {**signature.initializers, **shared.initializers}
+        records = finished([*shared.preamble, *self.out.records], shared.renamed, seen, {*seen, *arrays})
+        read = dict.fromkeys(n for r in records for n in names_in_order(r))
+        stored = [n for n in (*read, *(n for n, _ in signature.defaults if n not in read)) if n in arrays]
+        graph = helper.make_graph(
+            [node_proto(r) for r in records], "main",
+            [value_info(n, t) for n, t in (*signature.inputs, *signature.defaults)],
+            [value_info(n, t) for n, t in signature.outputs],
+            initializer=[initializer(n, arrays[n], storage) for n in stored])
+        opsets = [helper.make_opsetid("", shared.opset)]
+        model = helper.make_model(graph, opset_imports=opsets, producer_name="treadle",
+                                  ir_version=helper.find_min_ir_version_for(opsets))
+        if metadata:
+            helper.set_model_props(model, dict(metadata))
+        return model
