@@ -17,7 +17,7 @@ from ...ir.errors import ArgumentsError, AttributeValueError
 from ..nn import Module
 from .names import Patterns, aliases, literal, parameters, select
 
-_NUMBER = re.compile(r"(?<![0-9])(\d+)(?=\.|$)")
+_NUMBER = re.compile(r"(?<![0-9])(\d+)(?=\.[^.]+\.[^.]+)")  # of a block, which holds layers that hold parameters
 
 
 @dataclass(frozen=True)
@@ -66,20 +66,14 @@ def _found(model: Module, known: list[str]) -> dict[str, float]:
         for path in (*own.get(name, ()), name):  # the own name counts most, so it comes last
             for hit in _NUMBER.finditer(path):
                 numbered[path[:hit.start()]][name] = int(hit.group())
-    rows = {stem: row for stem, row in numbered.items() if len(set(row.values())) > 1 and _blocks(stem, row)}
+    rows = {stem: row for stem, row in numbered.items() if len(set(row.values())) > 1}
     if not rows:
         owners = list(dict.fromkeys(n.rpartition(".")[0] for n in known))
         return {n: owners.index(n.rpartition(".")[0]) for n in known}
     row = max(rows.values(), key=lambda r: (len(r), len(set(r.values()))))
-    in_row = [i for i, n in enumerate(known) if n in row and not n.startswith("onnx::")]
-    first = min(in_row, default=0)
+    first = min(i for i, n in enumerate(known) if n in row)
     bottom, top = min(row.values()) - 1, max(row.values()) + 1
     return {n: row.get(n, bottom if i < first else top) for i, n in enumerate(known)}
-
-
-def _blocks(stem: str, row: dict[str, int]) -> bool:
-    """Whether the numbers count blocks of a model, not names that an exporter made up."""
-    return not re.search(r"(::|_)\w*$", stem) and len(row) >= len(set(row.values()))
 
 
 def layerwise_lr(model: Module, decay: float, patterns: Sequence[Patterns] | None = None) -> dict[str, float]:

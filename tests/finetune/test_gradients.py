@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 import treadle as td
@@ -59,3 +59,62 @@ def test_as_torch_recorded(key):
         if not difference <= TOLERANCE * recorded[-1] + floor:
             wrong[name] = difference / recorded[-1]
     assert not wrong, wrong
+
+
+def doubled(model):
+    """The model in f64: weights, inputs, casts and constants."""
+    single, double = onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE
+
+    def wide(tensor):
+        if tensor.data_type == single:
+            array = onnx.numpy_helper.to_array(tensor).astype(np.float64)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+
+    for tensor in model.graph.initializer:
+        wide(tensor)
+    for value in (*model.graph.input, *model.graph.output):
+        if value.type.tensor_type.elem_type == single:
+            value.type.tensor_type.elem_type = double
+    del model.graph.value_info[:]
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                wide(attribute.t)
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == single:
+                attribute.i = double
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", cases.MODELS)
+def test_as_differences_of_the_loss_in_f64(key):
+    model = cases.read(key)
+    if model is None:
+        pytest.skip(f"needs the package {cases.MODELS[key][0]} (the extra `test`)")
+    module = td.onnx.load(doubled(model))
+    inputs = [a.astype(np.float64) if a.dtype == np.float32 else a for a in cases.MODELS[key][2]().values()]
+    named = dict(module.named_parameters())
+    assert all(p.dtype == "float64" for p in named.values()) and len(named) == sum(
+        k.startswith(f"{key}/") for k in RECORDED) - 1
+
+    def run(*given):
+        loss = loss_of(module, *given)
+        return loss, [td.zeros((), "float64") if g is None else g for g in gradients(loss, list(named.values()))]
+
+    compiled = td.compile(run)
+    grads = [np.broadcast_to(g.numpy(), p.shape) for g, p in zip(compiled(*inputs)[1], named.values())]
+    floor = 1e-7 * max(float(np.linalg.norm(g)) for g in grads)
+    wrong = {}
+    for (name, parameter), grad in zip(named.items(), grads):
+        start = parameter.numpy()
+        direction = cases.rng_of(name, 2).standard_normal(start.shape)
+        step = 1e-6 * max(float(start.std()), 1e-2)
+        sides = []
+        for sign in (1, -1):
+            parameter.assign(td.tensor(start + sign * step * direction))
+            sides.append(compiled(*inputs)[0].item())
+        parameter.assign(td.tensor(start))
+        difference = (sides[0] - sides[1]) / (2 * step)
+        if not abs(difference - float((grad * direction).sum())) <= TOLERANCE * np.linalg.norm(grad) + floor:
+            wrong[name] = (difference, float((grad * direction).sum()))
+    assert not wrong and compiled.stats.compiles == 1, wrong
