@@ -36,7 +36,7 @@ lint:  ## ruff, and mypy over the package.
 	$(call ready,test)
 	@$(PY) -m ruff check .
 	@cd .venv/names && ../bin/python -m mypy --config-file ../../pyproject.toml \
-	  -m treadle -p treadle.ir -p treadle.autodiff -p treadle.schedules -p treadle.frontend
+	  -m treadle -p treadle.ir -p treadle.autodiff -p treadle.schedules -p treadle.distributed -p treadle.frontend
 
 bench:  ## Speed and memory beside torch eager, torch.compile, JAX and ONNX Runtime (installs them).
 	$(call ready,bench test)

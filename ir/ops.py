@@ -1,6 +1,7 @@
 """Imports every op declaration, so that the registry is complete: `from . import ops`."""
 
 from . import (
+    ops_collective,
     ops_control,
     ops_conv,
     ops_create,
@@ -15,6 +16,7 @@ from . import (
 )
 
 __all__ = [
+    "ops_collective",
     "ops_control",
     "ops_conv",
     "ops_create",

@@ -6,7 +6,7 @@ from ..ir.graph import Value
 from .group import Group, NotAligned, Recorder, anchor_axes, is_reduction
 from .loops import refine
 from .loops_index import Axis, Index, flatten, unflatten
-from .lower_slots import Kernel
+from .lower_slots import Host, Kernel
 from .order import sources_of
 from .rows_domain import analyse
 
@@ -20,7 +20,7 @@ def takes_over(group: Group, output: Value, source: Value) -> bool:
     last = group.nodes[-1]
     if last.op.has("regions"):
         return False
-    if isinstance(last.op.slots.get("lower"), Kernel):
+    if isinstance(last.op.slots.get("lower"), (Kernel, Host)):
         return not any(source in (v, *sources_of(v)) for v in group.inputs)
     if any(source in sources_of(v) for v in group.inputs):
         return False  # read under another name, somewhere else

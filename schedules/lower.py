@@ -22,6 +22,7 @@ from ..ir.opdef import rule
 from ..ir.rewrite import Rewriter, rewrite
 from . import (
     attention,
+    lower_collective,
     lower_elementwise,
     lower_fold,
     lower_pool,
@@ -36,15 +37,15 @@ from .inplace import takes_over
 from .layout import channels_last
 from .loops import Signature
 from .lower_control import CONTROL, Place, lower_control
-from .lower_slots import Anchor, Kernel
+from .lower_slots import Anchor, Host, Kernel
 from .order import in_order, is_other_name
-from .program import Arg, Buffer, Copy, KernelCall, Program, SizeArg, Step, View
+from .program import Arg, Buffer, Copy, HostCall, KernelCall, Program, SizeArg, Step, View
 from .rules import kernel_of
 from .sizes import expecting, hint, size_names, with_sizes
 from .target import Target
 
-__all__ = ["attention", "expand", "lower", "lower_elementwise", "lower_fold", "lower_pool", "lower_reduce",
-           "lower_scatter", "lower_shape", "lower_sort"]
+__all__ = ["attention", "expand", "lower", "lower_collective", "lower_elementwise", "lower_fold", "lower_pool",
+           "lower_reduce", "lower_scatter", "lower_shape", "lower_sort"]
 
 
 class _Expand(Rewriter):
@@ -160,10 +161,10 @@ class Lowering:
                                               data=array)
         return self.constants[id(node)]
 
-
     def array(self, array: np.ndarray) -> Buffer:
         """A constant that is no value of the graph."""
         return Buffer(f"c{next(self.numbers)}", array.shape, str(array.dtype), "constant", data=array)
+
 
 class _Region:
     """The lowering of one graph: where each value lies, and the steps so far."""
@@ -254,6 +255,10 @@ class _Region:
                                         [self.place(v) for v in node.results])
         elif isinstance(node.op.slots.get("lower"), Kernel):
             self.emit_own(node, node.op.slots["lower"])
+        elif isinstance(node.op.slots.get("lower"), Host):
+            args: list[Arg] = [*map(self.place, node.operands), *map(self.place, node.results)]
+            self.steps.append(HostCall(node.op.slots["lower"].name(node), args, range(len(node.operands), len(args)),
+                                       label=node.op.name))
         elif not self.is_alias(group):
             self.emit_group(group)
 
@@ -286,13 +291,13 @@ class _Region:
             args[signature.position(v) + shift] = self.place(v)
         reads = [i for i in range(len(args)) if i not in writes or i - shift < len(inputs)]
         kernel = kernel_of(group, signature, self.target, "kernel")
+        for v, array in group.packed.items():
+            args[signature.position(v)] = self.shared.array(array)
         args += map(SizeArg, size_names(kernel))
         self.steps.append(KernelCall(kernel, args, writes, [i for i in reads if i < len(signature.params) + shift],
                                      group.label, float(hint(sum(n.flops for n in group.nodes)))))
 
     def reuse(self, operand: Value, result: Value) -> None:
-        for v, array in group.packed.items():
-            args[signature.position(v)] = self.shared.array(array)
         """Gives a result the memory of an operand that nothing else needs."""
         place = self.places[operand]
         own = isinstance(place, Buffer) and place.kind == "temp" and place.alias_of is None

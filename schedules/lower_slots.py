@@ -5,6 +5,7 @@
 * `Reduce(...)`: a fold over axes with an associative operation.
 * `Anchor(fn)`: a kernel of its own that hands each element to the ops fused behind it.
 * `Kernel(fn)`: the op writes a kernel of its own.
+* `Host(name)`: the program calls a Python function.
 
 Expressions are computed in the *compute dtype* of a value: f32 for the narrower floats (rounded when stored,
 and by an explicit cast), the dtype itself for the rest.
@@ -61,6 +62,13 @@ class Kernel:
 
     fn: Callable[..., Any]
     inplace: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Host:
+    """`name(node)`: the host function (host.py) that is called with the operands, then the results to write."""
+
+    name: Callable[[Node], str]
 
 
 @dataclass(frozen=True)

@@ -70,11 +70,11 @@ def _contract(draw, values):
 
 
 @st.composite
-def graphs(draw, max_nodes=12, dtypes=("float32", "float64")):
+def graphs(draw, max_nodes=12, dtypes=("float32", "float64"), sizes=SIZES):
     """A random graph of up to `max_nodes` steps over one to three inputs."""
     dtype = draw(st.sampled_from(dtypes))
     with GraphBuilder("random") as builder:
-        values = [builder.input(TensorType(draw(st.lists(st.sampled_from(SIZES), max_size=3)), dtype), f"x{i}")
+        values = [builder.input(TensorType(draw(st.lists(st.sampled_from(sizes), max_size=3)), dtype), f"x{i}")
                   for i in range(draw(st.integers(1, 3)))]
         for _ in range(draw(st.integers(1, max_nodes))):
             step = draw(st.sampled_from((_elementwise, _elementwise, _view, _reduce, _contract)))

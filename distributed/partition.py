@@ -1,0 +1,203 @@
+"""From a graph and its plan to the program of each rank.
+
+The program is one and the same for all ranks (single program, multiple data): where ranks differ it asks for
+`axis_index`. Every value may lie in several ways at once; what a node needs in another way is brought there once, by
+the cheapest steps from any of the ways it lies already, and kept for later readers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..ir.builder import GraphBuilder
+from ..ir.context import emit
+from ..ir.errors import VerifyError
+from ..ir.graph import Graph, Node, Value
+from ..ir.ops_collective import COLLECTIVES
+from ..ir.text import node_text
+from .cost import Cluster, sent_bytes
+from .mesh import Mesh
+from .reshard import Step, path, seconds
+from .rules import Linear, Local
+from .sharding import Sharding
+from .solve import Plan, solve
+
+
+@dataclass
+class Partitioned:
+    """A graph's program for each rank of a mesh.
+
+    Attributes:
+        graph: what every rank runs, on its parts.
+        whole: the graph of one process that it came from.
+        inputs, outputs: where each lies.
+    """
+
+    graph: Graph
+    whole: Graph
+    mesh: Mesh
+    inputs: list[Sharding]
+    outputs: list[Sharding]
+    plan: Plan
+
+    def collectives(self) -> Counter[str]:
+        """How often a step calls each collective, by `op:axis`."""
+        return Counter(f"{n.op.name}:{n.attrs['axis']}" for n in self.graph.walk() if n.op.name in COLLECTIVES)
+
+    def traffic(self) -> Counter[str]:
+        """Bytes that each rank sends in a step, by `op:axis` (ring algorithms)."""
+        found: Counter[str] = Counter()
+        for node in self.graph.walk():
+            if node.op.name in COLLECTIVES:
+                whole = sum(max(a.type.nbytes, b.type.nbytes) for a, b in zip(node.operands, node.results))
+                size = node.attrs["size"]
+                if node.op.name == "all_to_all":
+                    whole *= size
+                found[f"{node.op.name}:{node.attrs['axis']}"] += int(sent_bytes(node.op.name, size, whole))
+        return found
+
+
+def partition(graph: Graph, mesh: Mesh, inputs: Mapping[int, Sharding], outputs: Mapping[int, Sharding] | None = None,
+              cluster: Cluster | None = None) -> Partitioned:
+    """The program of each rank. Arguments and errors as of `solve`."""
+    plan = solve(graph, mesh, inputs, outputs, cluster)
+    emitter = _Emitter(plan)
+    made = emitter.run()
+    return Partitioned(made, graph, mesh, plan.inputs, plan.outputs, plan)
+
+
+class _Emitter:
+    """Emits the program. `ways`: for each value of the whole graph the ways in which a rank has it."""
+
+    def __init__(self, plan: Plan):
+        self.plan, self.mesh, self.cluster = plan, plan.mesh, plan.cluster
+        self.builder = GraphBuilder(plan.graph.name)
+        self.ways: dict[Value, dict[Sharding, Value]] = {}
+        self.indices: dict[str, Value] = {}
+
+    def run(self) -> Graph:
+        """The program."""
+        graph = self.plan.graph
+        with self.builder as builder:
+            for v, role, sharding in zip(graph.inputs, graph.roles, self.plan.inputs):
+                self.ways[v] = {sharding: builder.input(sharding.local(v.type, self.mesh), v.name, role)}
+            for node in graph.nodes:
+                with builder.at(node.loc):
+                    self.node(node)
+            given: set[Value] = set()
+            for i, (v, sharding) in enumerate(zip(graph.outputs, self.plan.outputs)):
+                local = self.need(v, sharding)
+                if local in given or local in builder.graph.inputs:
+                    local = emit("identity", local)
+                given.add(local)
+                alias = builder.graph.inputs[graph.aliases[i]] if i in graph.aliases else None
+                builder.output(local, alias=alias)
+        builder.graph.meta.update(graph.meta)
+        return builder.graph
+
+    def node(self, node: Node) -> None:
+        """One node on a rank's parts."""
+        assert self.plan.table is not None
+        factors, shard = self.plan.table.factors[node], self.plan.table.rules[node]
+        chosen = self.plan.strategies[node]
+        operands = [self.need(v, Sharding.of(v.rank, {a: factors.operand_placement(s, i) for a, s in chosen.items()}))
+                    for i, v in enumerate(node.operands)]
+        shardings = [Sharding.of(v.rank, {a: factors.result_placement(s, i) for a, s in chosen.items()})
+                     for i, v in enumerate(node.results)]
+        types = [s.local(v.type, self.mesh) for v, s in zip(node.results, shardings)]
+        axes = {s: a for a, s in chosen.items() if s is not None and not isinstance(s, Linear)}
+        results = shard.emit(Local(node, self.mesh, axes, types, self.index), operands)
+        for label, axis in axes.items():
+            if label in factors.combined:
+                results = self.combined(results, axis, factors.combined[label])
+        if [r.type for r in results] != types:
+            raise VerifyError(f"the shard rule of {node_text(node)} gives {[str(r.type) for r in results]}, not "
+                              f"{list(map(str, types))}, for the strategy {chosen}", node.loc)
+        for v, sharding, local in zip(node.results, shardings, results):
+            local.name = local.name or v.name
+            self.ways[v] = {sharding: local}
+            self.settle(v, sharding)
+
+    def combined(self, values: tuple[Value, ...], axis: str, kind: str) -> tuple[Value, ...]:
+        found = emit("all_reduce", *values, axis=axis, size=self.mesh[axis], reduce=kind)
+        return found if isinstance(found, tuple) else (found,)
+
+    def settle(self, v: Value, sharding: Sharding) -> None:
+        """Brings a partial sum where its readers want it, and forgets the sum's parts."""
+        target = sharding
+        for axis, placement in self.plan.settled.get(v, {}).items():
+            target = target.placed(axis, placement)
+        if target != sharding:
+            self.ways[v] = {target: self.need(v, target)}
+
+    def need(self, v: Value, sharding: Sharding) -> Value:
+        """A rank's part of a value under a sharding, brought there if it does not lie so yet."""
+        ways = self.ways[v]
+        if sharding not in ways:
+            start = min(ways, key=lambda s: seconds(v.type, s, sharding, self.mesh, self.cluster))
+            local = ways[start]
+            for step in path(v.type, start, sharding, self.mesh, self.cluster):
+                local = self.step(local, step)
+                local.name = local.name or v.name
+                ways.setdefault(step.result, local)
+        return ways[sharding]
+
+    def index(self, axis: str) -> Value:
+        """The rank's place along an axis, asked for once."""
+        if axis not in self.indices:
+            self.indices[axis] = emit("axis_index", axis=axis, size=self.mesh[axis])
+        return self.indices[axis]
+
+    def step(self, x: Value, step: Step) -> Value:
+        """Emits one step of a path."""
+        axis, ranks = step.axis, self.mesh[step.axis]
+        group = {"axis": axis, "size": ranks}
+        if step.kind == "cut":
+            return cut(x, step.target, ranks, lambda: self.index(axis))
+        if step.kind == "mask":
+            return self.mask(x, axis)
+        found = {
+            "all_reduce": lambda: emit("all_reduce", x, **group, reduce="sum"),
+            "all_gather": lambda: emit("all_gather", x, **group, dims=(step.source,)),
+            "reduce_scatter": lambda: emit("reduce_scatter", x, **group, dims=(step.target,)),
+            "all_to_all": lambda: emit("all_to_all", x, **group, split=step.target, concat=step.source),
+        }[step.kind]()
+        made: Value = found[0] if isinstance(found, tuple) else found
+        return made
+
+    def mask(self, x: Value, axis: str) -> Value:
+        """A whole value as a partial sum: zeros everywhere but on the first rank. Zeros are that already."""
+        if is_zero(x):
+            return x
+        index = self.index(axis)
+        zero = emit("constant", value=np.zeros((), x.dtype.np))
+        made: Value = emit("where", emit("eq", index, index * 0), x, zero)
+        return made
+
+
+def is_zero(x: Value) -> bool:
+    """Whether a value is a constant all of whose elements are 0."""
+    while x.producer is not None and x.producer.op.name in ("broadcast_to", "reshape"):
+        x = x.producer.operands[0]
+    return x.producer is not None and x.producer.op.name == "constant" and not np.any(x.producer.attrs["value"])
+
+
+def cut(x: Value, dim: int, ranks: int, index: object) -> Value:
+    """A rank's part along a dimension; of a broadcast value no elements are read."""
+    size = x.shape[dim] // ranks
+    shape = (*x.shape[:dim], size, *x.shape[dim + 1:])
+    if x.producer is not None and x.producer.op.name == "broadcast_to":
+        source = x.producer.operands[0]
+        shift = x.rank - source.rank
+        if dim < shift or source.shape[dim - shift] == 1:
+            made: Value = emit("broadcast_to", source, shape=shape)
+            return made
+    zero = emit("constant", value=np.zeros((), np.int64))
+    starts = [zero] * x.rank
+    starts[dim] = index() * size  # type: ignore[operator]
+    made = emit("dynamic_slice", x, *starts, sizes=shape)
+    return made

@@ -1,0 +1,104 @@
+"""Annotations spread through a graph, until nothing changes.
+
+From what is annotated, along one mesh axis, splits follow the labels of the ops' rules: first forwards, from operands
+to results, as far as that goes; then backwards, from results to operands that have none; and again. Where operands ask
+for different labels the larger one wins: moving it would cost more. What is annotated never changes, and a hint is only
+that: `solve.py` decides, and knows what following it costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..ir.graph import Graph, Node, Value
+from ..ir.opdef import rule
+from .rules import Factors, Label, Shard
+from .sharding import WHOLE
+
+Hints = dict[Value, int]  # value -> the dimension that is split
+
+
+class RuleTable:
+    """The rules of a graph's nodes, each asked once."""
+
+    def __init__(self, graph: Graph):
+        self.rules: dict[Node, Shard] = {n: rule("shard", n.op, n.loc) for n in graph.nodes}
+        self.factors: dict[Node, Factors] = {n: r.factors(n) for n, r in self.rules.items()}
+        self.limits: dict[Node, dict[Label, int]] = {n: f.splittable(n) for n, f in self.factors.items()}
+
+    def fits(self, node: Node, label: Label, ranks: int) -> bool:
+        """Whether a label of a node can be split over so many ranks."""
+        return self.limits[node].get(label, 1) % ranks == 0 and self.limits[node].get(label, 0) > 0
+
+
+class Propagation:
+    """Spreads hints along one axis. `refused(value, dim)`: the dimension belongs to another axis."""
+
+    def __init__(self, graph: Graph, table: RuleTable, ranks: int, fixed: Mapping[Value, int],
+                 links: Sequence[tuple[Value, Value]], refused: Callable[[Value, int], bool]):
+        self.graph, self.table, self.ranks, self.fixed = graph, table, ranks, fixed
+        self.links, self.refused = links, refused
+        self.hints: Hints = {v: p for v, p in fixed.items() if p >= 0}
+
+    def run(self) -> Hints:
+        """The hints, annotated splits included."""
+        while True:
+            while self.sweep(self.graph.nodes, forwards=True):
+                pass
+            if not self.sweep(list(reversed(self.graph.nodes)), forwards=False):
+                return self.hints
+
+    def sweep(self, nodes: Sequence[Node], forwards: bool) -> bool:
+        """One pass over the nodes; whether a hint was added."""
+        before = len(self.hints)
+        for node in nodes:
+            factors = self.table.factors[node]
+            sources = list(zip(factors.operands, node.operands))
+            targets = list(zip(factors.results, node.results))
+            if not forwards:
+                sources, targets = targets, sources
+            label = self.strongest(node, sources)
+            if label is not None:
+                for labels, value in targets:
+                    if label in labels:
+                        self.add(value, labels.index(label))
+        for one, other in self.links:  # an output that takes over an input's storage lies as the input does
+            for a, b in ((one, other), (other, one)):
+                if a in self.hints:
+                    self.add(b, self.hints[a])
+        return len(self.hints) > before
+
+    def strongest(self, node: Node, sources: Sequence[tuple[Any, Value]]) -> Label:
+        """The label that the largest of some values is split along."""
+        best, size = None, -1
+        for labels, value in sources:
+            dim = self.hints.get(value)
+            if dim is not None and dim < len(labels) and labels[dim] is not None:
+                if self.table.fits(node, labels[dim], self.ranks) and value.type.nbytes > size:
+                    best, size = labels[dim], value.type.nbytes
+        return best
+
+    def add(self, value: Value, dim: int) -> None:
+        """A hint for a value that has none, if the dimension can be split."""
+        if value in self.hints or self.fixed.get(value) == WHOLE or self.refused(value, dim):
+            return
+        size = value.shape[dim]
+        if isinstance(size, int) and size and size % self.ranks == 0:
+            self.hints[value] = dim
+
+
+# A big op that would have to be whole along a dimension that lies split is decomposed: its parts can be split there.
+UNFOLDED = frozenset({"softmax", "log_softmax", "logsumexp", "cross_entropy", "layer_norm", "rms_norm", "batch_norm"})
+
+
+def to_unfold(table: RuleTable, hints: Hints, ranks: int) -> set[Node]:
+    """Nodes to decompose."""
+    found = set()
+    for node, factors in table.factors.items():
+        if node.op.name in UNFOLDED:
+            for labels, value in zip(factors.operands, node.operands):
+                dim = hints.get(value)
+                if dim is not None and labels[dim] is None:
+                    found.add(node)
+    return found

@@ -1,0 +1,113 @@
+"""From one sharding to another by the cheapest sequence of collectives.
+
+The steps along one mesh axis: gather a split dimension, cut a whole one (free), move the split to another dimension
+(all-to-all), sum a partial sum (all-reduce) or sum and cut it (reduce-scatter), and make a whole value a partial sum
+(the first rank keeps it). Values have few dimensions and meshes few axes, so the shortest path through all shardings is
+found outright.
+"""
+
+from __future__ import annotations
+
+import functools
+import heapq
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..ir.types import TensorType
+from .cost import Cluster
+from .mesh import Mesh, MeshError
+from .sharding import PARTIAL, WHOLE, Sharding
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: `kind` is a collective's name, or `cut`, or `mask` (whole -> partial sum, on one rank)."""
+
+    kind: str
+    axis: str
+    source: int  # placements along the axis
+    target: int
+    result: Sharding
+
+
+def transition(cluster: Cluster, axis: str, ranks: int, whole: float, source: int, target: int) -> float:
+    """Seconds to bring a value of `whole` bytes from one placement along an axis to another."""
+    if source == target or ranks < 2:
+        return 0.0
+    if source == WHOLE:
+        return cluster.touch(whole if target == PARTIAL else whole / ranks)
+    if source == PARTIAL:
+        return (cluster.all_reduce if target == WHOLE else cluster.reduce_scatter)(axis, ranks, whole)
+    if target >= 0:
+        return cluster.all_to_all(axis, ranks, whole)
+    return cluster.all_gather(axis, ranks, whole) + (cluster.touch(whole) if target == PARTIAL else 0.0)
+
+
+KINDS = {
+    (WHOLE, "split"): "cut", (WHOLE, PARTIAL): "mask", (PARTIAL, WHOLE): "all_reduce",
+    (PARTIAL, "split"): "reduce_scatter", ("split", WHOLE): "all_gather", ("split", "split"): "all_to_all",
+}
+
+
+def _kind(source: int, target: int) -> str | None:
+    def name(placement: int) -> object:
+        return "split" if placement >= 0 else placement
+    return KINDS.get((name(source), name(target)))  # type: ignore[arg-type]
+
+
+def _steps(sharding: Sharding, type: TensorType, mesh: Mesh, axes: tuple[str, ...]) -> Iterator[Step]:
+    for axis in axes:
+        source = sharding.placement(axis)
+        free = [d for d in range(type.rank) if sharding.dims[d] in (None, axis) and type.shape[d] % mesh[axis] == 0]
+        for target in (WHOLE, PARTIAL, *free):
+            kind = _kind(source, target)
+            if source != target and kind is not None:
+                yield Step(kind, axis, source, target, sharding.placed(axis, target))
+
+
+def _whole_bytes(type: TensorType, sharding: Sharding, mesh: Mesh, axis: str) -> float:
+    """Bytes of what the ranks along an axis hold together: the other axes' splits stay."""
+    size = float(type.nbytes)
+    for other in sharding.dims:
+        if other is not None and other != axis:
+            size /= mesh[other]
+    return size
+
+
+@functools.lru_cache(maxsize=4096)
+def path(type: TensorType, source: Sharding, target: Sharding, mesh: Mesh, cluster: Cluster) -> tuple[Step, ...]:
+    """The cheapest steps from one sharding of a value to another. Along axes of one rank nothing has to be sent.
+
+    Raises:
+        MeshError: there is none (a partial sum of integers...).
+    """
+    return _search(type, source, target, mesh, cluster)[1]
+
+
+def seconds(type: TensorType, source: Sharding, target: Sharding, mesh: Mesh, cluster: Cluster) -> float:
+    """What `path` costs."""
+    return _search(type, source, target, mesh, cluster)[0]
+
+
+def _search(type: TensorType, source: Sharding, target: Sharding, mesh: Mesh,
+            cluster: Cluster) -> tuple[float, tuple[Step, ...]]:
+    axes = tuple(a for a in mesh.names if source.placement(a) != target.placement(a)
+                 or source.placement(a) >= 0)  # one that stays may have to make room for another
+    order = itertools.count()
+    queue: list[tuple[float, int, int, Sharding, tuple[Step, ...]]] = [(0.0, 0, next(order), source, ())]
+    done: set[Sharding] = set()
+    while queue:
+        cost, _, _, here, steps = heapq.heappop(queue)
+        if here == target:
+            return cost, steps
+        if here in done:
+            continue
+        done.add(here)
+        for step in _steps(here, type, mesh, axes):
+            if step.result in done:
+                continue
+            whole = _whole_bytes(type, here, mesh, step.axis)
+            more = transition(cluster, step.axis, mesh[step.axis], whole, step.source, step.target)
+            heapq.heappush(queue, (cost + more, len(steps) + 1, next(order), step.result, (*steps, step)))
+    raise MeshError(f"a value {type} cannot be brought from {source} to {target} on the mesh {mesh}")

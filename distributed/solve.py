@@ -1,0 +1,249 @@
+"""Completion: a strategy for every node, by what communication and computation cost.
+
+One mesh axis after the other, the nodes are taken in order. Where an operand lies is known by then; candidates for a
+node are the labels along which its operands or the hint of its result are split, passing partial sums through, and
+running whole. Each is charged with bringing the operands where it needs them, with the work a rank then does, and with
+what its results will still owe: the reduction of a partial sum, the way to an output's place.
+
+A partial sum that several nodes read is brought where they want it at once; with one reader it waits, so that sums of
+partial sums (the gradients of query, key and value) are reduced once. That places exactly one all-reduce where
+Megatron-LM (Shoeybi et al. 2019, arXiv:1909.08053) has one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ..ir.dce import sweep
+from ..ir.decompose import INLINE, decompose
+from ..ir.errors import ShapeError
+from ..ir.graph import Graph, Node, Value
+from .cost import Cluster
+from .mesh import Mesh
+from .propagate import Hints, Propagation, RuleTable, to_unfold
+from .reshard import transition
+from .rules import Linear, Strategy
+from .sharding import PARTIAL, WHOLE, Sharding
+
+INFINITE = float("inf")
+
+
+@dataclass
+class Plan:
+    """How a graph runs on a mesh. Pure data.
+
+    Attributes:
+        graph: the graph of one process, big ops decomposed where that was needed.
+        inputs, outputs: where each lies between steps.
+        strategies: node -> mesh axis -> strategy (`rules.py`).
+        settled: partial sums that are brought somewhere as soon as they are there.
+        seconds: what a step takes by the cost model, along each mesh axis: communication, and work as the axis splits it.
+    """
+
+    graph: Graph
+    mesh: Mesh
+    cluster: Cluster
+    inputs: list[Sharding] = field(default_factory=list)
+    outputs: list[Sharding] = field(default_factory=list)
+    table: RuleTable | None = None
+    strategies: dict[Node, dict[str, Strategy]] = field(default_factory=dict)
+    settled: dict[Value, dict[str, int]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def solve(graph: Graph, mesh: Mesh, inputs: Mapping[int, Sharding], outputs: Mapping[int, Sharding] | None = None,
+          cluster: Cluster | None = None) -> Plan:
+    """A plan for a graph, some of whose inputs (and outputs) are annotated, by number.
+
+    Inputs that are not annotated lie as their readers want them; outputs as the input whose storage they take over, or
+    whole.
+
+    Raises:
+        MeshError, ShapeError: an annotation does not fit its value, or the graph has symbolic sizes.
+        MissingRuleError: an op says nothing of how it is split.
+    """
+    outputs = dict(outputs or {})
+    _check(graph, mesh, inputs, outputs)
+    graph = sweep(INLINE.run(graph).graph).graph
+    fixed = _fixed(graph, mesh, inputs, outputs)
+    while True:
+        table = RuleTable(graph)
+        hints = _all_hints(graph, mesh, table, fixed)
+        unfold = {n for axis in mesh.names for n in to_unfold(table, hints[axis], mesh[axis])}
+        if not unfold:
+            break
+        graph = decompose(graph, unfold.__contains__).graph
+        fixed = _fixed(graph, mesh, inputs, outputs)
+    plan = Plan(graph, mesh, cluster or Cluster(), table=table)
+    solvers = []
+    for axis in mesh.names:
+        solvers.append(_AxisSolver(plan, axis, hints[axis], fixed[axis], solvers))
+        solvers[-1].run()
+    plan.inputs = [Sharding.of(v.rank, {s.axis: s.stored[v] for s in solvers}) for v in graph.inputs]
+    plan.outputs = [outputs.get(i) or (plan.inputs[graph.aliases[i]] if i in graph.aliases else Sharding.whole(v.rank))
+                    for i, v in enumerate(graph.outputs)]
+    return plan
+
+
+def _check(graph: Graph, mesh: Mesh, inputs: Mapping[int, Sharding], outputs: Mapping[int, Sharding]) -> None:
+    if graph.dims:
+        raise ShapeError(f"graph {graph.name} has symbolic sizes ({', '.join(sorted(graph.dims))}); partitioning needs "
+                         "numbers: trace it for arguments of a fixed shape")
+    for i, sharding in inputs.items():
+        sharding.check(graph.inputs[i].type, mesh)
+    for i, sharding in outputs.items():
+        sharding.check(graph.outputs[i].type, mesh)
+
+
+def _fixed(graph: Graph, mesh: Mesh, inputs: Mapping[int, Sharding],
+           outputs: Mapping[int, Sharding]) -> dict[str, Hints]:
+    """axis -> annotated values -> placement."""
+    fixed: dict[str, Hints] = {}
+    for axis in mesh.names:
+        found: Hints = {graph.inputs[i]: s.placement(axis) for i, s in inputs.items()}
+        for i, s in outputs.items():
+            found.setdefault(graph.outputs[i], s.placement(axis))
+        for node in graph.nodes:
+            if node.op.name == "annotate" and axis in node.attrs["dims"]:
+                wish = Sharding(node.attrs["dims"])
+                wish.check(node.result.type, mesh)
+                found[node.result] = wish.placement(axis)
+        fixed[axis] = found
+    return fixed
+
+
+def _all_hints(graph: Graph, mesh: Mesh, table: RuleTable, fixed: Mapping[str, Hints]) -> dict[str, Hints]:
+    links = [(graph.inputs[j], graph.outputs[i]) for i, j in graph.aliases.items()]
+    hints: dict[str, Hints] = {}
+    for axis in mesh.names:
+        if mesh[axis] == 1:
+            hints[axis] = {}
+            continue
+        def refused(value: Value, dim: int, axis: str = axis) -> bool:
+            return any(other != axis and (fixed[other].get(value) == dim or hints.get(other, {}).get(value) == dim)
+                       for other in mesh.names)
+        hints[axis] = Propagation(graph, table, mesh[axis], fixed[axis], links, refused).run()
+    return hints
+
+
+class _AxisSolver:
+    """Chooses strategies along one axis, given those along the axes before it."""
+
+    def __init__(self, plan: Plan, axis: str, hints: Hints, fixed: Hints, before: Sequence[_AxisSolver]):
+        assert plan.table is not None
+        self.plan, self.axis, self.hints, self.fixed, self.before = plan, axis, hints, fixed, list(before)
+        self.graph, self.table, self.cluster, self.ranks = plan.graph, plan.table, plan.cluster, plan.mesh[axis]
+        self.have: dict[Value, list[int]] = {}
+        self.stored: dict[Value, int] = {}
+        self.total = 0.0
+        readers = self.graph.uses()
+        ends = {v: sum(o is v for o in self.graph.outputs) for v in self.graph.outputs}
+        self.readers = {v: len(dict.fromkeys(readers.get(v, ()))) + ends.get(v, 0)
+                        for v in (*self.graph.inputs, *(r for n in self.graph.nodes for r in n.results))}
+        self.wanted: dict[Value, int] = {}
+
+    def run(self) -> None:
+        """Fills in the strategies of every node."""
+        for v in self.graph.inputs:
+            self.stored[v] = self.fixed[v] if v in self.fixed else self.hint(v)
+            self.have[v] = [self.stored[v]]
+        for i, v in enumerate(self.graph.outputs):
+            source = self.graph.aliases.get(i)
+            self.wanted[v] = self.stored[self.graph.inputs[source]] if source is not None else self.fixed.get(v, WHOLE)
+        for node in self.graph.nodes:
+            self.choose(node)
+        self.plan.seconds[self.axis] = self.total
+
+    def hint(self, v: Value) -> int:
+        """Where a value would like to lie."""
+        dim = self.hints.get(v, WHOLE)
+        return WHOLE if dim >= 0 and self.clashes(v, dim) else dim
+
+    def clashes(self, v: Value, dim: int) -> bool:
+        """Whether the dimension is split over an earlier axis."""
+        return any(dim in s.have.get(v, ()) for s in self.before)
+
+    def whole_bytes(self, v: Value) -> float:
+        """Bytes of the value that the ranks along this axis hold together."""
+        size = float(v.type.nbytes)
+        for solver in self.before:
+            if solver.have[v][0] >= 0:
+                size /= solver.ranks
+        return size
+
+    def move(self, v: Value, target: int) -> float:
+        """Seconds to bring a value where it is needed, from the cheapest place where it lies."""
+        return min(transition(self.cluster, self.axis, self.ranks, self.whole_bytes(v), source, target)
+                   for source in self.have[v])
+
+    def candidates(self, node: Node) -> list[Strategy]:
+        """Labels first, whole last: of equal cost the first is taken."""
+        factors, found = self.table.factors[node], {}
+        taken = [self.plan.strategies[node][s.axis] for s in self.before]
+        for labels, v in zip(factors.operands, node.operands):
+            for place in self.have[v]:
+                if place >= 0:
+                    found[labels[place]] = True
+        for labels, v in zip(factors.results, node.results):
+            if self.hints.get(v, WHOLE) >= 0:
+                found[labels[self.hints[v]]] = True
+        if self.ranks == 1:
+            return [None]
+        kept: list[Strategy] = [x for x in found
+                                if x is not None and x not in taken and self.table.fits(node, x, self.ranks)]
+        for number, operands in enumerate(factors.linear):
+            if any(PARTIAL in self.have[node.operands[i]] for i in operands):
+                kept.append(Linear(number))
+        return [*kept, None]
+
+    def cost(self, node: Node, strategy: Strategy) -> float:
+        """Seconds of a strategy: moves, work, and what the results will owe."""
+        factors = self.table.factors[node]
+        work = max(float(node.flops) / self.cluster.flops, self.cluster.touch(float(node.nbytes)))
+        split = strategy is not None and not isinstance(strategy, Linear)
+        seconds = work / self.ranks if split else work
+        for i, v in enumerate(node.operands):
+            if v not in node.operands[:i] or factors.operand_placement(strategy, i) != factors.operand_placement(
+                    strategy, node.operands.index(v)):
+                seconds += self.move(v, factors.operand_placement(strategy, i))
+        for i, v in enumerate(node.results):
+            place = factors.result_placement(strategy, i)
+            if split and strategy in factors.combined:
+                seconds += self.cluster.all_reduce(self.axis, self.ranks, self.whole_bytes(v))
+            seconds += transition(self.cluster, self.axis, self.ranks, self.whole_bytes(v), place, self.goal(v, place))
+        return seconds
+
+    def goal(self, v: Value, place: int) -> int:
+        """Where a result will have to be: as annotated, as the output lies, as hinted, or just not a partial sum."""
+        if v in self.fixed:
+            return self.fixed[v]
+        if self.readers[v] == 1 and v in self.wanted:
+            return self.wanted[v]
+        hint = self.hint(v)
+        if hint >= 0:
+            return hint
+        return WHOLE if place == PARTIAL else place
+
+    def choose(self, node: Node) -> None:
+        """Takes the cheapest strategy and notes where things lie then."""
+        factors = self.table.factors[node]
+        for v in node.results:  # the axes before may ask
+            self.have.setdefault(v, [WHOLE])
+        best, least = None, INFINITE
+        for strategy in self.candidates(node):
+            seconds = self.cost(node, strategy)
+            if seconds < least * (1 - 1e-9):
+                best, least = strategy, seconds
+        self.total += least
+        self.plan.strategies.setdefault(node, {})[self.axis] = best
+        for i, v in enumerate(node.operands):
+            place = factors.operand_placement(best, i)
+            if place not in self.have[v]:
+                self.have[v].append(place)
+        for i, v in enumerate(node.results):
+            place = factors.result_placement(best, i)
+            if place == PARTIAL and self.readers[v] != 1 or v in self.fixed:
+                place = self.goal(v, place)
+                self.plan.settled.setdefault(v, {})[self.axis] = place
+            self.have[v] = [place]

@@ -1,0 +1,10 @@
+"""Collectives call the host: the function of that name sends the program's own memory (distributed/comm.py over MPI)."""
+
+from __future__ import annotations
+
+from ..ir.opdef import fill
+from ..ir.ops_collective import host_name
+from .lower_slots import Host
+
+for _name in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "axis_index", "send", "recv"):
+    fill("lower", _name, Host(host_name))

@@ -1,0 +1,201 @@
+"""Partitioned graphs, all ranks in one process, against the graph of one process, in f64; and what they send."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ir.graphs import arrays_for, graphs
+
+from treadle import autodiff  # noqa: F401
+from treadle.autodiff import grad_graph
+from treadle.distributed import Mesh, MeshError, Sharding, lockstep
+from treadle.distributed.partition import partition
+from treadle.ir import interp
+from treadle.ir.builder import build, emit
+from treadle.ir.errors import ShapeError
+from treadle.ir.parse import parse
+from treadle.ir.types import TensorType
+from treadle.ir.verify import verify
+
+from .models import arrays_of, convnet, gpt, with_gradients
+
+TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}
+
+
+def check(graph, mesh, inputs, outputs=None, seed=0):
+    """The partitioned graph, verified, round-tripped and compared."""
+    made = partition(graph, mesh, inputs, outputs)
+    verify(made.graph)
+    assert parse(str(made.graph)) == made.graph
+    arrays = arrays_of(graph, seed)
+    with np.errstate(all="ignore"):
+        for got, want in zip(lockstep.run_whole(made, arrays), interp.run(graph, arrays), strict=True):
+            np.testing.assert_allclose(got, want, **TOLERANCE)
+    return made
+
+
+@st.composite
+def meshes(draw):
+    sizes = draw(st.sampled_from([(2,), (3,), (4,), (2, 2), (2, 3), (4, 2), (2, 2, 2)]))
+    return Mesh(dict(zip("abc", sizes)))
+
+
+def some_shardings(draw, values, mesh):
+    """Random annotations that fit."""
+    found = {}
+    for i, v in enumerate(values):
+        if draw(st.booleans()):
+            placements = {}
+            for axis in mesh.names:
+                free = [d for d in range(v.rank) if d not in placements.values() and v.shape[d] % mesh[axis] == 0]
+                if free and draw(st.booleans()):
+                    placements[axis] = draw(st.sampled_from(free))
+            found[i] = Sharding.of(v.rank, placements)
+    return found
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_random_graphs_on_random_meshes(data):
+    graph = data.draw(graphs(dtypes=("float64",), sizes=(1, 2, 4, 6, 12)))
+    mesh = data.draw(meshes())
+    inputs = some_shardings(data.draw, graph.inputs, mesh)
+    made = partition(graph, mesh, inputs, some_shardings(data.draw, graph.outputs, mesh))
+    verify(made.graph)
+    arrays = arrays_for(graph)
+    with np.errstate(all="ignore"):
+        for got, want in zip(lockstep.run_whole(made, arrays), interp.run(graph, arrays), strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-9 * max(1, np.max(np.abs(want), initial=0)))
+
+
+# Models ------------------------------------------------------------------------------------------------------------
+
+MESHES = {
+    "dp2": {"data": 2}, "dp4": {"data": 4}, "tp2": {"tensor": 2}, "dp2 x tp2": {"data": 2, "tensor": 2},
+}
+
+
+def axes_of(mesh):
+    return {"data": "data" if "data" in mesh else None, "tensor": "tensor" if "tensor" in mesh else None}
+
+
+@pytest.mark.parametrize("axes", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize("extra", [{}, {"sequence": True}, {"vocabulary": True}], ids=["plain", "sequence", "vocabulary"])
+def test_gpt(axes, extra):
+    mesh = Mesh(axes)
+    if extra and "tensor" not in mesh:
+        pytest.skip("needs a tensor axis")
+    graph, shardings = gpt(**axes_of(mesh), **extra)
+    graph, outputs = with_gradients(graph, shardings)
+    check(graph, mesh, shardings, outputs)
+
+
+@pytest.mark.parametrize("axes", MESHES.values(), ids=MESHES)
+def test_convnet(axes):
+    mesh = Mesh(axes)
+    graph, shardings = convnet(**axes_of(mesh))
+    graph, outputs = with_gradients(graph, shardings)
+    check(graph, mesh, shardings, outputs)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_transformer_block_has_one_all_reduce_per_half_and_direction(layers):
+    mesh = Mesh({"tensor": 2})
+    graph, shardings = gpt(layers=layers, tensor="tensor")
+    forward = check(graph, mesh, shardings)
+    assert forward.collectives() == {"all_reduce:tensor": 2 * layers}
+    graph, outputs = with_gradients(graph, shardings)
+    both = check(graph, mesh, shardings, outputs)
+    assert both.collectives() == {"all_reduce:tensor": 4 * layers}
+    activation = 4 * 8 * 8 * 8  # batch, seq, width, bytes
+    assert both.traffic() == {"all_reduce:tensor": 4 * layers * 2 * activation // 2}
+
+
+def test_sequence_parallelism_scatters_and_gathers_instead():
+    mesh = Mesh({"tensor": 2})
+    graph, shardings = gpt(tensor="tensor", sequence=True)
+    forward = check(graph, mesh, shardings).collectives()
+    assert forward["all_reduce:tensor"] <= 1  # of the loss
+    assert forward["reduce_scatter:tensor"] == 2 and forward["all_gather:tensor"] == 2
+
+
+def test_vocabulary_parallel_loss_sends_no_logits():
+    mesh = Mesh({"tensor": 2})
+    graph, shardings = gpt(batch=8, tensor="tensor", vocabulary=True, vocab=512)
+    made = check(graph, mesh, shardings)
+    logits = 8 * 8 * 512 * 8
+    assert sum(made.traffic().values()) < logits / 2
+    assert not any(512 in v.shape for n in made.graph.nodes for v in n.results)
+
+
+def test_data_parallelism_reduces_each_gradient_once():
+    mesh = Mesh({"data": 4})
+    graph, shardings = gpt(data="data")
+    graph, outputs = with_gradients(graph, shardings)
+    made = check(graph, mesh, shardings, outputs)
+    assert made.collectives() == {"all_reduce:data": len(outputs) + 1}  # and the loss
+    wanted = sum(graph.outputs[i].type.nbytes for i in outputs) + 8
+    assert made.traffic()["all_reduce:data"] == pytest.approx(2 * 3 / 4 * wanted, abs=len(outputs) + 1)
+
+
+GOLDEN = """
+graph half(%x: f64[4,4] data, %up: f64[4,4] data, %down: f64[4,4] data) -> (f64[4,4]) {
+  %0 = matmul(%x, %up) : f64[4,4]
+  %1 = tanh(%0) : f64[4,4]
+  %2 = matmul(%1, %down) : f64[4,4]
+  %3 = all_reduce(%2) {axis="tensor", size=2} : f64[4,4]
+  %4 = add(%3, %x) : f64[4,4]
+  return %4
+}
+"""
+
+
+def half(x, up, down):
+    return emit("matmul", emit("tanh", emit("matmul", x, up)), down) + x
+
+
+def test_the_program_of_a_rank():
+    f64 = [TensorType(s, "float64") for s in ((4, 4), (4, 8), (8, 4))]
+    graph = build("half", half, *f64)
+    for v, name in zip(graph.inputs, ("x", "up", "down")):
+        v.name = name
+    made = check(graph, Mesh({"tensor": 2}), {1: Sharding((None, "tensor")), 2: Sharding(("tensor", None))})
+    assert str(made.graph).strip() == GOLDEN.strip()
+
+
+def test_a_gradient_of_the_per_rank_program():
+    """The vjp rules of collectives are those of the sum of all ranks' losses."""
+    def loss(x):
+        whole = emit("all_gather", x, axis="a", size=2, dims=(0,))
+        part = emit("reduce_scatter", emit("square", whole), axis="a", size=2, dims=(1,))
+        moved = emit("all_to_all", part, axis="a", size=2, split=0, concat=1)
+        return emit("reduce_sum", emit("all_reduce", emit("sin", moved), axis="a", size=2), axes=(0, 1))
+
+    graph = grad_graph(build("loss", loss, TensorType((2, 4), "float64")), [0])
+    mesh, rng = Mesh({"a": 2}), np.random.default_rng(0)
+    xs = [rng.standard_normal((2, 4)) for _ in range(2)]
+    direction = [rng.standard_normal((2, 4)) for _ in range(2)]
+
+    def total(step):
+        return sum(out[0] for out in lockstep.run(graph, mesh, [[x + step * d] for x, d in zip(xs, direction)]))
+
+    slope = (total(1e-6) - total(-1e-6)) / 2e-6
+    grads = [out[1] for out in lockstep.run(graph, mesh, [[x] for x in xs])]
+    np.testing.assert_allclose(sum(np.vdot(g, d) for g, d in zip(grads, direction)), slope, rtol=1e-6)
+
+
+# Bad input ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_refused():
+    graph = build("half", half, *[TensorType(s, "float64") for s in ((4, 4), (4, 6), (6, 4))])
+    with pytest.raises(ShapeError, match="does not divide over the 4 ranks of 'tensor'; nothing is padded: make it 8"):
+        partition(graph, Mesh({"tensor": 4}), {1: Sharding((None, "tensor"))})
+    with pytest.raises(MeshError, match="no mesh axis 'model'"):
+        partition(graph, Mesh({"tensor": 2}), {1: Sharding((None, "model"))})
+    with pytest.raises(MeshError, match="uses a mesh axis twice"):
+        Sharding(("tensor", "tensor"))
+    with pytest.raises(MeshError, match="is for 1 dimensions"):
+        partition(graph, Mesh({"tensor": 2}), {1: Sharding(("tensor",))})
+    with pytest.raises(MeshError, match="needs 8 ranks, but this job has 2.*treadle launch -n 8"):
+        Mesh({"data": 8}).check_world(2)
