@@ -116,8 +116,9 @@ class Facts:
         """(values read from outside, values that others or the graph need; free ones are computed where needed)."""
         inside = set(nodes)
         inputs = dict.fromkeys(v for n in nodes for v in n.operands if v.producer not in inside)
+        # a view that the graph gives is read outside, even where the group reads through it as well
         outputs = [v for n in nodes if n not in self.free for v in n.results
-                   if v in self.wanted or any(r not in inside for r in self.outside_readers(v))]
+                   if v in self.wanted or any(r not in inside or r in self.free for r in self.outside_readers(v))]
         return list(inputs), outputs
 
     def outside_readers(self, v: Value) -> list[Node]:

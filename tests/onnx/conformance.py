@@ -60,11 +60,16 @@ class Case:
     def data(self) -> Iterator[tuple[list[Any], list[Any]]]:
         """Pairs of inputs and expected outputs."""
         if self.case.model_dir is None:
-            yield from self.case.data_sets
+            for inputs, outputs in self.case.data_sets:
+                yield [_array(x) for x in inputs], [_array(x) for x in outputs]
             return
         model = self.model
         for folder in sorted(glob.glob(os.path.join(self.case.model_dir, "test_data_set*"))):
             yield (_load(folder, "input", model.graph.input), _load(folder, "output", model.graph.output))
+
+
+def _array(value: Any) -> Any:
+    return numpy_helper.to_array(value) if isinstance(value, onnx.TensorProto) else value
 
 
 def _load(folder: str, what: str, values: Any) -> list[Any]:

@@ -154,6 +154,15 @@ def test_random_graphs_fuse_rightly(steps):
     check(graph, arrays, tol=2e-3)
 
 
+def test_a_view_that_is_an_output_and_read_inside():
+    def fn(x, i):
+        y = emit("reshape", emit("log_softmax", emit("reshape", x, shape=(6, 1, 5)), axis=2), shape=(6, 5))
+        return [-emit("take_along_axis", y, i, axis=1), y]
+
+    graph = graph_of(fn, (6, 5), ((6, 1), "int64"))
+    check(graph, [data(graph)[0], np.arange(6).reshape(6, 1) % 5])
+
+
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (1, 40, 7), (5, 16, 3), (33, 31, 20), (64, 64, 64), (130, 97, 30),
                                            (3, 200, 0), (1, 300, 256), (257, 1, 12)])
 def test_heavy_epilogues_of_products_of_any_size(m, n, k):
