@@ -2,8 +2,9 @@
 
 There is no reduction over channels to keep a register tile busy, so vectors run over channels instead: a tile of
 neighbouring output pixels of one vector of channels multiplies channel-last input pixels with the weights of a tap.
-Weights are repacked [tap, channels]; a channels-first tensor is turned channel-last in scratch first.  The weight
-gradient keeps one accumulator per tap of a kernel row and walks the pixels.
+Weights are repacked [tap, channels]; a channels-first tensor is turned channel-last in scratch first.  Where the
+channels are no multiple of a vector, the last vector is moved back until it fits, and stores only what no other does.
+The weight gradient keeps one accumulator per tap of a kernel row and walks the pixels.
 """
 
 from __future__ import annotations
@@ -44,10 +45,15 @@ class DepthwiseConv(GatherConv):
 
     def __init__(self, problem: ConvProblem, config: ConvConfig, target, op: str):
         super().__init__(problem, config, target, op)
-        spatial = problem.spatial if op == FORWARD else problem.out_spatial
-        self.pack = channels_last(problem, self.in_layout, spatial, self.wide)
-        self.groups, self.out, self.blocks = 1, problem.in_channels, -(-problem.in_channels // self.wide)
-        self.channels_in, self.in_layout = self.blocks * self.wide, "NHWC"
+        spatial, channels = problem.spatial if op == FORWARD else problem.out_spatial, problem.in_channels
+        self.pack: ChannelsLastPack | None = None
+        if self.in_layout == self.out_layout == "NHWC" and problem.dtype == problem.acc_dtype:
+            self.wide = self.tile = min(self.wide, channels)
+            self.moved = -channels % self.wide
+        else:
+            self.pack = channels_last(problem, self.in_layout, spatial, self.wide)
+        self.groups, self.out, self.blocks = 1, channels, -(-channels // self.wide)
+        self.channels_in, self.in_layout = self.blocks * self.wide if self.pack else channels, "NHWC"
 
     def transposes(self) -> list[Transpose]:
         return super().transposes() + _transposes(self.pack)
@@ -75,14 +81,17 @@ class DepthwiseConv(GatherConv):
     def emit_tile(self, source, packed, sink, place: Row, width: AxisTaps, start, size: int, taps) -> None:
         wide = self.wide
         acc = accumulators(size, 1, wide, self.acc_dtype)
+        channel = place.block * wide
+        if self.moved:
+            channel = T.min(channel, self.out - wide)
         with ExitStack() as nest:
-            first = place.n * self.strides[0] + place.block * wide
+            first = place.n * self.strides[0] + channel
             base, tap = self.enter_tap_rows(nest, place, first)
             columns = taps if isinstance(taps, list) else [(j, (0, size)) for j in range(width.taps)]
             for j, (low, high) in columns:
                 if low == high:
                     continue
-                at = (tap * self.kernel[2] + width.k0 + j * width.k_step) * self.channels_in + place.block * wide
+                at = (tap * self.kernel[2] + width.k0 + j * width.k_step) * self.channels_in + channel
                 for i in range(low, high):
                     column = (start + i) * width.in_stride + width.offset(j)
                     with when(within(column, width.in_extent) if taps == "mask" else None):

@@ -54,6 +54,7 @@ class GatherConv:
         self.kernel = (1,) * (3 - len(problem.kernel)) + tuple(problem.kernel)
         self.out = self.channels_out // self.groups
         self.blocks = -(-self.out // self.tile)
+        self.moved = 0  # lanes by which the last vector of channels is moved back
         self.packed = False  # whether the weights come as `packed_weights` has them
 
     @property
@@ -184,8 +185,8 @@ class ChannelsLast:
                             self.store(n, channel + lane, index, acc[i][v * wide + lane])
                 if not whole and tail > v * wide:
                     with when(self.place.block == conv.blocks - 1 if conv.blocks > 1 else None):
-                        with serial(tail - v * wide) as lane:
-                            self.store(n, channel + lane, index, acc[i][v * wide + lane])
+                        with vectorized(tail - v * wide) as lane:
+                            self.store(n, channel + lane, index, acc[i][v * wide + lane + conv.moved])
 
     def finish(self) -> None:
         """Nothing is held back."""

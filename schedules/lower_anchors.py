@@ -169,8 +169,26 @@ def conv_problem(node: Node, x: Sequence[int], w: Sequence[int]) -> ConvProblem:
     attrs = node.attrs
     last = attrs["channels_last"]
     channels, spatial = (x[-1], x[1:-1]) if last else (x[1], x[2:])
-    return ConvProblem(x[0], channels, w[0], tuple(spatial), tuple(w[2:]), attrs["stride"], attrs["padding"],
-                       attrs["dilation"], attrs["groups"], str(node.operands[0].dtype), "NHWC" if last else "NCHW")
+    kept = _long_axes(node, spatial, w[2:])
+
+    def of(values: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(values[i] for i in kept)
+
+    return ConvProblem(x[0], channels, w[0], of(spatial), of(w[2:]), of(attrs["stride"]), of(attrs["padding"]),
+                       of(attrs["dilation"]), attrs["groups"], str(node.operands[0].dtype), "NHWC" if last else "NCHW")
+
+
+def _long_axes(node: Node, spatial: Sequence[int], kernel: Sequence[int]) -> list[int]:
+    """The spatial axes that are more than one position: a register tile runs along the last of them."""
+    padding = node.attrs["padding"]
+    kept = [i for i, (n, k) in enumerate(zip(spatial, kernel)) if (n, k, *padding[i]) != (1, 1, 0, 0)]
+    return kept or [0]
+
+
+def _all_axes(kept: Sequence[int], rank: int, spatial: Sequence[Any]) -> tuple[Any, ...]:
+    """A position with the axes of one element as well."""
+    found = dict(zip(kept, spatial))
+    return tuple(found.get(i, tirx.const(0, "int64")) for i in range(rank))
 
 
 def _extra(node: Node, epilogue: Epilogue) -> list[Any]:
@@ -178,9 +196,16 @@ def _extra(node: Node, epilogue: Epilogue) -> list[Any]:
 
 
 def _activation_store(node: Node, epilogue: Epilogue) -> Any:
-    if node.attrs["channels_last"]:
-        return lambda n, c, spatial, acc: epilogue.store((n, *spatial, c), acc)
-    return lambda n, c, spatial, acc: epilogue.store((n, c, *spatial), acc)
+    last = node.attrs["channels_last"]
+    image = (node.result if node.op.name == "conv_input_grad" else node.operands[0]).shape
+    spatial = image[1:-1] if last else image[2:]
+    kept, rank = _long_axes(node, spatial, node.operands[1].shape[2:]), len(spatial)
+
+    def store(n: Any, c: Any, position: Sequence[Any], acc: Any) -> None:
+        at = _all_axes(kept, rank, position)
+        epilogue.store((n, *at, c) if last else (n, c, *at), acc)
+
+    return store
 
 
 def conv(node: Node, epilogue: Epilogue, target: Any, name: str) -> Any:
@@ -214,9 +239,13 @@ def conv_input_grad(node: Node, epilogue: Epilogue, target: Any, name: str) -> A
 def conv_weight_grad(node: Node, epilogue: Epilogue, target: Any, name: str) -> Any:
     if needs_plain(node):
         return plain_kernel(node, epilogue, name)
-    x = node.operands[0]
-    return conv_weight_grad_primfunc(conv_problem(node, x.shape, node.result.shape), None, target, name,
-                                     lambda o, i, at, acc: epilogue.store((o, i, *at), acc), _extra(node, epilogue))
+    x, w = node.operands[0].shape, node.result.shape
+    kept = _long_axes(node, x[1:-1] if node.attrs["channels_last"] else x[2:], w[2:])
+
+    def store(o: Any, i: Any, at: Sequence[Any], acc: Any) -> None:
+        epilogue.store((o, i, *_all_axes(kept, len(w) - 2, at)), acc)
+
+    return conv_weight_grad_primfunc(conv_problem(node, x, w), None, target, name, store, _extra(node, epilogue))
 
 
 fill("lower", "matmul", Anchor(matmul))
