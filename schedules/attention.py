@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..ir import ops as _ops  # noqa: F401  (declares the op whose slot is filled here)
@@ -30,6 +30,7 @@ from .gemm import GemmProblem
 from .gemm_propose import SERIAL_FLOPS, Machine, machine
 from .lower_anchors import Epilogue
 from .lower_slots import Anchor, compute_dtype
+from .sizes import hint, hinted, is_dynamic
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 GROUP_ROWS = 512    # queries that share packed keys: packing them is then below 2 % of the work
@@ -73,6 +74,11 @@ class AttentionProblem:
     def flops(self) -> int:
         return 2 * math.prod(self.lead) * self.queries * self.keys * (self.features + self.values)
 
+    def expected(self) -> AttentionProblem:
+        """The same with the sizes that are expected."""
+        return replace(self, lead=hinted(self.lead), lead_q=hinted(self.lead_q), lead_k=hinted(self.lead_k),
+                       lead_v=hinted(self.lead_v), queries=hint(self.queries), keys=hint(self.keys))
+
     def scores(self) -> GemmProblem:
         return GemmProblem(self.queries, self.keys, self.features, False, True, self.lead_q, self.lead_k, self.dtype,
                            self.dtype, self.acc_dtype)
@@ -104,6 +110,8 @@ class AttentionConfig:
 
 def propose(p: AttentionProblem, target: Any) -> AttentionConfig:
     """The cheapest register tiles by the model of `gemm_propose.cycles`, and blocks of keys that fit the L2 cache."""
+    if is_dynamic(p.queries, p.keys, *p.lead):
+        return propose(p.expected(), target)
     m = machine(p.scores(), target)
     shapes = [(rows, tiles, vs, vv) for vs, vv in itertools.product((1, 2, 3), repeat=2)
               for rows in range(1, min((m.registers - max(vs, vv) - 1) // max(vs, vv), p.queries) + 1)
@@ -140,12 +148,12 @@ def takes(node: Node) -> bool:
     1.08 for 128 queries with 128 keys.
     """
     q, k, v = (o.type for o in node.operands[:3])
-    if not all(o.type.is_static for o in node.operands) or str(q.dtype) not in FLOATS:
+    if is_dynamic(q.shape[-1], v.shape[-1]) or str(q.dtype) not in FLOATS:
         return False
-    if not node.result.type.size or not k.size or not q.size:
+    if node.result.type.size == 0 or k.size == 0 or q.size == 0:
         return False
-    heads, queries = math.prod(node.result.shape[:-2]), q.shape[-2]
-    few = heads * queries < FEWEST_ROWS and k.shape[-2] > LONG
+    heads, queries = hint(math.prod(node.result.shape[:-2])), hint(q.shape[-2])
+    few = heads * queries < FEWEST_ROWS and hint(k.shape[-2]) > LONG
     return queries >= (FEWEST_ALONE if heads == 1 else FEWEST_QUERIES) and not few
 
 

@@ -16,7 +16,8 @@ from .attention import AttentionConfig, AttentionProblem
 from .gemm import GemmConfig, GemmHooks, GemmProblem
 from .gemm_tir import SMALL_BYTES, Index, TileEmitter, Where, broadcast_index, maybe, unflatten
 from .lower_anchors import Epilogue
-from .lower_slots import const, let, read
+from .lower_slots import const, hide, let, read
+from .sizes import expression, is_dynamic
 
 STREAMS = 4  # rows that a pass over scores walks along at once: hides the latency of max, + and exp
 
@@ -30,7 +31,11 @@ def build_primfunc(problem: AttentionProblem, config: AttentionConfig, target: A
             T.func_attr({"global_symbol": name, "tirx.noalias": True})
             for buffer in epilogue.params:
                 T.arg(buffer.name, buffer)
-            AttentionEmitter(problem, config, target, epilogue, operands).emit()
+            if is_dynamic(problem.queries, problem.keys, *problem.lead):
+                from .attention_sized import emit_sized
+                emit_sized(problem, config, target, epilogue, operands)
+            else:
+                AttentionEmitter(problem, config, target, epilogue, operands).emit()
     return builder.get()
 
 
@@ -50,16 +55,7 @@ class AttentionEmitter:
 
     def __init__(self, problem: AttentionProblem, config: AttentionConfig, target: Any, epilogue: Epilogue,
                  operands: Sequence[Value]):
-        self.p, self.c, self.epilogue = problem, config, epilogue
-        q, k, v, *mask = (epilogue.buffer(x) for x in operands)
-        self.mask: Any = mask[0] if mask else None
-        self.mask_dtype = str(operands[3].dtype) if mask else ""
-        self.mask_shape = tuple(operands[3].shape) if mask else ()
-        if self.mask_dtype == "bool":  # TVM takes vectors of bool apart, not those of bytes
-            self.mask = T.decl_buffer(mask[0].shape, "uint8", data=mask[0].data, align=1)
-        self.dtype = problem.acc_dtype
-        self.lanes = target.vector_bits // (64 if self.dtype == "float64" else 32)
-        self.rows = config.rows
+        q, k, v = self.take(problem, config, target, epilogue, operands)
         narrow = problem.dtype != self.dtype
         self.qk = TileEmitter(
             problem.scores(), GemmConfig(tile_rows=config.tile_rows, tile_cols=config.score_vectors * self.lanes,
@@ -67,13 +63,10 @@ class AttentionEmitter:
             GemmHooks((), a=q, b=k), self.lanes)
         self.keys = self.qk.col_panels * self.qk.cols  # of a block
         self.key_blocks = -(-problem.keys // self.keys)
-        self.pad = self.qk.cols if self.key_blocks > 1 else 0  # where the last panel, moved back, may reach
-        product = GemmProblem(self.rows, problem.values, self.keys, batch_b=problem.lead_v, dtype_a=self.dtype,
-                              dtype_b=problem.dtype, out_dtype=self.dtype)
-        self.pv = ValueTiles(product, GemmConfig(tile_rows=config.tile_rows, col_panels=1 << 30,
-                                                 tile_cols=config.value_vectors * self.lanes),
-                             GemmHooks((), b=v, load_a=lambda _, i, k: self.scores[i, self.pad + k],
-                                       store=self.store), self.lanes)
+        self.many = self.key_blocks > 1
+        self.pad = self.qk.cols if self.many else 0  # where the last panel, moved back, may reach
+        self.pv = ValueTiles(*self.value_product(), GemmHooks((), b=v, load_a=self.load_score, store=self.store),
+                             self.lanes)
         self.pv.owned = self.owned
         self.blocks = -(-problem.queries // self.rows)
         self.group = -(-self.blocks // config.groups)  # blocks of queries of a task
@@ -85,35 +78,65 @@ class AttentionEmitter:
             self.qk.index_dtype = self.pv.index_dtype = "int32"
         self.serial, self.vector = self.pv.serial, self.pv.vector
 
+    def take(self, problem: AttentionProblem, config: AttentionConfig, target: Any, epilogue: Epilogue,
+             operands: Sequence[Value]) -> list[Any]:
+        """Notes what is computed; gives the buffers of queries, keys and values."""
+        self.p, self.c, self.epilogue = problem, config, epilogue
+        q, k, v, *mask = (epilogue.buffer(x) for x in operands)
+        self.mask: Any = mask[0] if mask else None
+        self.mask_dtype = str(operands[3].dtype) if mask else ""
+        self.mask_shape = tuple(operands[3].shape) if mask else ()
+        if self.mask_dtype == "bool":  # TVM takes vectors of bool apart, not those of bytes
+            self.mask = T.decl_buffer(mask[0].shape, "uint8", data=mask[0].data, align=1)
+        self.dtype = problem.acc_dtype
+        self.lanes = target.vector_bits // (64 if self.dtype == "float64" else 32)
+        self.rows = config.rows
+        return [q, k, v]
+
+    def value_product(self) -> tuple[GemmProblem, GemmConfig]:
+        """The product P V of a block of queries and one of keys."""
+        p = self.p
+        product = GemmProblem(self.rows, p.values, self.keys, batch_b=p.lead_v, dtype_a=self.dtype, dtype_b=p.dtype,
+                              out_dtype=self.dtype)
+        return product, GemmConfig(tile_rows=self.c.tile_rows, col_panels=1 << 30,
+                                   tile_cols=self.c.value_vectors * self.lanes)
+
+    def load_score(self, _batch: Any, i: Index, k: Index) -> Any:
+        return self.scores[i, self.pad + k]
+
     # Tasks
 
     def emit(self) -> None:
-        tasks = math.prod(self.p.lead) * self.groups
-        loop = T.parallel if self.c.parallel and tasks > 1 else T.serial
-        with T.attr(0, "pragma_import_llvm", self.qk.pack.llvm_ir()), loop(self.qk.extent(tasks)) as t:
+        with T.attr(0, "pragma_import_llvm", self.qk.pack.llvm_ir()):
+            tasks = math.prod(self.p.lead) * self.groups
+            self.emit_tasks((T.parallel if self.c.parallel and tasks > 1 else T.serial)(self.qk.extent(tasks)))
+
+    def emit_tasks(self, loop: Any) -> None:
+        several = not (isinstance(self.groups, int) and self.groups == 1)
+        with loop as t:
             self.batch = unflatten(t // self.groups, self.p.lead)
-            group = t % self.groups if self.groups > 1 else 0
-            if self.p.causal and self.groups > 1:  # early groups see few keys: pair each with a late one
+            group = t % self.groups if several else 0
+            if self.p.causal and several:  # early groups see few keys: pair each with a late one
                 group = let_index(T.if_then_else(group % 2 == 0, group // 2, self.groups - 1 - group // 2))
             self.allocate()
             self.first = group * self.group
             count = self.pv.count(self.blocks, self.group, self.first)
-            if self.key_blocks > 1:
+            if self.many:
                 self.clear(count)
             with self.serial(self.key_blocks) as block:
-                self.k0 = block * self.keys if self.key_blocks > 1 else 0
-                length = self.pv.count(self.p.keys, self.keys, self.k0) if self.key_blocks > 1 else self.p.keys
+                self.k0 = block * self.keys if self.many else 0
+                length = self.pv.count(self.p.keys, self.keys, self.k0) if self.many else expression(self.p.keys)
                 if self.p.causal:
                     length = let_index(T.min(length, (self.first + count) * self.rows - self.k0))
                 with maybe(length > 0 if self.may_be_blind else True):
                     self.over_queries(block, count, length)
-            if self.key_blocks > 1:
+            if self.many:
                 self.finish(count)
 
     @property
     def may_be_blind(self) -> bool:
         """Whether queries may see nothing of a block of keys."""
-        return self.p.causal and self.key_blocks > 1
+        return self.p.causal and self.many
 
     def allocate(self) -> None:
         buffer, rows = self.pv.buffer, self.rows
@@ -122,7 +145,7 @@ class AttentionEmitter:
         self.scores = buffer((rows, self.pad + self.keys), self.dtype)
         self.stack = buffer((self.pv.rows, self.pv.cols), self.dtype)
         self.shift, self.factor = buffer((rows,), self.dtype), buffer((rows,), self.dtype)
-        if self.key_blocks > 1:
+        if self.many:
             self.peak = buffer((self.group, rows), self.dtype)
             self.total = buffer((self.group, rows), self.dtype)
             self.part = buffer((self.group, rows, self.pv.panels, self.pv.cols), self.dtype)
@@ -279,7 +302,7 @@ class AttentionEmitter:
     def set_shift(self, b: Index, row: Index, peak: Any) -> None:
         """What is subtracted from the scores of a row: their peak so far, 0 for a row that saw nothing."""
         none = self.const(-math.inf)
-        if self.key_blocks > 1:
+        if self.many:
             before = let(self.peak[b, row])
             peak = let(tirx.Max(before, peak))
             T.buffer_store(self.peak, peak, [b, row])
@@ -291,7 +314,7 @@ class AttentionEmitter:
 
     def settle(self, b: Index, row: Index, total: Any) -> None:
         """`factor`: what O of this row is multiplied with, the reciprocal of the sum if all keys are one block."""
-        if self.key_blocks > 1:
+        if self.many:
             T.buffer_store(self.total, self.total[b, row] * self.factor[row] + total, [b, row])
         else:
             T.buffer_store(self.factor, self.reciprocal(let(total)), [row])
@@ -308,7 +331,7 @@ class AttentionEmitter:
             at = Where(self.batch, mi, row, q, pv.panel_col(q))
             acc = pv.accumulators()
             pv.pack.multiply(acc, at, q, 0, self.visible)
-            if self.key_blocks == 1:
+            if not self.many:
                 pv.each(lambda r, c: T.buffer_store(self.stack, acc[r][c] * self.factor[row + r], [r, c]))
                 pv.write_stack(at, self.stack)
             else:
@@ -335,7 +358,10 @@ def ceil_div(n: Index, by: int) -> Index:
 
 
 def let_index(value: Index) -> Index:
-    return value if isinstance(value, int) else T.bind(value)
+    if isinstance(value, int):
+        return value
+    # TVM follows a variable to what it is bound to, which takes seconds where sizes are unknown (and so 64-bit).
+    return T.bind(hide(value) if str(value.ty.dtype) == "int64" else value)
 
 
 

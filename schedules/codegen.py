@@ -22,6 +22,7 @@ import tempfile
 from typing import Any
 
 import tvm
+import tvm_ffi
 from tvm import s_tir, tirx
 from tvm.tirx import stmt as tir_stmt
 
@@ -67,22 +68,41 @@ def _raw_pointers(mod, _context):
     return tvm.IRModule(lowered)
 
 
+@tvm.transform.module_pass(opt_level=0, name="CompactAllocations")
+def _compact_allocations(mod: tvm.IRModule, _context: Any) -> tvm.IRModule:
+    """TVM's `CompactBufferAllocation`, for kernels that allocate something.
+
+    It has nothing to do in others, but takes time exponential in the length of a chain of gathers to find that out.
+    """
+    found: list[bool] = []
+    for _, function in mod.functions_items():
+        tvm_ffi.structural_walk(function.body, [(tir_stmt.AllocBuffer, lambda _: found.append(True))])
+    compacted: tvm.IRModule = s_tir.transform.CompactBufferAllocation()(mod) if found else mod
+    return compacted
+
+
 @functools.cache
-def _kernel_passes() -> tvm.ir.transform.Pass:
+def _kernel_passes(sized: bool = False) -> tvm.ir.transform.Pass:
     """TVM 0.27's `default_s_tir_pipeline` without its GPU steps, and with raw pointers for the packed API.
 
-    `AnnotateEntryFunc` is left out as well: it makes LLVM emit every kernel a second time as `__tvm_ffi_main`.
+    `AnnotateEntryFunc` is left out as well: it makes LLVM emit every kernel a second time as `__tvm_ffi_main`. For a
+    kernel with sizes that are parameters (`sized`), those passes are left out that only reason about bounds: it takes
+    them minutes where numbers are unknown (a causal attention 57 + 8 + 7 s), and LLVM does what is left to do.
     """
     st, tx = s_tir.transform, tirx.transform
+
+    def known(*passes: Any) -> tuple[Any, ...]:
+        return () if sized else passes
+
     return tvm.ir.transform.Sequential(
         [
             st.CanonicalizeLoop(),
             st.LowerInitBlock(),
             st.PlanAndUpdateBufferAllocationLocation(),
             st.ConvertBlocksToOpaque(),
-            st.CompactBufferAllocation(),
+            *known(_compact_allocations),
             st.LowerMatchBuffer(),
-            st.StmtSimplify(),
+            *known(st.StmtSimplify()),
             st.AnnotateIrregularLoop(),
             st.LowerOpaqueBlock(),
             tx.FlattenBuffer(),
@@ -92,9 +112,9 @@ def _kernel_passes() -> tvm.ir.transform.Pass:
             tx.VectorizeLoop(True),
             st.InjectDoubleBuffer(),
             tx.StorageRewrite(),
-            st.HoistIfThenElse(),
+            *known(st.HoistIfThenElse()),
             tx.UnrollLoop(),
-            st.RenormalizeSplitPattern(),
+            *known(st.RenormalizeSplitPattern()),
             tx.StmtSimplify(),
             tx.RemoveNoOp(),
             st.RewriteUnsafeSelect(),
@@ -154,7 +174,8 @@ def compile_kernel(function: tirx.PrimFunc, symbol: str, target: Target) -> byte
     try:
         function = function.with_attr("global_symbol", symbol)
         mod = tirx.transform.BindTarget(llvm.with_host(llvm))(tvm.IRModule({symbol: function}))
-        return _right_object(_kernel_passes()(mod), llvm, spec)
+        sized = not all(map(tirx.buffer.is_buffer_var, function.params))
+        return _right_object(_kernel_passes(sized)(mod), llvm, spec)
     except Exception as error:  # TVM's errors have no base class of their own
         raise CompileError(f"kernel {symbol} could not be compiled for {target}: {error}") from error
 

@@ -1,0 +1,96 @@
+"""Attention whose numbers of queries, keys and batch elements are known only when it runs.
+
+The loops are those of attention_tir. A kernel holds several of them and takes the first that fits: for sequences of a
+tile's size at least, whose keys are one block or several, and for ever shorter ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from ..ir.graph import Value
+from .attention import GROUP_ROWS, AttentionConfig, AttentionProblem
+from .attention_tir import AttentionEmitter, ValueTiles
+from .gemm import GemmConfig, GemmHooks
+from .gemm_sized import SizedTiles, imports
+from .lower_anchors import Epilogue
+from .sizes import expression, hint
+
+KEY_BLOCK = 512  # keys of a block, at least
+
+
+class SizedValueTiles(ValueTiles, SizedTiles):
+    """P V of one block of queries."""
+
+
+class SizedAttention(AttentionEmitter):
+    """One of the versions. `many`: keys may be several blocks; `narrow`: they are fewer than a register tile has
+    columns."""
+
+    def __init__(self, problem: AttentionProblem, config: AttentionConfig, target: Any, epilogue: Epilogue,
+                 operands: Sequence[Value], many: bool, narrow: bool = False):
+        q, k, v = self.take(problem, config, target, epilogue, operands)
+        self.narrow, self.many = narrow, many
+        cols = config.score_vectors * self.lanes
+        scores = GemmConfig(tile_rows=config.tile_rows, tile_cols=cols, col_panels=config.key_panels,
+                            pack_a=problem.dtype != self.dtype, dot_bf16=config.dot_bf16)
+        self.qk = SizedTiles(problem.scores(), scores, GemmHooks((), a=q, b=k), self.lanes, narrow)
+        self.qk.col_panels = 1 if narrow else config.key_panels
+        self.keys = self.qk.col_panels * cols
+        self.key_blocks: Any = (problem.keys + (self.keys - 1)) // self.keys if many else 1
+        self.pad = cols if many else 0
+        product, tiles = self.value_product()
+        hooks = GemmHooks((), b=v, load_a=self.load_score, store=self.store)
+        self.pv = SizedValueTiles(product, tiles, hooks, self.lanes, problem.values < tiles.tile_cols)
+        self.pv.owned = self.owned
+        self.blocks: Any = (problem.queries + (self.rows - 1)) // self.rows
+        self.group = max(1, min(GROUP_ROWS // self.rows, hint(self.blocks)))
+        self.groups: Any = (self.blocks + (self.group - 1)) // self.group
+        self.serial, self.vector = self.pv.serial, self.pv.vector
+
+    def fits(self) -> Any:
+        """The condition under which this version may run (None: always)."""
+        cols, p = self.qk.cols, self.p
+        conditions = [expression(p.queries) >= self.rows] if self.rows > 1 else []
+        if not self.narrow:
+            conditions.append(expression(p.keys) >= cols)
+        if not self.many and not self.narrow:
+            conditions.append(expression(p.keys) <= self.keys)
+        conditions = [c for c in conditions if not isinstance(c, bool)]
+        return None if not conditions else conditions[0] if len(conditions) == 1 else tirx.all(*conditions)
+
+    def run(self) -> None:
+        tasks: Any = self.groups
+        for n in self.p.lead:
+            tasks = tasks * n
+        self.emit_tasks((T.parallel if self.c.parallel else T.serial)(self.qk.extent(tasks)))
+
+
+def emit_sized(problem: AttentionProblem, config: AttentionConfig, target: Any, epilogue: Epilogue,
+               operands: Sequence[Value]) -> None:
+    """Emit the kernel's body. `config` was proposed for the expected sizes."""
+    lanes = target.vector_bits // (64 if problem.acc_dtype == "float64" else 32)
+    cols = config.score_vectors * lanes
+    panels = max(config.key_panels, -(-KEY_BLOCK // cols))
+    large = replace(config, tiles=1, key_panels=panels, parallel=True)
+    few = replace(large, tile_rows=min(4, large.tile_rows), score_vectors=1, key_panels=max(1, KEY_BLOCK // lanes))
+    one = replace(few, tile_rows=1)
+
+    def version(c: AttentionConfig, many: bool, narrow: bool = False) -> SizedAttention:
+        return SizedAttention(problem, c, target, epilogue, operands, many, narrow)
+
+    versions = [version(large, False), version(large, True), version(few, True), version(one, True),
+                version(one, False, True)]
+    with T.attr(0, "pragma_import_llvm", imports([v.qk for v in versions])), ExitStack() as nest:
+        for chosen in versions[:-1]:
+            nest.enter_context(T.If(chosen.fits()))
+            with T.Then():
+                chosen.run()
+            nest.enter_context(T.Else())
+        versions[-1].run()

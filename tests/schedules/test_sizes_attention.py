@@ -1,0 +1,37 @@
+"""Attention over numbers of queries and keys that are known only when it runs."""
+
+import pytest
+from lowered import check_sizes, combinations, graph_of
+
+from treadle.ir.context import emit
+from treadle.ir.dims import Dim
+
+B, N, M = Dim("b"), Dim("n"), Dim("m")
+LENGTHS = combinations(b=(0, 2), n=(0, 1, 3, 4, 15, 16, 17, 31, 33, 100)) + combinations(b=(1,), n=(511, 513, 700))
+CROSS = combinations(b=(2,), n=(1, 5, 17, 40), m=(1, 3, 16, 50, 600))
+
+
+def attention(q, k, v, *mask):
+    return emit("attention", q, k, v, *mask, scale=None, causal=False)
+
+
+def causal(q, k, v):
+    return emit("attention", q, k, v, scale=None, causal=True)
+
+
+CASES = {
+    "self": (attention, LENGTHS, *3 * [(B, 2, N, 32)]),
+    "causal": (causal, LENGTHS, *3 * [(B, 2, N, 32)]),
+    "a mask": (attention, CROSS, (B, 2, N, 32), (B, 2, M, 32), (B, 2, M, 40), ((B, 1, N, M), "bool")),
+    "an additive mask": (attention, CROSS, (B, 2, N, 32), (B, 2, M, 32), (B, 2, M, 8), (B, 1, 1, M)),
+    "static batch": (attention, combinations(n=(1, 30, 65)), *3 * [(3, 2, N, 16)]),
+    "bfloat16": (attention, combinations(n=(1, 30, 65)), *3 * [((3, 2, N, 32), "bfloat16")]),
+    "one query": (attention, combinations(m=(1, 30, 1700)), (2, 2, 1, 16), (2, 2, M, 16), (2, 2, M, 16)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_attention(name):
+    fn, sizes, *specs = CASES[name]
+    kernels = check_sizes(graph_of(fn, *specs), sizes, tol=1e-4 if name != "bfloat16" else 3e-2)
+    assert name == "one query" or kernels == ["attention"]
