@@ -14,7 +14,7 @@ from typing import Any
 from ...ir.dims import Dim
 from ...ir.dtypes import bool_, int64
 from .. import functions as F
-from ..control import while_loop
+from ..control import scan, while_loop
 from ..dispatch import apply, cast, constant
 from ..tensor import Tensor
 from .node import OnnxNode
@@ -131,12 +131,15 @@ def _folded(x: Tensor, index: Tensor, updates: Tensor, how: str) -> Tensor:
     place, total = F.take(flat, order), F.take(F.reshape(updates, (count, *width)), order, axis=0)
     combine = {"mul": F.multiply, "min": F.minimum, "max": F.maximum}[how]
     column = (count, *(1,) * len(width))
-    step = 1
-    while step < count:
+
+    def double(total: Tensor, step: Tensor) -> tuple[Tensor, None]:
         before = F.maximum(F.arange(count) - step, 0)
         same = F.logical_and(F.arange(count) >= step, F.take(place, before) == place)
-        total = F.where(F.reshape(same, column), combine(total, F.take(total, before, axis=0)), total)
-        step *= 2
+        return F.where(F.reshape(same, column), combine(total, F.take(total, before, axis=0)), total), None
+
+    steps = [1 << i for i in range(max(count - 1, 0).bit_length())]
+    if steps:
+        total, _ = scan(double, total, F.asarray(steps))
     after = F.minimum(F.arange(count) + 1, count - 1)
     last = F.logical_or(F.arange(count) == count - 1, F.take(place, after) != place)
     old = F.reshape(x, (rows, *width))
