@@ -254,8 +254,8 @@ def _check_names(what: str, names: Sequence[str] | None, count: int) -> None:
 
 def _output_names(graph: Graph, count: int) -> list[str]:
     structure = graph.meta.get("out_structure")
-    paths = list(structure.paths()) if structure is not None else []
-    if len(paths) == count and structure.kind == "dict":
+    paths = [] if structure is None or structure.kind != "dict" else list(structure.paths())
+    if len(paths) == count:
         return ["".join(c if c.isalnum() or c in "._" else "_" for c in p.replace("'", "").replace("]", "")).strip("_")
                 for p in paths]
     return ["output" if i == 0 else f"output_{i}" for i in range(count)]

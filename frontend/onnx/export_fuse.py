@@ -110,8 +110,7 @@ def gelu(out: Writer, node: Node) -> Ref | None:
             continue
         kind = "none" if _is_erf(inner[0], x) else "tanh" if _is_tanh(inner[0], x) else None
         if kind is not None:
-            made: Ref = out.op("Gelu", out.refs[x], approximate=kind)
-            return made
+            return out.op("Gelu", out.refs[x], approximate=kind)
     return None
 
 
@@ -150,8 +149,7 @@ def hard_sigmoid(out: Writer, node: Node) -> Ref | None:
     if found is None or node.result.dtype == "float64":
         return None
     x, alpha, beta = found
-    made: Ref = out.op("HardSigmoid", out.refs[x], alpha=float(np.float32(alpha)), beta=float(np.float32(beta)))
-    return made
+    return out.op("HardSigmoid", out.refs[x], alpha=float(np.float32(alpha)), beta=float(np.float32(beta)))
 
 
 @fuses("mul")
@@ -163,8 +161,7 @@ def hard_swish(out: Writer, node: Node) -> Ref | None:
     for x, gate in either_order(node.operands):
         found = _hard_gate(gate)
         if found is not None and found[0] is x and close(found[1], 1 / 6, dtype) and found[2] == 0.5:
-            made: Ref = out.op("HardSwish", out.refs[x])
-            return made
+            return out.op("HardSwish", out.refs[x])
     return None
 
 
@@ -183,8 +180,7 @@ def leaky_relu(out: Writer, node: Node) -> Ref | None:
     product = scaled(found[1]) if found is not None else None
     if found is None or product is None or product[0] is not found[0] or node.result.dtype == "float64":
         return None
-    made: Ref = out.op("LeakyRelu", out.refs[found[0]], alpha=product[1])
-    return made
+    return out.op("LeakyRelu", out.refs[found[0]], alpha=product[1])
 
 
 @fuses("where")
@@ -198,8 +194,7 @@ def elu(out: Writer, node: Node) -> Ref | None:
     inner = operands(power, "expm1")
     for least, zero in either_order(operands(inner[0], "minimum") if inner else ()):
         if least is x and uniform(zero) == 0:
-            made: Ref = out.op("Elu", out.refs[x], alpha=alpha)
-            return made
+            return out.op("Elu", out.refs[x], alpha=alpha)
     return None
 
 
@@ -212,8 +207,7 @@ def prelu(out: Writer, node: Node) -> Ref | None:
         return None
     for value, slope in either_order(operands(product, "mul")):
         if value is x and uniform(slope) is None:
-            made: Ref = out.op("PRelu", out.refs[x], out.refs[slope])
-            return made
+            return out.op("PRelu", out.refs[x], out.refs[slope])
     return None
 
 
@@ -262,8 +256,8 @@ def matmul_bias(out: Writer, node: Node) -> Ref | None:
             continue
         if b.shape == y.shape[1:] and [v.rank for v in matmul.operands] == [2, 2] \
                 and matmul.operands[0].shape[0 if matmul.attrs["transpose_x"] else 1] != 0:
-            refs = [out.refs[v] for v in matmul.operands]
-            return gemm(out, *refs, out.refs[b], matmul.attrs["transpose_x"], matmul.attrs["transpose_y"])
+            left, right = (out.refs[v] for v in matmul.operands)
+            return gemm(out, left, right, out.refs[b], matmul.attrs["transpose_x"], matmul.attrs["transpose_y"])
     return None
 
 
@@ -301,10 +295,9 @@ def _normalised(out: Writer, x: Value, factor: Value, shift: Value) -> Ref | Non
     if any(v is not None and v.shape != (channels,) for v in (weight, bias)):
         return None
     ones, zeros = (out.const(np.full(channels, n, x.dtype.np)) for n in (1, 0))
-    made: Ref = out.op("BatchNormalization", out.refs[x], ones if weight is None else out.refs[weight],
+    return out.op("BatchNormalization", out.refs[x], ones if weight is None else out.refs[weight],
                        zeros if bias is None else out.refs[bias], out.refs[mean], out.refs[variance],
                        epsilon=float(np.float32(eps)))
-    return made
 
 
 def _column(value: Value, rank: int, channels: Any) -> Value | None:

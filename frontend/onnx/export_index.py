@@ -49,8 +49,7 @@ def unwrapped(out: Writer, index: Value, size: Size) -> Ref | None:
     inner = unwrapped(out, node.operands[0], size)
     if inner is None:
         return None
-    made: Ref = node.op.slots["onnx"](out, node, inner)
-    return made
+    return node.op.slots["onnx"](out, node, inner)
 
 
 def as_index(out: Writer, ref: Ref) -> Ref:
@@ -67,7 +66,7 @@ def inside(out: Writer, ref: Ref, size: Size) -> Ref:
     last = out.op("Sub", scalar_size(out, size), out.const(np.int64(1))) if isinstance(size, Dim) \
         else out.const(np.int64(max(size - 1, 0)))
     if out.opset >= 12:
-        made: Ref = out.op("Clip", ref, out.like(0, ref), out.cast(last, ref.dtype))
+        made = out.op("Clip", ref, out.like(0, ref), out.cast(last, ref.dtype))
     else:
         wide = out.cast(ref, INT64)
         low = out.op("Where", both(out, "Less", wide, 0), out.like(0, wide), wide)
@@ -96,8 +95,7 @@ def take(out: Writer, node: Node, x: Ref, index: Ref) -> Ref:
     if nothing is not None:
         return nothing
     size = node.operands[0].shape[axis]
-    made: Ref = out.op("Gather", x, gather_index(out, node.operands[1], index, size), axis=axis)
-    return made
+    return out.op("Gather", x, gather_index(out, node.operands[1], index, size), axis=axis)
 
 
 @exports("take_along_axis")
@@ -107,8 +105,7 @@ def take_along_axis(out: Writer, node: Node, x: Ref, index: Ref) -> Ref:
     if nothing is not None:
         return nothing
     size = node.operands[0].shape[axis]
-    made: Ref = out.op("GatherElements", x, gather_index(out, node.operands[1], index, size), axis=axis)
-    return made
+    return out.op("GatherElements", x, gather_index(out, node.operands[1], index, size), axis=axis)
 
 
 def sizes_vector(out: Writer, sizes: Sequence[Size], less: int = 0) -> Ref:
@@ -132,8 +129,7 @@ def gather_nd(out: Writer, node: Node, x: Ref, index: Ref) -> Ref:
             out.op("Where", both(out, "Less", index, 0), out.like(0, index), index)
         last = sizes_vector(out, sizes, 1)
         index = out.op("Where", out.op("Less", last, index), last, index)
-    made: Ref = out.op("GatherND", x, index)
-    return made
+    return out.op("GatherND", x, index)
 
 
 # Scatters --------------------------------------------------------------------------------------------------------
@@ -166,7 +162,7 @@ def scatter_elements(out: Writer, x: Ref, index: Ref, updates: Ref, axis: int, a
         dtype = x.dtype
         if not dtype.is_float and dtype.bits < 32:
             x, updates = out.cast(x, "int32"), out.cast(updates, "int32")
-        made: Ref = out.op("ScatterElements", x, index, updates, axis=axis, reduction="add")
+        made = out.op("ScatterElements", x, index, updates, axis=axis, reduction="add")
         return out.cast(made, dtype)
     made = out.op("ScatterElements", x, index, updates, axis=axis)
     return made
@@ -255,8 +251,7 @@ def starts_vector(out: Writer, starts: Sequence[Ref], shape: Sequence[Size], siz
     vector = columns[0] if len(columns) == 1 else out.op("Concat", *columns, axis=0)
     room = sizes_vector(out, [n - s for n, s in zip(shape, sizes)])
     vector = out.op("Where", both(out, "Less", vector, 0), out.like(0, vector), vector)
-    made: Ref = out.op("Where", out.op("Less", room, vector), room, vector)
-    return made
+    return out.op("Where", out.op("Less", room, vector), room, vector)
 
 
 @exports("dynamic_slice")
@@ -282,8 +277,7 @@ def dynamic_update_slice(out: Writer, node: Node, x: Ref, update: Ref, *starts: 
     after = out.op("Sub", out.op("Sub", out.shape(shape), out.shape(sizes)), first)
     pads = out.op("Concat", first, after, axis=0)
     mask = out.op("Pad", filled(out, 1, sizes, "int32"), pads)
-    made: Ref = out.op("Where", out.cast(mask, "bool"), out.op("Pad", update, pads), x)
-    return made
+    return out.op("Where", out.cast(mask, "bool"), out.op("Pad", update, pads), x)
 
 
 # One-hot and order -----------------------------------------------------------------------------------------------
@@ -299,8 +293,7 @@ def one_hot(out: Writer, node: Node, index: Ref) -> Ref:
 
 def best(out: Writer, x: Ref, count: Size, axis: int, largest: bool) -> tuple[Ref, Ref]:
     """TopK: values and indices, in order."""
-    made: tuple[Ref, Ref] = out.op("TopK", x, out.size(count), results=2, axis=axis, largest=int(largest), sorted=1)
-    return made
+    return out.op("TopK", x, out.size(count), results=2, axis=axis, largest=int(largest), sorted=1)
 
 
 @exports("sort")

@@ -33,23 +33,21 @@ def quotient(out: Writer, x: Ref, y: Ref) -> Ref:
     """floor(x / y) of integers whose divisor is neither 0 nor -1."""
     q = out.op("Div", x, y)
     if x.dtype.is_unsigned:
-        return q  # type: ignore[no-any-return]
+        return q
     zero = out.like(0, x)
     rest = out.op("Sub", x, out.op("Mul", q, y))
     uneven = out.op("And", out.op("Not", out.op("Equal", rest, zero)),
                     out.op("Xor", out.op("Less", rest, zero), out.op("Less", y, zero)))
-    made: Ref = out.op("Sub", q, out.cast(uneven, x.dtype))
-    return made
+    return out.op("Sub", q, out.cast(uneven, x.dtype))
 
 
 def guarded(out: Writer, x: Ref, y: Ref, divide: Any, by_zero: Ref, by_minus_one: Ref) -> Ref:
     """`divide(x, y)`, with what to give where y is 0 or -1."""
     if harmless(out, y):
-        return divide(out, x, y)  # type: ignore[no-any-return]
+        return divide(out, x, y)
     zero = both(out, "Equal", y, 0)
     if y.dtype.is_unsigned:
-        made: Ref = out.op("Where", zero, by_zero, divide(out, x, out.op("Where", zero, out.like(1, y), y)))
-        return made
+        return out.op("Where", zero, by_zero, divide(out, x, out.op("Where", zero, out.like(1, y), y)))
     minus = both(out, "Equal", y, -1)
     safe = out.op("Where", out.op("Or", zero, minus), out.like(1, y), y)
     made = out.op("Where", zero, by_zero, out.op("Where", minus, by_minus_one, divide(out, x, safe)))
@@ -60,7 +58,7 @@ def guarded(out: Writer, x: Ref, y: Ref, divide: Any, by_zero: Ref, by_minus_one
 def floor_divide(out: Writer, node: Node, x: Ref, y: Ref) -> Ref:
     dtype = x.dtype
     if dtype.is_float:
-        return float_floor_divide(out, node, x, y)  # type: ignore[no-any-return]
+        return float_floor_divide(out, node, x, y)
     x, y = wide(out, x, y)
     zero = out.like(0, x)
     return out.cast(guarded(out, x, y, quotient, zero, out.op("Sub", zero, x)), dtype)
@@ -71,41 +69,37 @@ def float_floor_divide(out: Writer, node: Node, x: Ref, y: Ref) -> Ref:
     """(x - fmod(x, y)) / y is whole up to rounding, so a quotient that rounds up does no harm."""
     rest, wrong = float_remainder(out, x, y)
     whole = out.op("Round", out.op("Div", out.op("Sub", x, rest), y))
-    made: Ref = out.op("Sub", whole, out.cast(wrong, x.dtype))
-    return made
+    return out.op("Sub", whole, out.cast(wrong, x.dtype))
 
 
 @exports("remainder")
 def remainder(out: Writer, node: Node, x: Ref, y: Ref) -> Ref:
     if x.dtype.is_float:
-        return float_remainder_rule(out, node, x, y)  # type: ignore[no-any-return]
+        return float_remainder_rule(out, node, x, y)
     return integer_remainder(out, x, y, lambda out, a, b: out.op("Mod", a, b))
 
 
 @in_f32
 def float_remainder_rule(out: Writer, node: Node, x: Ref, y: Ref) -> Ref:
     rest, wrong = float_remainder(out, x, y)
-    made: Ref = out.op("Where", wrong, out.op("Add", rest, y), rest)
-    return made
+    return out.op("Where", wrong, out.op("Add", rest, y), rest)
 
 
 @exports("fmod")
 def fmod(out: Writer, node: Node, x: Ref, y: Ref) -> Ref:
     if x.dtype.is_float:
-        return float_fmod(out, node, x, y)  # type: ignore[no-any-return]
+        return float_fmod(out, node, x, y)
     return integer_remainder(out, x, y, remaining)
 
 
 @in_f32
 def float_fmod(out: Writer, node: Node, x: Ref, y: Ref) -> Ref:
-    made: Ref = out.op("Mod", x, y, fmod=1)
-    return made
+    return out.op("Mod", x, y, fmod=1)
 
 
 def remaining(out: Writer, x: Ref, y: Ref) -> Ref:
     """x - trunc(x / y) * y: Mod with fmod=1 is computed in floats, which do not hold 64 bits."""
-    made: Ref = out.op("Sub", x, out.op("Mul", out.op("Div", x, y), y))
-    return made
+    return out.op("Sub", x, out.op("Mul", out.op("Div", x, y), y))
 
 
 def integer_remainder(out: Writer, x: Ref, y: Ref, rest: Any) -> Ref:
@@ -123,8 +117,7 @@ def bitwise(name: str, kind: str, of_bools: str) -> None:
     @exports(name)
     def rule(out: Writer, node: Node, x: Ref, y: Ref) -> Ref:
         if x.dtype == BOOL:
-            made: Ref = out.op(of_bools, x, y)
-            return made
+            return out.op(of_bools, x, y)
         out.needs(18, f"{name} of {x.dtype}")
         made = out.op(kind, x, y)
         return made
@@ -139,7 +132,7 @@ bitwise("bitwise_xor", "BitwiseXor", "Xor")
 def bitwise_not(out: Writer, node: Node, x: Ref) -> Ref:
     """Before opset 18 as -1 - x, which wraps to the same."""
     if x.dtype == BOOL:
-        made: Ref = out.op("Not", x)
+        made = out.op("Not", x)
     elif out.opset >= 18:
         made = out.op("BitwiseNot", x)
     else:
@@ -151,7 +144,7 @@ def bitwise_not(out: Writer, node: Node, x: Ref) -> Ref:
 def shift(out: Writer, x: Ref, y: Ref, direction: str) -> Ref:
     """x shifted by y in [0, bits), as unsigned integers."""
     unsigned = as_dtype(f"uint{x.dtype.bits}")
-    made: Ref = out.op("BitShift", out.cast(x, unsigned), out.cast(y, unsigned), direction=direction)
+    made = out.op("BitShift", out.cast(x, unsigned), out.cast(y, unsigned), direction=direction)
     return out.cast(made, x.dtype)
 
 
@@ -162,8 +155,8 @@ def outside(out: Writer, y: Ref) -> Ref | None:
         return None
     beyond = out.op("Not", both(out, "Less", y, bits))
     if y.dtype.is_unsigned:
-        return beyond  # type: ignore[no-any-return]
-    made: Ref = out.op("Or", beyond, both(out, "Less", y, 0))
+        return beyond
+    made = out.op("Or", beyond, both(out, "Less", y, 0))
     return made
 
 
@@ -173,7 +166,7 @@ def left_shift(out: Writer, node: Node, x: Ref, y: Ref) -> Ref:
     if lost is None:
         return shift(out, x, y, "LEFT")
     safe = out.op("Where", lost, out.like(0, y), y)
-    made: Ref = out.op("Where", lost, out.like(0, x), shift(out, x, safe, "LEFT"))
+    made = out.op("Where", lost, out.like(0, x), shift(out, x, safe, "LEFT"))
     return made
 
 
@@ -185,7 +178,7 @@ def right_shift(out: Writer, node: Node, x: Ref, y: Ref) -> Ref:
     safe = y if lost is None else out.op("Where", lost, most, y)
     if x.dtype.is_unsigned:
         moved = shift(out, x, safe, "RIGHT")
-        made: Ref = moved if lost is None else out.op("Where", lost, out.like(0, x), moved)
+        made = moved if lost is None else out.op("Where", lost, out.like(0, x), moved)
         return made
     negative = both(out, "Less", x, 0)
     ones = out.like(-1, x)

@@ -37,8 +37,7 @@ def rename(name: str, kind: str) -> None:
     """Declares an op that is one ONNX node."""
     @exports(name)
     def rule(out: Writer, node: Node, *xs: Ref) -> Ref:
-        made: Ref = out.op(kind, *xs)
-        return made
+        return out.op(kind, *xs)
 
 
 for _name, _kind in SAME.items():
@@ -47,34 +46,29 @@ for _name, _kind in SAME.items():
 
 def both(out: Writer, kind: str, x: Ref, number: Any) -> Ref:
     """`kind(x, number)`, the number in the dtype of x."""
-    made: Ref = out.op(kind, x, out.like(number, x))
-    return made
+    return out.op(kind, x, out.like(number, x))
 
 
 @exports("neg")
 def neg(out: Writer, node: Node, x: Ref) -> Ref:
-    made: Ref = out.op("Sub", out.like(0, x), x) if x.dtype.is_unsigned else out.op("Neg", x)
-    return made
+    return out.op("Sub", out.like(0, x), x) if x.dtype.is_unsigned else out.op("Neg", x)
 
 
 @exports("relu")
 def relu(out: Writer, node: Node, x: Ref) -> Ref:
     """Of integers that Relu does not take, the larger of x and 0."""
-    made: Ref = out.op("Relu", x) if x.dtype.is_float or out.takes("Relu", x.dtype) else both(out, "Max", x, 0)
-    return made
+    return out.op("Relu", x) if x.dtype.is_float or out.takes("Relu", x.dtype) else both(out, "Max", x, 0)
 
 
 @exports("square")
 def square(out: Writer, node: Node, x: Ref) -> Ref:
-    made: Ref = out.op("Mul", x, x)
-    return made
+    return out.op("Mul", x, x)
 
 
 @exports("exp2")
 @in_f32
 def exp2(out: Writer, node: Node, x: Ref) -> Ref:
-    made: Ref = out.op("Pow", out.like(2, x), x)
-    return made
+    return out.op("Pow", out.like(2, x), x)
 
 
 @exports("expm1")
@@ -84,8 +78,7 @@ def expm1(out: Writer, node: Node, x: Ref) -> Ref:
     t = out.op("Tanh", both(out, "Mul", x, 0.5))
     small = out.op("Div", both(out, "Mul", t, 2), out.op("Sub", out.like(1, t), t))
     plain = both(out, "Sub", out.op("Exp", x), 1)
-    made: Ref = out.op("Where", both(out, "Less", out.op("Abs", x), 1), small, plain)
-    return made
+    return out.op("Where", both(out, "Less", out.op("Abs", x), 1), small, plain)
 
 
 @exports("log1p")
@@ -96,8 +89,7 @@ def log1p(out: Writer, node: Node, x: Ref) -> Ref:
     less = both(out, "Sub", u, 1)
     scaled = out.op("Div", out.op("Mul", out.op("Log", u), x), less)
     plain = out.op("Or", both(out, "Equal", less, 0), both(out, "Equal", u, np.inf))
-    made: Ref = out.op("Where", plain, x, scaled)
-    return made
+    return out.op("Where", plain, x, scaled)
 
 
 def log_to_base(name: str, base: float) -> None:
@@ -115,15 +107,13 @@ log_to_base("log10", 10)
 @exports("cbrt")
 @in_f32
 def cbrt(out: Writer, node: Node, x: Ref) -> Ref:
-    made: Ref = out.op("Mul", out.op("Sign", x), both(out, "Pow", out.op("Abs", x), 1 / 3))
-    return made
+    return out.op("Mul", out.op("Sign", x), both(out, "Pow", out.op("Abs", x), 1 / 3))
 
 
 @exports("rsqrt")
 @in_f32
 def rsqrt(out: Writer, node: Node, x: Ref) -> Ref:
-    made: Ref = out.op("Reciprocal", out.op("Sqrt", x))
-    return made
+    return out.op("Reciprocal", out.op("Sqrt", x))
 
 
 @exports("erfc")
@@ -132,32 +122,28 @@ def erfc(out: Writer, node: Node, x: Ref) -> Ref:
     """In f32 accurate in its small values too; in f64 1 - erf(x)."""
     below = out.op("Sub", out.like(1, x), out.op("Erf", x))
     if x.dtype == "float64":
-        return below  # type: ignore[no-any-return]
+        return below
     z = out.op("Abs", x)
     t = out.op("Reciprocal", both(out, "Add", both(out, "Mul", z, 0.5), 1))
     total = out.like(ERFC[0], x)
     for coefficient in ERFC[1:]:
         total = both(out, "Add", out.op("Mul", total, t), coefficient)
     tail = out.op("Mul", t, out.op("Exp", out.op("Sub", total, out.op("Mul", z, z))))
-    made: Ref = out.op("Where", both(out, "Less", x, 0.5), below, tail)
-    return made
+    return out.op("Where", both(out, "Less", x, 0.5), below, tail)
 
 
 @exports("softplus")
 def softplus(out: Writer, node: Node, x: Ref) -> Ref:
     if x.dtype != "float64":
-        made: Ref = out.op("Softplus", x)
-        return made
+        return out.op("Softplus", x)
     inner = log1p(out, node, out.op("Exp", out.op("Neg", out.op("Abs", x))))
-    total: Ref = out.op("Add", out.op("Max", x, out.like(0, x)), inner)
-    return total
+    return out.op("Add", out.op("Max", x, out.like(0, x)), inner)
 
 
 @exports("trunc")
 @in_f32
 def trunc(out: Writer, node: Node, x: Ref) -> Ref:
-    made: Ref = out.op("Mul", out.op("Sign", x), out.op("Floor", out.op("Abs", x)))
-    return made
+    return out.op("Mul", out.op("Sign", x), out.op("Floor", out.op("Abs", x)))
 
 
 @exports("isfinite")
@@ -167,17 +153,15 @@ def isfinite(out: Writer, node: Node, x: Ref) -> Ref:
 
 @exports("ne")
 def ne(out: Writer, node: Node, x: Ref, y: Ref) -> Ref:
-    made: Ref = out.op("Not", out.op("Equal", x, y))
-    return made
+    return out.op("Not", out.op("Equal", x, y))
 
 
 def or_equal(name: str, kind: str, strict: str) -> None:
     """Declares <= or >=, an op of its own since opset 12."""
     @exports(name)
     def rule(out: Writer, node: Node, x: Ref, y: Ref) -> Ref:
-        made: Ref = out.op(kind, x, y) if out.opset >= 12 else \
+        return out.op(kind, x, y) if out.opset >= 12 else \
             out.op("Or", out.op(strict, x, y), out.op("Equal", x, y))
-        return made
 
 
 or_equal("le", "LessOrEqual", "Less")
@@ -188,8 +172,7 @@ def extreme(name: str, kind: str, of_bools: str) -> None:
     """Declares maximum or minimum."""
     @exports(name)
     def rule(out: Writer, node: Node, x: Ref, y: Ref) -> Ref:
-        made: Ref = out.op(of_bools if x.dtype == BOOL else kind, x, y)
-        return made
+        return out.op(of_bools if x.dtype == BOOL else kind, x, y)
 
 
 extreme("maximum", "Max", "Or")
@@ -202,15 +185,13 @@ def clip(out: Writer, node: Node, x: Ref) -> Ref:
     if lo is None and hi is None:
         return x
     low, high = (None if b is None else out.like(b, x) for b in (lo, hi))
-    made: Ref = out.op("Clip", x, low, high)
-    return made
+    return out.op("Clip", x, low, high)
 
 
 @exports("bitcast")
 def bitcast(out: Writer, node: Node, x: Ref) -> Ref:
     out.needs(26, "reinterpreting bits")
-    made: Ref = out.op("BitCast", x, to=number_of(node.result.dtype), dtype=node.result.dtype)
-    return made
+    return out.op("BitCast", x, to=number_of(node.result.dtype), dtype=node.result.dtype)
 
 
 @exports("pow")
@@ -218,16 +199,14 @@ def power(out: Writer, node: Node, x: Ref, y: Ref) -> Ref:
     """Integers: 0 to a negative power is 0, where a runtime divides by zero."""
     if x.dtype.is_float:
         if x.dtype.bits < 32:
-            return in_f32(power)(out, node, x, y)  # type: ignore[no-any-return]
-        made: Ref = out.op("Pow", x, y)
-        return made
+            return in_f32(power)(out, node, x, y)
+        return out.op("Pow", x, y)
     if x.dtype.is_unsigned:
         wide = out.cast(x, "int64"), out.cast(y, "int64")
         return out.cast(out.op("Pow", *wide), x.dtype)
     hidden = out.op("And", both(out, "Equal", x, 0), both(out, "Less", y, 0))
     base = out.op("Where", hidden, out.like(1, x), x)
-    raised: Ref = out.op("Where", hidden, x, out.op("Pow", base, y))
-    return raised
+    return out.op("Where", hidden, x, out.op("Pow", base, y))
 
 
 @exports("atan2")
@@ -239,8 +218,7 @@ def atan2(out: Writer, node: Node, y: Ref, x: Ref) -> Ref:
     angle = out.op("Atan", out.op("Div", y, x))
     angle = out.op("Where", out.op("Less", x, zero), out.op("Add", angle, turn), angle)
     upright = both(out, "Mul", out.op("Sign", y), math.pi / 2)
-    made: Ref = out.op("Where", out.op("Equal", x, zero), upright, angle)
-    return made
+    return out.op("Where", out.op("Equal", x, zero), upright, angle)
 
 
 @exports("hypot")
@@ -252,8 +230,7 @@ def hypot(out: Writer, node: Node, x: Ref, y: Ref) -> Ref:
     ratio = out.op("Div", small, large)
     length = out.op("Mul", large, out.op("Sqrt", both(out, "Add", out.op("Mul", ratio, ratio), 1)))
     plain = out.op("Or", both(out, "Equal", large, 0), both(out, "Equal", large, np.inf))
-    made: Ref = out.op("Where", plain, large, length)
-    return made
+    return out.op("Where", plain, large, length)
 
 
 def float_remainder(out: Writer, x: Ref, y: Ref) -> tuple[Ref, Ref]:

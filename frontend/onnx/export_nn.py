@@ -28,8 +28,7 @@ def matmul(out: Writer, node: Node, x: Ref, y: Ref) -> Ref:
     ranks = [v.rank for v in node.operands]
     flags = node.attrs["transpose_x"], node.attrs["transpose_y"]
     if x.dtype in ("int8", "uint8") and wanted == "int32":
-        made: Ref = out.op("MatMulInteger", *turned(out, x, y, ranks, flags), dtype="int32")
-        return made
+        return out.op("MatMulInteger", *turned(out, x, y, ranks, flags), dtype="int32")
     inner = wanted if not x.dtype.is_float or x.dtype not in ACCUMULATES or wanted.bits > 16 else x.dtype
     x, y = out.cast(x, inner), out.cast(y, inner)
     if ranks == [2, 2] and any(flags) and inner.is_float:
@@ -41,8 +40,7 @@ def matmul(out: Writer, node: Node, x: Ref, y: Ref) -> Ref:
 
 def gemm(out: Writer, x: Ref, y: Ref, bias: Ref | None, transpose_x: bool, transpose_y: bool) -> Ref:
     """A product of two matrices, plus a row."""
-    made: Ref = out.op("Gemm", x, y, bias, transA=int(transpose_x) or None, transB=int(transpose_y) or None)
-    return made
+    return out.op("Gemm", x, y, bias, transA=int(transpose_x) or None, transB=int(transpose_y) or None)
 
 
 def turned(out: Writer, x: Ref, y: Ref, ranks: list[int], flags: tuple[bool, bool]) -> tuple[Ref, ...]:
@@ -53,8 +51,7 @@ def turned(out: Writer, x: Ref, y: Ref, ranks: list[int], flags: tuple[bool, boo
 def softmax_of(out: Writer, kind: str, x: Ref, axis: int, rank: int) -> Ref:
     """Softmax or LogSoftmax along an axis; before opset 13 these take all axes from one on together."""
     if out.opset >= 13 or axis == rank - 1:
-        made: Ref = out.op(kind, x, axis=axis if out.opset < 13 else axis - rank)
-        return made
+        return out.op(kind, x, axis=axis if out.opset < 13 else axis - rank)
     perm = [i for i in range(rank) if i != axis] + [axis]
     made = out.op(kind, transpose(out, x, perm), axis=rank - 1)
     return transpose(out, made, [perm.index(i) for i in range(rank)])
@@ -77,16 +74,14 @@ def layer_norm(out: Writer, node: Node, x: Ref, scale: Ref, bias: Ref) -> Ref:
     """LayerNormalization, which computes its statistics in f32: f64 is written out."""
     if out.opset < 17 or x.dtype == "float64":
         return decomposed(out, node, [x, scale, bias])[0]
-    made: Ref = out.op("LayerNormalization", x, scale, bias, axis=-node.attrs["axes"], epsilon=float(node.attrs["eps"]))
-    return made
+    return out.op("LayerNormalization", x, scale, bias, axis=-node.attrs["axes"], epsilon=float(node.attrs["eps"]))
 
 
 @exports("rms_norm")
 def rms_norm(out: Writer, node: Node, x: Ref, scale: Ref) -> Ref:
     if out.opset < 23 or x.dtype == "float64":
         return decomposed(out, node, [x, scale])[0]
-    made: Ref = out.op("RMSNormalization", x, scale, axis=-1, epsilon=float(node.attrs["eps"]))
-    return made
+    return out.op("RMSNormalization", x, scale, axis=-1, epsilon=float(node.attrs["eps"]))
 
 
 @exports("group_norm")
@@ -97,8 +92,7 @@ def group_norm(out: Writer, node: Node, x: Ref, scale: Ref, bias: Ref) -> Ref:
         return decomposed(out, node, [x, scale, bias])[0]
     eps = float(node.attrs["eps"])
     if groups == shape[1]:
-        made: Ref = out.op("InstanceNormalization", x, scale, bias, epsilon=eps)
-        return made
+        return out.op("InstanceNormalization", x, scale, bias, epsilon=eps)
     if out.opset < 21:
         return decomposed(out, node, [x, scale, bias])[0]
     made = out.op("GroupNormalization", x, scale, bias, num_groups=groups, epsilon=eps)
@@ -124,8 +118,7 @@ def attention(out: Writer, node: Node, q: Ref, k: Ref, v: Ref, *mask: Ref) -> Re
         visible.append(lower_triangle(out, types[0].shape[-2], types[1].shape[-2]))
     rank = node.result.rank
     if not visible:
-        made: Ref = out.op("MatMul", softmax_of(out, "Softmax", scores, rank - 1, rank), v)
-        return made
+        return out.op("MatMul", softmax_of(out, "Softmax", scores, rank - 1, rank), v)
     seen = visible[0]
     for more in visible[1:]:
         seen = out.op("And", seen, more)
@@ -140,8 +133,7 @@ def lower_triangle(out: Writer, queries: object, keys: object) -> Ref:
     from .export_shape import counting
     rows = unsqueeze(out, counting(out, queries), [1])  # type: ignore[arg-type]
     columns = unsqueeze(out, counting(out, keys), [0])  # type: ignore[arg-type]
-    made: Ref = out.op("Not", out.op("Less", rows, columns))
-    return made
+    return out.op("Not", out.op("Less", rows, columns))
 
 
 # Cross-entropy ---------------------------------------------------------------------------------------------------
@@ -164,8 +156,7 @@ def cross_entropy(out: Writer, node: Node, logits: Ref, labels: Ref) -> Ref:
         loss = out.op("Sub", both(out, "Mul", loss, 1 - smoothing), both(out, "Mul", mean, smoothing))
     if ignored is not None:
         loss = out.op("Where", both(out, "Equal", wide, ignored), out.like(0, loss), loss)
-    result: Ref = loss
-    return result
+    return loss
 
 
 __all__ = ["F32", "matmul", "softmax_of"]

@@ -26,20 +26,17 @@ def number(out: Writer, value: int) -> Ref:
 
 def low(out: Writer, x: Ref) -> Ref:
     """The lower 32 bits."""
-    made: Ref = out.op("BitwiseAnd", x, number(out, LOW))
-    return made
+    return out.op("BitwiseAnd", x, number(out, LOW))
 
 
 def high(out: Writer, x: Ref) -> Ref:
     """The upper 32 bits."""
-    made: Ref = out.op("BitShift", x, number(out, 32), direction="RIGHT")
-    return made
+    return out.op("BitShift", x, number(out, 32), direction="RIGHT")
 
 
 def mixed(out: Writer, product: Ref, word: Ref, key: Ref) -> Ref:
     """A word of the next counter: the upper half of a product, with a word of this one and of the key."""
-    made: Ref = out.op("BitwiseXor", out.op("BitwiseXor", high(out, product), word), key)
-    return made
+    return out.op("BitwiseXor", out.op("BitwiseXor", high(out, product), word), key)
 
 
 def philox(out: Writer, words: list[Ref], key: list[Ref]) -> list[Ref]:

@@ -25,7 +25,7 @@ def reduce(out: Writer, kind: str, x: Ref, axes: Sequence[int], keepdims: bool) 
         return x
     keep = {"keepdims": int(keepdims)}
     if out.opset >= (13 if kind == "ReduceSum" else 18):
-        made: Ref = out.op(kind, x, out.ints(*axes), **keep)
+        made = out.op(kind, x, out.ints(*axes), **keep)
     else:
         made = out.op(kind, x, axes=list(axes), **keep)
     return made
@@ -93,7 +93,7 @@ def position(name: str, kind: str) -> None:
     """Declares argmax or argmin."""
     @exports(name)
     def rule(out: Writer, node: Node, x: Ref) -> Ref:
-        made: Ref = out.op(kind, x, axis=node.attrs["axis"], keepdims=int(node.attrs["keepdims"]))
+        made = out.op(kind, x, axis=node.attrs["axis"], keepdims=int(node.attrs["keepdims"]))
         return made
 
 
@@ -104,9 +104,8 @@ position("argmin", "ArgMin")
 @exports("cumsum")
 @in_f32
 def cumsum(out: Writer, node: Node, x: Ref) -> Ref:
-    made: Ref = out.op("CumSum", x, out.const(np.int64(node.attrs["axis"])),
+    return out.op("CumSum", x, out.const(np.int64(node.attrs["axis"])),
                        exclusive=int(node.attrs["exclusive"]), reverse=int(node.attrs["reverse"]))
-    return made
 
 
 @exports("cumprod")
@@ -115,8 +114,7 @@ def cumprod(out: Writer, node: Node, x: Ref) -> Ref:
     """An op since opset 26; before, a loop over the axis."""
     axis, exclusive, backwards = (node.attrs[k] for k in ("axis", "exclusive", "reverse"))
     if out.opset >= 26:
-        made: Ref = out.op("CumProd", x, out.const(np.int64(axis)), exclusive=int(exclusive), reverse=int(backwards))
-        return made
+        return out.op("CumProd", x, out.const(np.int64(axis)), exclusive=int(exclusive), reverse=int(backwards))
     shape = node.operands[0].shape
     if 0 in shape:
         return x

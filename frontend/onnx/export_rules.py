@@ -26,6 +26,9 @@ from .export_writer import Ref, Writer
 Rule = Callable[..., Any]
 FILES = ("shape", "math", "integers", "reduce", "nn", "window", "index", "control", "random")
 F32 = as_dtype("float32")
+BEYOND = dict.fromkeys(("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "axis_index", "send", "recv"),
+                       "ONNX knows no other processes: export the graph as it was before it was partitioned")
+"""Ops that ONNX cannot say, with the reason."""
 
 
 def exports(*names: str) -> Callable[[Rule], Rule]:
@@ -75,6 +78,8 @@ def write_node(out: Writer, node: Node) -> None:
         results = (made,) if isinstance(made, Ref) else made
     elif "decompose" in node.op.slots:
         results = decomposed(out, node, refs)
+    elif node.op.name in BEYOND:
+        raise out.fail(BEYOND[node.op.name])
     else:
         raise out.fail(f"the op has neither an ONNX rule nor a decomposition. Attach a rule with "
                        f"treadle.ir.opdef.fill('onnx', {node.op.name!r}, rule), or leave the op out")

@@ -38,8 +38,7 @@ def reshape(out: Writer, x: Ref, before: Sequence[Size], after: Sequence[Size]) 
     if removed is not None:
         return squeeze(out, x, removed)
     target, literal = _target(out, before, after)
-    made: Ref = out.op("Reshape", x, target, allowzero=1 if literal and out.opset >= 14 else None)
-    return made
+    return out.op("Reshape", x, target, allowzero=1 if literal and out.opset >= 14 else None)
 
 
 def _inserted(short: Sequence[Size], long: Sequence[Size]) -> list[int] | None:
@@ -79,7 +78,7 @@ def _empty_target(out: Writer, before: Sequence[Size], after: Sequence[Size]) ->
 def unsqueeze(out: Writer, x: Ref, axes: Sequence[int]) -> Ref:
     """x with axes of size 1 at these places of the result."""
     if out.opset >= 13:
-        made: Ref = out.op("Unsqueeze", x, out.ints(*axes))
+        made = out.op("Unsqueeze", x, out.ints(*axes))
     else:
         made = out.op("Unsqueeze", x, axes=list(axes))
     return made
@@ -88,7 +87,7 @@ def unsqueeze(out: Writer, x: Ref, axes: Sequence[int]) -> Ref:
 def squeeze(out: Writer, x: Ref, axes: Sequence[int]) -> Ref:
     """x without these axes of size 1."""
     if out.opset >= 13:
-        made: Ref = out.op("Squeeze", x, out.ints(*axes))
+        made = out.op("Squeeze", x, out.ints(*axes))
     else:
         made = out.op("Squeeze", x, axes=list(axes))
     return made
@@ -98,8 +97,7 @@ def transpose(out: Writer, x: Ref, perm: Sequence[int]) -> Ref:
     """x with its axes in another order."""
     if list(perm) == list(range(len(perm))):
         return x
-    made: Ref = out.op("Transpose", x, perm=list(perm))
-    return made
+    return out.op("Transpose", x, perm=list(perm))
 
 
 def swap_last(out: Writer, x: Ref, rank: int) -> Ref:
@@ -111,8 +109,7 @@ def expand(out: Writer, x: Ref, before: Sequence[Size], after: Sequence[Size]) -
     """x repeated to a shape."""
     if tuple(before) == tuple(after):
         return x
-    made: Ref = out.op("Expand", x, out.shape(after))
-    return made
+    return out.op("Expand", x, out.shape(after))
 
 
 def filled(out: Writer, number: Any, shape: Sequence[Size], dtype: Any) -> Ref:
@@ -122,8 +119,7 @@ def filled(out: Writer, number: Any, shape: Sequence[Size], dtype: Any) -> Ref:
 
 def take_slice(out: Writer, x: Ref, axes: Sequence[int], starts: Ref, ends: Ref, steps: Sequence[int] = ()) -> Ref:
     """Elements from starts to ends (int64 vectors) of some axes."""
-    made: Ref = out.op("Slice", x, starts, ends, out.ints(*axes), out.ints(*steps) if steps else None)
-    return made
+    return out.op("Slice", x, starts, ends, out.ints(*axes), out.ints(*steps) if steps else None)
 
 
 def counting(out: Writer, size: Size, dtype: Any = INT64) -> Ref:
@@ -193,8 +189,7 @@ def broadcast_to(out: Writer, node: Node, x: Ref) -> Ref:
 def concat(out: Writer, node: Node, *xs: Ref) -> Ref:
     if len(xs) == 1:
         return xs[0]
-    made: Ref = out.op("Concat", *xs, axis=node.attrs["axis"])
-    return made
+    return out.op("Concat", *xs, axis=node.attrs["axis"])
 
 
 @exports("slice")
@@ -263,8 +258,8 @@ def pad_edges(out: Writer, x: Ref, low: Sequence[int], high: Sequence[int], fill
 def iota(out: Writer, node: Node) -> Ref:
     shape, axis, dtype = (node.attrs[k] for k in ("shape", "axis", "dtype"))
     if not any(isinstance(s, Dim) for s in shape) and math.prod(shape) <= LISTED:
-        column = np.arange(shape[axis]).astype(dtype.np).reshape([-1 if i == axis else 1 for i in range(len(shape))])
-        return out.const(np.broadcast_to(column, shape).copy())
+        numbers = np.arange(shape[axis]).astype(dtype.np).reshape([-1 if i == axis else 1 for i in range(len(shape))])
+        return out.const(np.broadcast_to(numbers, shape).copy())
     column = counting(out, shape[axis], dtype)
     after = [s if i == axis else 1 for i, s in enumerate(shape)]
     return expand(out, reshape(out, column, (shape[axis],), after), after, shape)

@@ -77,7 +77,7 @@ def write_conv(out: Writer, node: Node, x: Ref, w: Ref, bias: Ref | None = None)
     x = to_channels_first(out, node, x)
     attrs = window_attrs(node, node.operands[1].shape[2:])
     if x.dtype in ("int8", "uint8") and node.result.dtype == "int32":
-        made: Ref = out.op("ConvInteger", x, w, dtype="int32", **attrs)
+        made = out.op("ConvInteger", x, w, dtype="int32", **attrs)
     else:
         made = out.cast(out.op("Conv", *computed(out, node, x, w), bias, **attrs), node.result.dtype)
     return from_channels_first(out, node, made)
@@ -112,7 +112,7 @@ def write_conv_transpose(out: Writer, node: Node, dy: Ref, w: Ref, bias: Ref | N
 def conv_weight_grad(out: Writer, node: Node, x: Ref, dy: Ref) -> Ref:
     """Channel c of image n becomes image c of channel n; groups stay groups, of N channels each."""
     attrs = node.attrs
-    (batch, channels, *spatial), (_, outputs, *places) = channels_first(node, 0), channels_first(node, 1)
+    batch, channels, *spatial = channels_first(node, 0)
     groups, kernel, count = attrs["groups"], attrs["kernel_spatial"], len(attrs["kernel_spatial"])
     x, dy = computed(out, node, to_channels_first(out, node, x), to_channels_first(out, node, dy))
     if 0 in (*node.operands[0].shape, *node.operands[1].shape):
@@ -129,7 +129,6 @@ def conv_weight_grad(out: Writer, node: Node, x: Ref, dy: Ref) -> Ref:
                   pads=pads(attrs["padding"]), group=groups if groups > 1 else None)
     made = take_slice(out, made, range(2, count + 2), out.ints(*[0] * count), out.ints(*kernel))
     made = transpose(out, made, [1, 0, *range(2, count + 2)])
-    del outputs, places
     return out.cast(made, node.result.dtype)
 
 
@@ -157,8 +156,9 @@ def max_pool(out: Writer, node: Node, x: Ref) -> tuple[Ref, Ref]:
         x = pad_edges(out, x, [0, 0, *(lo for lo, _ in padding)], [0, 0, *(hi for _, hi in padding)], fill)
         x = out.op("Max", x, fill)  # onnxruntime would fuse the padding into the pool, and refuse it there
         padding = ((0, 0),) * len(padding)
-    given = {"kernel_shape": list(attrs["window"]), "strides": list(attrs["stride"]), "pads": pads(padding),
-             "dilations": steps(attrs["dilation"])}
+    given: dict[str, Any] = {
+        "kernel_shape": list(attrs["window"]), "strides": list(attrs["stride"]), "pads": pads(padding),
+        "dilations": steps(attrs["dilation"])}
     if not wants_index:
         y = from_channels_first(out, node, out.op("MaxPool", x, **given))
         return y, Ref("", node.results[1].dtype)
@@ -198,9 +198,9 @@ def avg_pool(out: Writer, node: Node, x: Ref) -> Ref:
     padding, include = attrs["padding"], attrs["count_include_pad"]
     shape = channels_first(node, 0)
     x = to_channels_first(out, node, x)
-    given = {"kernel_shape": list(attrs["window"]), "strides": list(attrs["stride"])}
+    given: dict[str, Any] = {"kernel_shape": list(attrs["window"]), "strides": list(attrs["stride"])}
     if not alone(node):
-        made: Ref = out.op("AveragePool", x, **given, pads=pads(padding),
+        made = out.op("AveragePool", x, **given, pads=pads(padding),
                            count_include_pad=int(include) if pads(padding) else None)
         return from_channels_first(out, node, made)
     batch, channels, *spatial = shape
@@ -219,16 +219,14 @@ def window_sums(out: Writer, node: Node, planes: Ref) -> Ref:
     """Sums over the windows of images of one channel, as a convolution with ones: it takes any padding."""
     window = node.attrs["window"]
     kernel = filled(out, 1, (1, 1, *window), planes.dtype)
-    made: Ref = out.op("Conv", planes, kernel, kernel_shape=list(window), strides=steps(node.attrs["stride"]),
+    return out.op("Conv", planes, kernel, kernel_shape=list(window), strides=steps(node.attrs["stride"]),
                        pads=pads(node.attrs["padding"]))
-    return made
 
 
 def window_counts(out: Writer, node: Node, spatial: Sequence[Size], dtype: Any) -> Ref:
     """How many elements each window has, padding not counted, (1, 1, *out); at least 1."""
     counts = window_sums(out, node, filled(out, 1, (1, 1, *spatial), dtype))
-    made: Ref = out.op("Max", counts, out.like(1, counts))
-    return made
+    return out.op("Max", counts, out.like(1, counts))
 
 
 @exports("avg_pool_grad")

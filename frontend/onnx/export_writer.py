@@ -302,8 +302,7 @@ class Writer:
         outer = Writer(self.model)
         outer.node = self.node
         outer.records = self.model.preamble
-        ref: Ref = write(outer)
-        return ref
+        return write(outer)
 
     def _compute(self, dim: Dim) -> Ref:
         total: Ref | None = None
@@ -320,8 +319,7 @@ class Writer:
 
     def _atom(self, atom: str | FloorDiv) -> Ref:
         if isinstance(atom, FloorDiv):
-            ref: Ref = self.op("Div", self.size(atom.numerator), self.ints(atom.divisor))
-            return ref
+            return self.op("Div", self.size(atom.numerator), self.ints(atom.divisor))
         if atom not in self.model.sources:
             raise self.fail(f"the size {atom!r} does not follow from the shape of any input: give an input whose "
                             f"shape has it, or a number for it")
