@@ -27,8 +27,8 @@ PASSES_OVER_NAN = {"reduce_max", "reduce_min", "argmax", "argmin", "sort", "top_
 # The evaluator approximates erf; onnxruntime takes the scale of a product in f32.
 LOOSE = {("erf", "float64"): 1e-6, ("erfc", "float64"): 1e-6, ("attention", "float64"): 1e-6}
 # The least opset of ops that earlier ones cannot say.
-SINCE = {"bitcast": 26, "pow": 12, "scatter_add": 16, "scatter_add_along_axis": 16, "scatter_add_nd": 16, "max_pool_grad": 16,
-         "random_bits": 18, "bitwise_and": 18, "bitwise_or": 18, "bitwise_xor": 18}
+SINCE = {"bitcast": 26, "pow": 12, "scatter_add": 16, "scatter_add_along_axis": 16, "scatter_add_nd": 16,
+         "max_pool_grad": 16, "random_bits": 18, "bitwise_and": 18, "bitwise_or": 18, "bitwise_xor": 18}
 DTYPE_SINCE = {"bfloat16": 13, "float8_e4m3fn": 19, "float8_e5m2": 19, "int4": 21, "uint4": 21}
 
 

