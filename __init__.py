@@ -12,6 +12,7 @@ from typing import Any as _Any
 from . import ir
 from .frontend import methods as _methods
 from .frontend import nn, optim, plugins, random
+from .frontend import parallel as distributed
 from .frontend.checkpoint import load_checkpoint, save_checkpoint
 from .frontend.compile import Compiled, compile, load
 from .frontend.control import cond, scan, while_loop

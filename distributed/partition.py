@@ -103,7 +103,7 @@ class _Emitter:
         """One node on a rank's parts."""
         assert self.plan.table is not None
         factors, shard = self.plan.table.factors[node], self.plan.table.rules[node]
-        chosen = self.plan.strategies[node]
+        chosen = self.plan.strategies.get(node, {})
         operands = [self.need(v, Sharding.of(v.rank, {a: factors.operand_placement(s, i) for a, s in chosen.items()}))
                     for i, v in enumerate(node.operands)]
         shardings = [Sharding.of(v.rank, {a: factors.result_placement(s, i) for a, s in chosen.items()})

@@ -2,8 +2,8 @@
 
 From what is annotated, along one mesh axis, splits follow the labels of the ops' rules: first forwards, from operands
 to results, as far as that goes; then backwards, from results to operands that have none; and again. Where operands ask
-for different labels the larger one wins: moving it would cost more. What is annotated never changes, and a hint is only
-that: `solve.py` decides, and knows what following it costs.
+for different labels an annotated one wins, else the larger: moving it would cost more. What is annotated never changes,
+and a hint is only that: `solve.py` decides, and knows what following it costs.
 """
 
 from __future__ import annotations
@@ -70,13 +70,14 @@ class Propagation:
         return len(self.hints) > before
 
     def strongest(self, node: Node, sources: Sequence[tuple[Any, Value]]) -> Label:
-        """The label that the largest of some values is split along."""
-        best, size = None, -1
+        """The label that the weightiest of some values is split along."""
+        best, most = None, (False, -1)
         for labels, value in sources:
             dim = self.hints.get(value)
             if dim is not None and dim < len(labels) and labels[dim] is not None:
-                if self.table.fits(node, labels[dim], self.ranks) and value.type.nbytes > size:
-                    best, size = labels[dim], value.type.nbytes
+                weight = (value in self.fixed, int(value.type.nbytes))
+                if self.table.fits(node, labels[dim], self.ranks) and weight > most:
+                    best, most = labels[dim], weight
         return best
 
     def add(self, value: Value, dim: int) -> None:

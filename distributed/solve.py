@@ -27,6 +27,7 @@ from .rules import Linear, Strategy
 from .sharding import PARTIAL, WHOLE, Sharding
 
 INFINITE = float("inf")
+STAYS = 1e6  # factor on the cost of moving an input that is annotated as split: weights stay where they were put
 
 
 @dataclass
@@ -105,7 +106,7 @@ def _fixed(graph: Graph, mesh: Mesh, inputs: Mapping[int, Sharding],
         for i, s in outputs.items():
             found.setdefault(graph.outputs[i], s.placement(axis))
         for node in graph.nodes:
-            if node.op.name == "annotate" and axis in node.attrs["dims"]:
+            if node.op.name == "annotate" and axis in (*node.attrs["dims"], *node.attrs["whole"]):
                 wish = Sharding(node.attrs["dims"])
                 wish.check(node.result.type, mesh)
                 found[node.result] = wish.placement(axis)
@@ -174,8 +175,9 @@ class _AxisSolver:
 
     def move(self, v: Value, target: int) -> float:
         """Seconds to bring a value where it is needed, from the cheapest place where it lies."""
-        return min(transition(self.cluster, self.axis, self.ranks, self.whole_bytes(v), source, target)
-                   for source in self.have[v])
+        least = min(transition(self.cluster, self.axis, self.ranks, self.whole_bytes(v), source, target)
+                    for source in self.have[v])
+        return least * STAYS if v.producer is None and self.fixed.get(v, WHOLE) >= 0 else least
 
     def candidates(self, node: Node) -> list[Strategy]:
         """Labels first, whole last: of equal cost the first is taken."""

@@ -148,18 +148,20 @@ define("recv", "", recv_infer, _nobody, "What the rank `shift` further along the
 # Wishes ------------------------------------------------------------------------------------------------------------
 
 
-def annotate_infer(x: TensorType, dims: tuple[str, ...]) -> TensorType:
+def annotate_infer(x: TensorType, dims: tuple[str, ...], whole: tuple[str, ...]) -> TensorType:
     if not isinstance(dims, tuple) or len(dims) != x.rank or not all(isinstance(d, str) for d in dims):
         fail_attr(f"dims is {dims!r}; expected for each of the {x.rank} dimensions of {x} the name of a mesh axis, or ''")
+    if not isinstance(whole, tuple) or not all(isinstance(axis, str) for axis in whole):
+        fail_attr(f"whole is {whole!r}; expected a tuple of names of mesh axes")
     return x
 
 
-define("annotate", "x", annotate_infer, lambda x, dims: x,
-       "The operand; when the graph is partitioned its dimensions lie along these mesh axes ('': not along one that "
-       "another dimension names).", attrs={"dims": REQUIRED}, traits=["barrier"])
+define("annotate", "x", annotate_infer, lambda x, dims, whole: x,
+       "The operand; when the graph is partitioned its dimensions are split over these mesh axes ('': as it comes), and "
+       "along the axes `whole` every rank has all of it.", attrs={"dims": REQUIRED, "whole": ()}, traits=["barrier"])
 
 
-def annotate_decompose(x: Value, dims: tuple[str, ...]) -> Value:
+def annotate_decompose(x: Value, dims: tuple[str, ...], whole: tuple[str, ...]) -> Value:
     return x
 
 

@@ -1,0 +1,150 @@
+"""What a user says of a training step, as annotations of its graph.
+
+`Plan(shard={"*.up": (None, "tensor"), "*.down": ("tensor", None)}, zero=1)`: the batch lies along the axis "data",
+parameters whose names match lie as told, their optimizer states with them. ZeRO (Rajbhandari et al. 2020,
+arXiv:1910.02054) is annotations, too. Stages 1 and 2: states are split along the batch's axis, so gradients are reduced
+and scattered instead of reduced everywhere, each rank updates its part, and the new parameters are gathered. Stage 3: the
+parameters stay split between steps and are gathered where the forward and backward passes read them.
+
+Since a gradient goes from partial sums straight to its parts, no rank ever holds whole reduced gradients: stage 1 does
+what stage 2 promises.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ..ir.builder import GraphBuilder
+from ..ir.errors import AttributeValueError
+from ..ir.graph import Graph, Node, Value
+from ..ir.rewrite import with_operands
+from .mesh import Mesh, MeshError
+from .sharding import Sharding
+
+Dims = tuple["str | None", ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a training step is laid out.
+
+    Attributes:
+        data: the mesh axis along which the batch's first dimension is split; None: every rank has all of it.
+        shard: pattern of parameter names (as of `fnmatch`) -> a mesh axis or None for each dimension. The first match
+            counts; what matches none is whole.
+        zero: ZeRO stage, 0 to 3, over the axis `data`.
+        bucket_bytes: collectives of one kind that may go together are joined into messages of at most so many bytes.
+    """
+
+    data: str | None = "data"
+    shard: Mapping[str, Dims] = field(default_factory=dict)
+    zero: int = 0
+    bucket_bytes: int = 25 << 20
+
+    def __post_init__(self) -> None:
+        if self.zero not in (0, 1, 2, 3):
+            raise AttributeValueError(f"zero is {self.zero!r}; ZeRO has the stages 0 (off), 1, 2 and 3")
+
+    def of(self, name: str, rank: int) -> Sharding:
+        """The sharding of a parameter between ranks that differ in tensors, not in data."""
+        for pattern, dims in self.shard.items():
+            if fnmatch.fnmatchcase(name, pattern):
+                return Sharding(tuple(dims))
+        return Sharding.whole(rank)
+
+    def check(self, mesh: Mesh, names: Sequence[str]) -> None:
+        """That the plan fits the mesh and the model.
+
+        Raises:
+            MeshError: it names an axis that is not there, or a pattern matches no parameter.
+        """
+        for axis in (d for dims in self.shard.values() for d in dims if d):
+            mesh[axis]
+        if self.zero and (self.data is None or self.data not in mesh):
+            raise MeshError(f"ZeRO needs the batch's axis {self.data!r} in the mesh, which is {mesh}")
+        for pattern in self.shard:
+            if not fnmatch.filter(names, pattern):
+                some = ", ".join(list(names)[:8])
+                raise MeshError(f"the plan's pattern {pattern!r} matches no parameter; there are: {some}...")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What an input of a step's graph is: `kind` batch, scalar, parameter, state or other; `name` of its parameter."""
+
+    kind: str
+    name: str = ""
+
+
+def split_over(sharding: Sharding, shape: Sequence[int], axis: str, ranks: int) -> Sharding:
+    """The sharding with the first whole dimension that divides split over one more axis; as it is if none does."""
+    for dim, size in enumerate(shape):
+        if sharding.dims[dim] is None and size % ranks == 0 and size:
+            return sharding.placed(axis, dim)
+    return sharding
+
+
+def annotate(graph: Graph, mesh: Mesh, plan: Plan, sources: Sequence[Source]) -> tuple[Graph, dict[int, Sharding]]:
+    """The graph of a step and the shardings of its inputs, by number, under a plan.
+
+    Raises:
+        MeshError, ShapeError: the plan does not fit the mesh, the model or the batch.
+    """
+    found: dict[int, Sharding] = {}
+    gathered: list[Value] = []
+    own = {s.name: v.shape for s, v in zip(sources, graph.inputs) if s.kind == "parameter"}
+    for i, (source, v) in enumerate(zip(sources, graph.inputs)):
+        if source.kind == "batch":
+            found[i] = Sharding((plan.data, *(None,) * (v.rank - 1))) if v.rank and plan.data in mesh \
+                else Sharding.whole(v.rank)
+            found[i].check(v.type, mesh)
+        elif source.kind == "scalar":
+            found[i] = Sharding.whole(v.rank)
+        elif source.kind in ("parameter", "state") and (source.kind == "parameter" or v.shape == own.get(source.name)):
+            found[i] = plan.of(source.name, v.rank)
+            found[i].check(v.type, mesh)
+            if plan.zero >= (3 if source.kind == "parameter" else 1):
+                assert plan.data is not None
+                found[i] = split_over(found[i], v.shape, plan.data, mesh[plan.data])
+                if source.kind == "parameter" and plan.data in found[i].dims:
+                    gathered.append(v)
+        elif source.kind == "state":
+            found[i] = Sharding.whole(v.rank)
+    return (gather_at_use(graph, gathered, plan.data) if gathered else graph), found
+
+
+def gather_at_use(graph: Graph, parameters: Sequence[Value], axis: str | None) -> Graph:
+    """Annotates that forward and backward passes read these inputs whole along an axis; their update reads the parts."""
+    assert axis is not None
+    wanted, nodes = set(parameters), []
+    with GraphBuilder("uses") as builder:
+        whole: dict[Value, Value] = {}
+        for node in graph.nodes:
+            reads = [v for v in node.operands if v in wanted]
+            if reads and not _updates(node):
+                for v in reads:
+                    if v not in whole:
+                        (whole[v],) = builder.emit("annotate", [v], {"dims": ("",) * v.rank, "whole": (axis,)})
+                        assert whole[v].producer is not None
+                        nodes.append(whole[v].producer)
+            nodes.append(node if not reads or _updates(node) else (node, [whole.get(v, v) for v in node.operands]))
+    return _rebuilt(graph, nodes)
+
+
+def _updates(node: Node) -> bool:
+    """Whether a node computes with a parameter element by element, as its update and its decay do."""
+    return node.op.has("elementwise") and all(v.shape in ((), node.result.shape) for v in node.operands)
+
+
+def _rebuilt(graph: Graph, nodes: Sequence[object]) -> Graph:
+    mapping: dict[Value, Value] = {}
+    made: list[Node] = []
+    for entry in nodes:
+        node, operands = entry if isinstance(entry, tuple) else (entry, entry.operands)  # type: ignore[attr-defined]
+        fresh = with_operands(node, [mapping.get(v, v) for v in operands])
+        mapping.update(zip(node.results, fresh.results))
+        made.append(fresh)
+    outputs = [mapping.get(v, v) for v in graph.outputs]
+    return Graph(graph.name, graph.inputs, graph.roles, made, outputs, graph.aliases, graph.meta)

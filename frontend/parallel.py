@@ -1,0 +1,255 @@
+"""`td.distributed`: a training step on the ranks of a mesh.
+
+    mesh = td.distributed.make_mesh({"data": -1, "tensor": 2})       # -1: whatever the job has left
+    step = td.distributed.parallelize(td.train_step(model, loss_fn, opt), mesh, td.distributed.Plan(
+        shard={"*.up.weight": ("tensor", None), "*.down.weight": (None, "tensor")}, zero=1))
+    loss = step(x, y)                                                # the whole batch; each rank takes its part
+
+The step is traced as for one process, differentiated and clipped as for one process, and then partitioned: so losses,
+gradients, clipping by the global norm, means over tokens and dropout are those of one process up to the order of sums.
+The same script runs without mpiexec on a mesh of one rank.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..distributed import Mesh, MeshError, Sharding
+from ..distributed.buckets import bucket
+from ..distributed.comm import Job, load_mpi, mpi_available
+from ..distributed.errors import DistributedError, LaunchError
+from ..distributed.partition import Partitioned, partition
+from ..distributed.plans import Plan, Source, annotate
+from ..ir.errors import ArgumentsError
+from ..ir.graph import Graph
+from ..ir.location import user_location
+from ..ir.ops_collective import COLLECTIVES, host_name
+from ..ir.passes import TIDY
+from ..ir.pipeline import Pipeline
+from . import tree
+from .compile import build_executable
+from .dispatch import apply, as_tensor
+from .eager import ALIGNMENT
+from .signature import scan
+from .tensor import Tensor
+from .train import TrainStep
+
+__all__ = ["DistributedError", "Job", "LaunchError", "Mesh", "MeshError", "ParallelStep", "Plan", "Sharding", "constrain",
+           "make_mesh", "mpi_available", "parallelize", "rank", "world_size"]
+
+SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS")
+
+
+def world_size() -> int:
+    """Processes of this job: 1 unless an MPI launcher started it."""
+    return int(load_mpi().COMM_WORLD.size) if any(name in os.environ for name in SIZES) else 1
+
+
+def rank() -> int:
+    """This process's number in the job, from 0."""
+    return int(load_mpi().COMM_WORLD.rank) if world_size() > 1 else 0
+
+
+def make_mesh(axes: Mapping[str, int]) -> Mesh:
+    """A mesh of this job's processes; one axis may be -1 and takes what the others leave.
+
+    Raises:
+        MeshError: the sizes do not multiply to the number of processes.
+    """
+    world, sizes = world_size(), dict(axes)
+    open_axes = [name for name, size in sizes.items() if size == -1]
+    if len(open_axes) > 1:
+        raise MeshError(f"only one mesh axis may be -1, got {', '.join(open_axes)}")
+    for name in open_axes:
+        rest = Mesh({k: v for k, v in sizes.items() if k != name}).size
+        if world % rest:
+            raise MeshError(f"{world} processes do not divide into groups of {rest} ({sizes}); start a multiple of {rest}")
+        sizes[name] = world // rest
+    mesh = Mesh(sizes)
+    mesh.check_world(world)
+    return mesh
+
+
+def constrain(x: Any, *dims: str | None) -> Tensor:
+    """`x`, of which the dimensions are to be split over these mesh axes (None: as it comes) when it is partitioned.
+
+    Sequence parallelism is `x = td.distributed.constrain(x, None, "tensor", None)` on the residual stream. Without a
+    mesh it does nothing.
+    """
+    value = as_tensor(x)
+    made: Tensor = apply("annotate", value, dims=tuple(d or "" for d in dims))
+    return made
+
+
+def parallelize(step: TrainStep, mesh: Mesh, plan: Plan | None = None) -> ParallelStep:
+    """The training step, run by all ranks of the mesh together. See the module's text.
+
+    Raises:
+        MeshError: the job has another number of processes than the mesh, or the plan does not fit the model.
+        LaunchError: mpi4py is missing.
+    """
+    return ParallelStep(step, mesh, plan or Plan())
+
+
+class ParallelStep:
+    """A training step on a mesh; made by `parallelize`.
+
+    Attributes:
+        mesh, plan: as given.
+        partitioned: the program of the last new kind of batch: its per-rank graph, shardings, counts of collectives.
+        job: this process in the mesh; None on a mesh of one rank.
+    """
+
+    def __init__(self, step: TrainStep, mesh: Mesh, plan: Plan):
+        if not isinstance(step, TrainStep):
+            raise ArgumentsError(f"parallelize takes what td.train_step returned, not {step!r}", user_location())
+        self.inner, self.mesh, self.plan = step, mesh, plan
+        self.names = {id(p): name for name, p in step.model.named_parameters()} \
+            if hasattr(step.model, "named_parameters") else {}
+        plan.check(mesh, list(self.names.values()))
+        self.job = Job(mesh) if mesh.size > 1 else None
+        if self.job is None:
+            mesh.check_world(world_size())
+        self.rank = self.job.rank if self.job is not None else 0
+        self.partitioned: Partitioned | None = None
+        self.parts: dict[int, tuple[Tensor, Sharding, np.ndarray]] = {}  # tensors of which this rank has a part
+        self._placed: dict[int, Sharding] = {}
+        self._programs: dict[Any, _Bound] = {}
+        self._seen: tuple[Any, ...] | None = None
+
+    def __call__(self, *batch: Any) -> Any:
+        """One step on the whole batch (every rank gives the same); the loss of one process, on every rank.
+
+        Raises:
+            DistributedError: another rank failed, or was given another batch.
+        """
+        step = self.inner
+        numbers, structure = step._scalars(), step._structure()
+        found = scan(batch, {})
+        key = (found.key, structure, tuple(numbers))
+        if key not in self._programs:
+            self._programs[key] = self._build(batch)
+        if self.job is not None:
+            self.job.step = step.opt.steps
+        bound = self._programs[key]
+        result = bound([*found.arrays, *numbers.values()])
+        step.opt.steps += 1
+        if step._any_frozen:
+            step.opt.skip(step._trainable)
+        return result
+
+    def trace(self, *batch: Any) -> Partitioned:
+        """The per-rank program for such a batch, before it is compiled."""
+        graph = self.inner.trace(*batch)
+        meta = graph.meta
+        tidy = Pipeline(list(TIDY)).run(graph)
+        tidy.meta.update(meta)
+        sources = self._sources(tidy)
+        annotated, shardings = annotate(tidy, self.mesh, self.plan, sources)
+        for i, tensor in meta["captures"].items():
+            if id(tensor) in self._placed:
+                shardings[i] = self._placed[id(tensor)]
+        made = partition(annotated, self.mesh, shardings)
+        made.graph = bucket(made.graph, self.plan.bucket_bytes)
+        made.graph.meta.update(meta)
+        return made
+
+    def _sources(self, graph: Graph) -> list[Source]:
+        """What each input is."""
+        states = {id(t): p for p, slots in zip(self.inner.opt.params, self.inner.opt.state) for t in slots.values()}
+        found = []
+        for i, role in enumerate(graph.roles):
+            tensor = graph.meta["captures"].get(i)
+            if tensor is None:
+                found.append(Source("scalar" if role == "scalar" else "batch"))
+            elif id(tensor) in states:
+                found.append(Source("state", self.names.get(id(states[id(tensor)]), "")))
+            elif id(tensor) in self.names:
+                found.append(Source("parameter", self.names[id(tensor)]))
+            else:
+                found.append(Source("other"))
+        return found
+
+    def _build(self, batch: Sequence[Any]) -> _Bound:
+        made = self.partitioned = self.trace(*batch)
+        if self.job is not None:
+            self.job.agree_on_program(made.graph)
+            register(made.graph, self.job)
+        executable = build_executable(made.graph, self.inner._compiled.target, self.inner._compiled.amp,
+                                      memory_budget=self.inner.memory_budget)
+        captures = made.graph.meta["captures"]
+        first = len(made.graph.inputs) - len(captures)
+        bound = []
+        for i in sorted(captures):
+            bound.append(self._place(captures[i], made.inputs[i]))
+        return _Bound(self, executable, made.inputs[:first], bound, made.graph.meta)
+
+    def _place(self, tensor: Tensor, sharding: Sharding) -> np.ndarray:
+        """This rank's part of a tensor: the tensor's own memory if that is all of it."""
+        self._placed[id(tensor)] = sharding
+        if sharding.is_whole:
+            return tensor._pin() if tensor.role is not None else tensor._value.array  # type: ignore[return-value]
+        if id(tensor) not in self.parts:
+            self.parts[id(tensor)] = (tensor, sharding, aligned(sharding.cut(tensor.numpy(), self.mesh, self.rank)))
+        return self.parts[id(tensor)][2]
+
+    def gather(self) -> None:
+        """Brings the model's (and optimizer's) tensors up to date on every rank: parts are gathered.
+
+        While training, a tensor that is split lives in parts; the tensor itself keeps what it held before.
+        """
+        if self.job is None:
+            return
+        for tensor, sharding, part in self.parts.values():
+            into = np.empty((self.mesh.size, part.nbytes), np.uint8)
+            self.job.watch.enter("gather")
+            self.job.watch.wait(self.job.world.Iallgather(part.reshape(-1).view(np.uint8), into))
+            self.job.watch.leave()
+            tensor.assign(sharding.join([row.view(part.dtype).reshape(part.shape) for row in into], self.mesh))
+
+    @property
+    def local_bytes(self) -> dict[str, int]:
+        """Bytes of parameters and of optimizer state that this rank keeps between steps."""
+        found = {"parameter": 0, "state": 0}
+        assert self.partitioned is not None
+        for source, v in zip(self._sources(self.partitioned.graph), self.partitioned.graph.inputs):
+            if source.kind in found:
+                found[source.kind] += int(v.type.nbytes)
+        return found
+
+
+class _Bound:
+    """An executable with this rank's parts of the tensors that it reads and updates."""
+
+    def __init__(self, owner: ParallelStep, executable: Any, shardings: Sequence[Sharding], arrays: list[np.ndarray],
+                 meta: Mapping[str, Any]):
+        self.mesh, self.rank = owner.mesh, owner.rank
+        self.executable, self.shardings, self.arrays = executable, list(shardings), arrays
+        self.structure, self.results = meta["out_structure"], len(executable.signature.outputs) - len(meta["assigns"])
+
+    def __call__(self, given: Sequence[Any]) -> Any:
+        parts = [np.asarray(a) if s.is_whole else s.cut(a, self.mesh, self.rank) for a, s in zip(given, self.shardings)]
+        outputs = self.executable.run([*parts, *self.arrays])
+        return tree.unflatten(self.structure, [Tensor(np.array(a)) for a in outputs[:self.results]])
+
+
+def register(graph: Graph, job: Job) -> None:
+    """Lets the programs of this process call the job's collectives."""
+    from ..schedules.host import register_host_function
+
+    names = {host_name(n) for n in graph.walk() if n.op.name in (*COLLECTIVES, "axis_index", "send", "recv")}
+    for name in sorted(names):
+        register_host_function(name, job.host_function(name))
+
+
+def aligned(array: np.ndarray) -> np.ndarray:
+    """A copy whose memory compiled programs may update."""
+    raw = np.empty(array.nbytes + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    made = raw[start:start + array.nbytes].view(array.dtype).reshape(array.shape)
+    made[...] = array
+    return made
