@@ -29,10 +29,11 @@ from tvm.tirx import stmt as tir_stmt
 from ..ir.errors import CompileError
 from .bindings import bind_through_memory
 from .llvm_bugs import selects_apart, suspicious, without_avx512
+from .scratch import on_the_stack, set_aside
 from .target import Target
 
 # Part of every cache key: raise it when the same PrimFunc would give different machine code.
-CODEGEN_VERSION = 3
+CODEGEN_VERSION = 4
 
 # Extra options of the LLVM target for one kernel, e.g. {"fast-math-reassoc": True}: a PrimFunc attribute.
 LLVM_OPTIONS = "treadle.llvm_options"
@@ -124,7 +125,9 @@ def _kernel_passes(sized: bool = False) -> tvm.ir.transform.Pass:
             tx.FP8StorageLegalize(),
             tx.BF16StorageLegalize(),
             bind_through_memory,
+            set_aside,
             tx.LowerTVMBuiltin(),
+            on_the_stack,
             tx.LowerIntrin(),
         ]
     )

@@ -1,0 +1,37 @@
+"""Scratch buffers: on the stack while they fit, from the thread's pool beyond."""
+
+import numpy as np
+import pytest
+from lowered import check, graph_of
+
+from treadle.ir.builder import emit
+from treadle.schedules import codegen, scratch
+from treadle.schedules.lower import lower
+from treadle.schedules.target import Target
+
+
+def product(n):
+    return graph_of(lambda x, y: [emit("matmul", x, y)], (n, n), (n, n))
+
+
+def takes_from_pool(graph):
+    kernel = lower(graph, "cpu").kernel_calls[0].kernel
+    return b"TVMBackendAllocWorkspace" in codegen.compile_kernel(kernel, "k", Target.parse("cpu"))
+
+
+def test_a_small_kernel_calls_no_allocator():
+    assert not takes_from_pool(product(64))
+
+
+def test_what_the_stack_does_not_hold_comes_from_the_pool(monkeypatch):
+    monkeypatch.setattr(scratch, "STACK_BYTES", 4096)  # register tiles fit, panels do not
+    assert takes_from_pool(product(64))
+
+
+@pytest.mark.parametrize("limit", [0, 4096, 1 << 20])
+def test_numbers_do_not_depend_on_where_scratch_is(limit, monkeypatch, tmp_path):
+    monkeypatch.setattr(scratch, "STACK_BYTES", limit)
+    monkeypatch.setattr(codegen, "CODEGEN_VERSION", f"scratch-{limit}")
+    graph = graph_of(lambda x, y: [emit("softmax", emit("matmul", x, y), axis=0)], (33, 70), (70, 129))
+    rng = np.random.default_rng(0)
+    check(graph, [rng.standard_normal(s).astype("f") for s in ((33, 70), (70, 129))])
