@@ -91,6 +91,9 @@ def save(model: Any, path: Any, *specs: Any, external_data: bool | None = None, 
     chosen = _options(options)
     written = _written(model, specs, chosen)
     external = written.nbytes > LIMIT if external_data is None else external_data
+    if written.nbytes > LIMIT and not external:
+        raise OnnxError(f"{place}: {written.nbytes:,} bytes of weights do not fit into one ONNX file (2 GB): save with "
+                        "external_data=True", user_location())
     storage = Storage(f"{place.name}.data") if external else None
     write_files(written.proto(storage, chosen.metadata), place, storage, chosen.check)
 
@@ -98,8 +101,9 @@ def save(model: Any, path: Any, *specs: Any, external_data: bool | None = None, 
 def to_model(model: Any, *specs: Any, **options: Any) -> onnx.ModelProto:
     """The ModelProto that `save` writes; see there."""
     chosen = _options(options)
-    proto = _written(model, specs, chosen).proto(None, chosen.metadata)
-    if chosen.check:
+    written = _written(model, specs, chosen)
+    proto = written.proto(None, chosen.metadata)
+    if chosen.check and written.nbytes <= LIMIT:  # what does not fit into one file cannot be checked as one either
         validate(proto)
     return proto
 
@@ -208,7 +212,19 @@ def _traced(model: Any, specs: Sequence[Any], options: Options) -> Traced:
     signature, refs = _sign(graph, source.names, shared, options.input_names or source.input_names,
                             options.output_names or source.output_names)
     _give(out, signature, write_graph(out, graph, refs))
-    return Traced(signature, out)
+    written = Traced(signature, shared, _final_records(signature, out))
+    kinds = {r.kind for r in written.records}
+    if lost := [f"{kind} of {dtype}" for kind, dtype in sorted(shared.unrunnable) if kind in kinds]:
+        log.warning("%s: onnxruntime has no kernel for %s on a CPU; the model is valid, but to run it there cast it to "
+                    "float32 first", graph.name, ", ".join(lost))
+    return written
+
+
+def _final_records(signature: Signature, out: Writer) -> list[Record]:
+    shared = out.model
+    seen = [n for n, _ in (*signature.inputs, *signature.defaults, *signature.outputs)]
+    taken = {*seen, *signature.initializers, *shared.initializers}
+    return finished([*shared.preamble, *out.records], shared.renamed, seen, taken)
 
 
 def _sign(graph: Graph, named: Mapping[int, str], shared: Model, input_names: Sequence[str] | None,
@@ -290,28 +306,30 @@ class Traced:
     """A graph that was written, before it is serialised."""
 
     signature: Signature
-    out: Writer
+    shared: Model
+    records: list[Record]
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The initializers."""
+        return {**self.signature.initializers, **self.shared.initializers}
 
     @property
     def nbytes(self) -> int:
         """Bytes of the initializers."""
-        arrays = {**self.signature.initializers, **self.out.model.initializers}
-        return sum(a.nbytes for a in arrays.values())
+        return sum(a.nbytes for a in self.arrays.values())
 
     def proto(self, storage: Storage | None, metadata: Mapping[str, str] | None) -> onnx.ModelProto:
         """The model; what fits into a storage goes there."""
-        shared, signature = self.out.model, self.signature
-        seen = [n for n, _ in (*signature.inputs, *signature.defaults, *signature.outputs)]
-        arrays = {**signature.initializers, **shared.initializers}
-        records = finished([*shared.preamble, *self.out.records], shared.renamed, seen, {*seen, *arrays})
-        read = dict.fromkeys(n for r in records for n in names_in_order(r))
+        signature, arrays = self.signature, self.arrays
+        read = dict.fromkeys(n for r in self.records for n in names_in_order(r))
         stored = [n for n in (*read, *(n for n, _ in signature.defaults if n not in read)) if n in arrays]
         graph = helper.make_graph(
-            [node_proto(r) for r in records], "main",
+            [node_proto(r) for r in self.records], "main",
             [value_info(n, t) for n, t in (*signature.inputs, *signature.defaults)],
             [value_info(n, t) for n, t in signature.outputs],
             initializer=[initializer(n, arrays[n], storage) for n in stored])
-        opsets = [helper.make_opsetid("", shared.opset)]
+        opsets = [helper.make_opsetid("", self.shared.opset)]
         model = helper.make_model(graph, opset_imports=opsets, producer_name="treadle",
                                   ir_version=helper.find_min_ir_version_for(opsets))
         if metadata:

@@ -91,6 +91,7 @@ class Model:
         sources: name of a size -> (input, axis, slope, offset) that it is read from.
         known: of indices.
         renamed: outputs of nodes that are outputs of the model -> their name there.
+        unrunnable: (op, dtype) that ONNX allows and onnxruntime has no kernel for.
     """
 
     opset: int
@@ -105,6 +106,7 @@ class Model:
     sources: dict[str, tuple[Ref, int, int, int]] = field(default_factory=dict)
     known: Known = field(default_factory=Known)
     renamed: dict[str, str] = field(default_factory=dict)
+    unrunnable: set[tuple[str, str]] = field(default_factory=set)
 
     def unique(self, stem: str) -> str:
         """A name that nothing else has: the stem, or the stem with a number."""
@@ -206,14 +208,18 @@ class Writer:
     def takes(self, kind: str, dtype: Any) -> bool:
         """Whether the runtime computes the op in this very dtype at the opset."""
         schema = schema_of(kind, "", self.opset)
-        return schema is not None and self.carrier(kind, schema, schema.inputs[0].type_str, as_dtype(dtype)) == dtype
+        if schema is None:
+            return False
+        parameter = schema.inputs[0].type_str
+        runs = _kernels(kind, self.opset, parameter)
+        return dtype in _allowed(schema, parameter) and (runs is None or dtype in runs or dtype == "float16")
 
     def carrier(self, kind: str, schema: Any, parameter: str, dtype: DType) -> DType:
         """The dtype to compute in."""
         allowed = _allowed(schema, parameter)
         if parameter in _NAMES:  # the schema names one dtype
             return _NAMES[parameter]
-        runs = _kernels(kind, schema.since_version, self.opset, parameter)
+        runs = _kernels(kind, self.opset, parameter)
         candidates = [dtype, *map(as_dtype, WIDER.get(dtype, ()))]
         if dtype == "uint64" and kind in WRAPS:
             candidates.append(INT64)
@@ -223,6 +229,7 @@ class Writer:
                 return candidate
         for candidate in candidates:
             if candidate in allowed:
+                self.model.unrunnable.add((kind, str(candidate)))
                 return candidate
         later = next((v for v in range(self.opset + 1, onnx.defs.onnx_opset_version() + 1)
                       if dtype in _allowed(schema_of(kind, "", v), parameter)), None)
@@ -367,7 +374,7 @@ def _only(dtypes: frozenset[str]) -> DType | None:
     return as_dtype(next(iter(dtypes))) if len(dtypes) == 1 else None
 
 
-def _kernels(kind: str, since: int, opset: int, parameter: str) -> frozenset[str] | None:
+def _kernels(kind: str, opset: int, parameter: str) -> frozenset[str] | None:
     """The dtypes that the runtime has kernels for; None if it has no table for the op."""
     found = None
     for start, dtypes in KERNELS.get(kind, ()):
