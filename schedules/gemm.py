@@ -168,6 +168,7 @@ class GemmHooks:
     load_a:  (batch, i, k) -> element of op(A); batch indexes A's own batch dimensions. All are scalars, also
              inside vector loops (along k, or along i if A is transposed)
     load_b:  (batch, k, j) -> element of op(B)
+    packed:  B in panels already (gemm_pack.panels_of); with `pack_b` nothing is copied then
     store:   (batch, i, j, value) emits the stores of one element; value is of `acc_dtype`, batch indexes C's
 
     again:   the stores of an element may run twice (none reads what it wrote)
@@ -190,6 +191,7 @@ class GemmHooks:
     apart: bool = False
     again: bool = False
     by_row: Callable[[], Callable[..., None]] | None = None
+    packed: Any = None
 
 
 def gemm_primfunc(problem: GemmProblem, config: GemmConfig | None, target: GemmTarget, name: str = "gemm",

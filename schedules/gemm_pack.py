@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
@@ -24,6 +25,15 @@ if TYPE_CHECKING:
     from .gemm_tir import Index, TileEmitter, Where
 
     RowOf = Callable[[Index], Index]
+
+
+def panels_of(b: np.ndarray, cols: int) -> np.ndarray:
+    """B (K, N), known while compiling, as [panel, K, cols]. The last panel is moved back until it fits; where N is less
+    than a panel, zeros follow."""
+    n = b.shape[1]
+    if n < cols:
+        return np.ascontiguousarray(np.pad(b, ((0, 0), (0, cols - n))))[None]
+    return np.stack([b[:, min(first, n - cols):][:, :cols] for first in range(0, n, cols)])
 
 
 def packing(emitter: TileEmitter) -> Packing:
@@ -49,11 +59,11 @@ class Packing:
 
     def allocate(self) -> None:
         e = self.e
-        if e.c.pack_b:
+        if e.c.pack_b and e.hooks.packed is None:
             self.panel = e.buffer((e.col_panels, self.steps, e.cols), self.dtype)
         if e.c.pack_a:
             self.tile = e.buffer(self.tile_shape(), self.dtype)
-        if e.c.pack_b and e.p.transpose_b:
+        if e.c.pack_b and e.p.transpose_b and e.hooks.packed is None:
             self.staged = e.buffer((self.lanes, self.lanes), self.dtype, "local")
 
     def tile_shape(self) -> tuple[int, int, int]:
@@ -141,7 +151,8 @@ class Packing:
         def multiply_add(k: Index, r: int, c: Index) -> None:
             a = self.a(at.batch, at.row + r, k0 + k) if not e.c.pack_a else \
                 self.tile[at.slot, k, r] if e.p.transpose_a else self.tile[at.slot, r, k]
-            b = self.panel[q, k, c] if e.c.pack_b else self.b(at.batch, k0 + k, at.col + c)
+            b = e.hooks.packed[at.panel, k0 + k, c] if e.hooks.packed is not None else \
+                self.panel[q, k, c] if e.c.pack_b else self.b(at.batch, k0 + k, at.col + c)
             T.buffer_store(acc[r], acc[r][c] + a * b, [c])
 
         with e.serial(length) as k:

@@ -323,7 +323,7 @@ class TileEmitter(Emitter):
             with self.serial(self.k_blocks) as kb:
                 k0 = kb * self.k_block if self.blocked else 0
                 length = self.count(self.p.k, self.k_block, k0)
-                if self.c.pack_b:
+                if self.c.pack_b and self.hooks.packed is None:
                     with self.serial(panels) as q:
                         self.pack.pack_b(batch, q, self.panel_col(first_panel + q), k0, length)
                 self.emit_tiles(batch, (first_tile, tiles), (first_panel, panels), (kb, k0, length), part)

@@ -94,6 +94,11 @@ class _Walk:
         return self.last[value]
 
     def _transposed(self, value: Value, perm: tuple[int, ...]) -> Value:
+        if value.producer is not None and value.producer.op.name == "transpose":
+            perm = tuple(value.producer.attrs["perm"][p] for p in perm)
+            (value,) = value.producer.operands
+            if perm == tuple(range(value.rank)):
+                return value
         shape = tuple(value.shape[p] for p in perm)
         sizes = [s for s in value.shape if s != 1]
         if sizes == [s for s in shape if s != 1] and len(set(map(str, sizes))) == len(sizes):
@@ -196,10 +201,19 @@ def _broadcast_to(walk: _Walk, node: Node) -> bool | None:
     return walk.give_last(node, walk.channels_last(x), shape=_moved(shape))
 
 
+def _reshape(walk: _Walk, node: Node) -> bool | None:
+    """Of the spatial axes only: channels stay where they are."""
+    (x,), shape = node.operands, node.result.shape
+    if len(shape) < 3 or x.shape[:2] != shape[:2]:
+        return None
+    return walk.give_last(node, walk.channels_last(x), shape=_moved(shape))
+
+
 _RULES = {
     "concat": _concat,
     "slice": _per_axis("starts", "limits", "strides"),
     "pad": _per_axis("low", "high", "interior"),
     "reverse": _reverse,
     "broadcast_to": _broadcast_to,
+    "reshape": _reshape,
 }

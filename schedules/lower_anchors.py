@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ from .conv import conv_input_grad_primfunc, conv_primfunc, conv_weight_grad_prim
 from .conv_plain import needs_plain, plain_kernel
 from .conv_problem import FORWARD, INPUT_GRAD, ConvProblem
 from .gemm import GemmHooks, GemmProblem, gemm_primfunc
+from .gemm_pack import panels_of
+from .gemm_tir import propose_for
 from .group import anchor_axes
 from .loops import Signature
 from .loops_eval import Evaluator, Idx, InMemory, count_uses
@@ -103,6 +105,13 @@ class Epilogue:
                 atom.bind(expr)  # type: ignore[attr-defined]
         self._store(element)
 
+    def repack(self, v: Value, array: np.ndarray) -> Any:
+        """Gives a constant operand to the kernel in another layout; its buffer."""
+        self.packed[v] = array
+        self.buffers[v] = tirx.decl_buffer(array.shape, str(array.dtype), self.buffers[v].name)
+        self.params = list(self.buffers.values())
+        return self.buffers[v]
+
     def by_row(self) -> Any:
         """The same with all axes but the last as one: its position is not taken apart where nothing depends on the
         parts. Declares buffers: call it at the head of the kernel."""
@@ -149,7 +158,14 @@ def matmul(node: Node, epilogue: Epilogue, target: Any, name: str) -> Any:
                       store=lambda batch, i, j, value: epilogue.store((*batch, i, j), value),
                       apart=epilogue.is_heavy, again=not epilogue.signature.inplace,
                       by_row=epilogue.by_row if epilogue.is_dynamic else None)
-    return gemm_primfunc(problem, None, target, name, hooks)
+    config = None
+    if y in epilogue.constants and y.rank == 2 and str(y.dtype) == problem.acc_dtype and not epilogue.is_dynamic:
+        config = propose_for(problem, target, hooks)
+        if config.pack_b and config.kind == "tile" and not config.swap:
+            b = epilogue.constants[y]
+            panels = epilogue.repack(y, panels_of(b.T if transpose_y else b, config.tile_cols))
+            hooks = replace(hooks, b=None, packed=panels, params=epilogue.params)
+    return gemm_primfunc(problem, config, target, name, hooks)
 
 
 def _decoded(v: Value, epilogue: Epilogue, transposed: bool) -> Any:

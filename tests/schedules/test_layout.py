@@ -4,6 +4,7 @@ import numpy as np
 
 from treadle.ir import ops as _ops  # noqa: F401
 from treadle.ir.builder import GraphBuilder, emit
+from treadle.ir.dce import sweep
 from treadle.ir.interp import run
 from treadle.ir.types import TensorType
 from treadle.ir.verify import verify
@@ -50,3 +51,17 @@ def test_a_graph_without_images_stays_the_same_object():
         x = b.input(TensorType((2, 3, 8), "float32"), "x")
         b.output(x + 1.0)
     assert not channels_last(b.graph).changed and channels_last(b.graph).graph is b.graph
+
+
+def test_channels_stay_last_through_a_reshape_of_the_spatial_axes():
+    with GraphBuilder() as b:
+        x = b.input(TensorType((1, 6, 4), "float32"), "x")
+        w = emit("constant", value=np.ones((5, 4, 3, 1), np.float32))
+        image = emit("transpose", emit("reshape", x, shape=(1, 6, 4, 1)), perm=(0, 2, 1, 3))
+        y = emit("conv", image, w, stride=(1, 1), padding=((0, 0), (0, 0)), dilation=(1, 1))
+        b.output(emit("reduce_max", emit("reshape", y, shape=(1, 5, 4)) + 1.0, axes=(2,), keepdims=False))
+    result = channels_last(b.graph)
+    verify(result.graph)
+    x = np.random.default_rng(1).standard_normal((1, 6, 4)).astype(np.float32)
+    np.testing.assert_allclose(run(result.graph, [x])[0], run(b.graph, [x])[0], rtol=1e-5)
+    assert not any(n.op.name == "transpose" for n in sweep(result.graph).graph.nodes), str(result.graph)

@@ -42,3 +42,32 @@ def test_frozen_transposed_convolution(groups):
 
     plain, frozen = td.compile(f)(x).numpy(), td.compile(f, freeze=True)(x).numpy()
     np.testing.assert_allclose(frozen, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [3, 17, 32, 100])
+@pytest.mark.parametrize("rows", [1, 5, 70])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_frozen_products(rows, n, transposed):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, rows, 37), dtype=np.float32)
+    w = rng.standard_normal((n, 37) if transposed else (37, n), dtype=np.float32)
+    weight, bias = td.tensor(w), td.tensor(rng.standard_normal(n, dtype=np.float32))
+
+    def f(x):
+        return td.exp(td.matmul(x, weight.T if transposed else weight) * 0.1 + bias)
+
+    plain, frozen = td.compile(f)(x).numpy(), td.compile(f, freeze=True)(x).numpy()
+    np.testing.assert_allclose(frozen, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_a_frozen_program_keeps_the_values_it_was_made_with(tmp_path):
+    weight = td.tensor(np.ones((4, 4), np.float32))
+    x = np.ones((2, 4), np.float32)
+    f = td.compile(lambda x: x @ weight, freeze=True)
+    before = f(x).numpy().copy()
+    weight.assign(np.zeros((4, 4), np.float32))
+    np.testing.assert_array_equal(f(x).numpy(), before)
+    f.save(tmp_path / "f.treadle")
+    loaded = td.load(tmp_path / "f.treadle")
+    assert not loaded.tensors
+    np.testing.assert_array_equal(loaded(x).numpy(), before)
