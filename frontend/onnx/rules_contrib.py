@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...ir.dtypes import float32, int64
+from ...ir.dtypes import as_dtype, float32, int64
 from .. import functions as F
 from ..dispatch import apply, cast
 from ..nn import functional as N
@@ -197,7 +197,7 @@ def embed_layer_norm(node: OnnxNode, ids: Any, segments: Any, words: Any, positi
     if segments is not None and kinds is not None:
         total = total + apply("take", tensor(kinds), tensor(segments), axis=0)
     y = layer_normalized(total, tensor(gamma), tensor(beta), 2, node.attr("epsilon", 1e-12))
-    count = F.zeros((ids.shape[0],), "int32") if mask is None else cast(F.sum(cast(tensor(mask), int64), 1), "int32")
+    count = F.zeros((ids.shape[0],), "int32") if mask is None else cast(F.sum(cast(tensor(mask), int64), 1), as_dtype("int32"))
     return y, count, total
 
 

@@ -99,6 +99,12 @@ def tensor_scatter(node: OnnxNode, cache: Any, update: Any, starts: Any = None) 
     return F.transpose(result, back)
 
 
+def slices_at(x: Tensor, index: Tensor, axis: int = 0) -> Tensor:
+    """Slices at places that lie inside; `F.take` would look for negative ones."""
+    result: Tensor = apply("take", x, index, axis=axis)
+    return result
+
+
 # Scatter ---------------------------------------------------------------------------------------------------------
 
 REDUCTIONS = {"add": "scatter_add_nd", "none": "scatter_nd"}
@@ -128,22 +134,22 @@ def _folded(x: Tensor, index: Tensor, updates: Tensor, how: str) -> Tensor:
     flat = F.ravel(F.sum(cast(index, int64) * F.asarray(strides), -1))            # (updates,)
     count = flat.shape[0]
     order = F.argsort(flat)
-    place, total = F.take(flat, order), F.take(F.reshape(updates, (count, *width)), order, axis=0)
+    place, total = slices_at(flat, order), slices_at(F.reshape(updates, (count, *width)), order, axis=0)
     combine = {"mul": F.multiply, "min": F.minimum, "max": F.maximum}[how]
     column = (count, *(1,) * len(width))
 
     def double(total: Tensor, step: Tensor) -> tuple[Tensor, None]:
         before = F.maximum(F.arange(count) - step, 0)
-        same = F.logical_and(F.arange(count) >= step, F.take(place, before) == place)
-        return F.where(F.reshape(same, column), combine(total, F.take(total, before, axis=0)), total), None
+        same = F.logical_and(F.arange(count) >= step, slices_at(place, before) == place)
+        return F.where(F.reshape(same, column), combine(total, slices_at(total, before, axis=0)), total), None
 
     steps = [1 << i for i in range(max(count - 1, 0).bit_length())]
     if steps:
         total, _ = scan(double, total, F.asarray(steps))
     after = F.minimum(F.arange(count) + 1, count - 1)
-    last = F.logical_or(F.arange(count) == count - 1, F.take(place, after) != place)
+    last = F.logical_or(F.arange(count) == count - 1, slices_at(place, after) != place)
     old = F.reshape(x, (rows, *width))
-    fresh = combine(F.take(old, place, axis=0), total)
+    fresh = combine(slices_at(old, place, axis=0), total)
     target = F.where(last, place, rows)                                             # outside: dropped
     result = apply("scatter_nd", old, F.expand_dims(target, -1), fresh)
     return F.reshape(result, x.shape)
@@ -205,7 +211,7 @@ def compress(node: OnnxNode, x: Any, condition: Any) -> Tensor:
     else:
         place = axis_of(node, int(axis), x.ndim)
     places, count = first_true(mask)
-    return F.take(x, taken(node, places, count, "the number of slices kept"), axis=place)
+    return slices_at(x, taken(node, places, count, "the number of slices kept"), axis=place)
 
 
 @onnx_rule("Unique")
@@ -218,21 +224,21 @@ def unique(node: OnnxNode, x: Any) -> tuple[Tensor, ...]:
     rows = F.reshape(rows, (shape[0], math.prod(shape[1:])))
     n = shape[0]
     order = lexicographic(rows)                                                  # (n,) rows in order, stably
-    ordered = F.take(rows, order, axis=0)
-    previous = F.take(ordered, F.maximum(F.arange(n) - 1, 0), axis=0)
+    ordered = slices_at(rows, order, axis=0)
+    previous = slices_at(ordered, F.maximum(F.arange(n) - 1, 0), axis=0)
     starts = F.logical_or(F.arange(n) == 0, F.any(differ(ordered, previous), axis=1))
     group = F.cumsum(cast(starts, int64)) - 1                                    # (n,) of each ordered row
     inverse = apply("scatter_nd", F.zeros((n,), int64), F.expand_dims(order, -1), group)
     counts = F.scatter_add(F.zeros((n,), int64), group, F.ones((n,), int64))
     places, count = first_true(starts)
     number = int(require_known(node, count, "the number of different elements").reshape(()))
-    first = F.take(order, slice_axis(places, 0, 0, number))                      # where each group comes first
+    first = slices_at(order, slice_axis(places, 0, 0, number))                      # where each group comes first
     counts = slice_axis(counts, 0, 0, number)
     if not node.attr("sorted", 1):
         by_place = F.argsort(first)
         rank = apply("scatter_nd", F.zeros((number,), int64), F.expand_dims(by_place, -1), F.arange(number))
-        first, counts, inverse = F.take(first, by_place), F.take(counts, by_place), F.take(rank, inverse)
-    values = F.take(F.reshape(rows, shape), first, axis=0)
+        first, counts, inverse = slices_at(first, by_place), slices_at(counts, by_place), slices_at(rank, inverse)
+    values = slices_at(F.reshape(rows, shape), first, axis=0)
     values = F.reshape(values, (number,)) if axis is None else F.moveaxis(values, 0, axis_of(node, int(axis), x.ndim))
     return values, first, inverse, counts
 
@@ -249,7 +255,7 @@ def lexicographic(rows: Tensor) -> Tensor:
     rows = cast(rows, F.asarray(0, "uint8").dtype) if rows.dtype.is_bool else rows
     order = F.arange(rows.shape[0])
     for column in reversed(range(rows.shape[1])):
-        order = F.take(order, F.argsort(F.take(rows[:, column], order)))
+        order = slices_at(order, F.argsort(slices_at(rows[:, column], order)))
     return order
 
 
@@ -288,7 +294,7 @@ def non_max_suppression(node: OnnxNode, boxes: Any, scores: Any, most: Any = Non
     places, number = first_true(picked >= 0)
     chosen = taken(node, places, number, "the number of selected boxes")
     group = F.floor_divide(chosen, limit)
-    return F.stack([F.floor_divide(group, classes), F.remainder(group, classes), F.take(picked, chosen)], 1)
+    return F.stack([F.floor_divide(group, classes), F.remainder(group, classes), slices_at(picked, chosen)], 1)
 
 
 def corners_of(boxes: Tensor, centered: bool) -> tuple[Tensor, ...]:
