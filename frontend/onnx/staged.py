@@ -164,6 +164,9 @@ class OnnxCompiled(Compiled):
     def __call__(self, *args: Any, **keywords: Any) -> Any:
         """Runs the program for these arguments; see `Compiled`."""
         names = self.fn.input_names
+        rest = names[len(args):]
+        if keywords and all(name in keywords for name in rest):  # by name or by place: one program
+            args, keywords = (*args, *(keywords[n] for n in rest)), {k: v for k, v in keywords.items() if k not in rest}
         args = tuple(self._fix(name, value) for name, value in zip(names, args)) + args[len(names):]
         keywords = {name: self._fix(name, value) for name, value in keywords.items()}
         return super().__call__(*args, **keywords)
