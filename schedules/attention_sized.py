@@ -18,7 +18,7 @@ from ..ir.graph import Value
 from .attention import GROUP_ROWS, AttentionConfig, AttentionProblem
 from .attention_tir import AttentionEmitter, ValueTiles
 from .gemm import GemmConfig, GemmHooks
-from .gemm_sized import SizedTiles, imports
+from .gemm_sized import SizedTiles, bound, imports
 from .lower_anchors import Epilogue
 from .sizes import expression, hint
 
@@ -66,6 +66,9 @@ class SizedAttention(AttentionEmitter):
         return None if not conditions else conditions[0] if len(conditions) == 1 else tirx.all(*conditions)
 
     def run(self) -> None:
+        for part in (self.qk, self.pv):
+            part.settle()
+        self.blocks, self.groups, self.key_blocks = bound(self.blocks), bound(self.groups), bound(self.key_blocks)
         tasks: Any = self.groups
         for n in self.p.lead:
             tasks = tasks * n

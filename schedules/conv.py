@@ -21,12 +21,13 @@ from .conv_dot import DotConv, supports_dot
 from .conv_problem import FORWARD, INPUT_GRAD, WEIGHT_GRAD, ConvConfig, ConvProblem, propose
 from .conv_tir import flat, import_llvm
 from .conv_weight_grad import WeightGrad
+from .sizes import expressions
 
 Store = Callable[[Any, Any, tuple, Any], None]
 
 
 def conv_primfunc(problem: ConvProblem, config: ConvConfig | None, target, name: str, store: Store | None = None,
-                  extra_buffers: Sequence[Any] = (), packed: np.ndarray | None = None):
+                  extra_buffers: Sequence[Any] = (), packed: np.ndarray | None = None, again: bool = False):
     """`y = conv(x, w)` as a PrimFunc with parameters (x, w, *extra_buffers), and y last if `store` is None.
 
     Shapes are `problem.x_shape`, `problem.w_shape`, `problem.y_shape`; dtype `problem.dtype`.  `config` None means
@@ -40,9 +41,10 @@ def conv_primfunc(problem: ConvProblem, config: ConvConfig | None, target, name:
 
     Buffers must be aligned to the vector size.  No two of them may overlap.
 
-    `packed` is what `packed_weights` made of constant weights: w is then that array.
+    `packed` is what `packed_weights` made of constant weights: w is then that array. `again`: an element may be
+    stored twice (no store reads what it wrote); rows of unknown length are then cut into whole tiles.
     """
-    return _gather_primfunc(problem, config, target, name, store, extra_buffers, FORWARD, packed)
+    return _gather_primfunc(problem, config, target, name, store, extra_buffers, FORWARD, packed, again)
 
 
 def packed_weights(problem: ConvProblem, config: ConvConfig | None, target, weights: np.ndarray,
@@ -53,14 +55,14 @@ def packed_weights(problem: ConvProblem, config: ConvConfig | None, target, weig
 
 def conv_input_grad_primfunc(problem: ConvProblem, config: ConvConfig | None, target, name: str,
                              store: Store | None = None, extra_buffers: Sequence[Any] = (),
-                             packed: np.ndarray | None = None):
+                             packed: np.ndarray | None = None, again: bool = False):
     """`dx`, the gradient of `conv(x, w)` to x; also transposed convolution.
 
     Parameters (dy, w, *extra_buffers), and dx last if `store` is None: dy as `problem.y_shape`, dx as
     `problem.x_shape`.  `store` as in `conv_primfunc`, with `c` an input channel and `spatial` an input position
     (lanes follow `problem.layout`).
     """
-    return _gather_primfunc(problem, config, target, name, store, extra_buffers, INPUT_GRAD, packed)
+    return _gather_primfunc(problem, config, target, name, store, extra_buffers, INPUT_GRAD, packed, again)
 
 
 def conv_weight_grad_primfunc(problem: ConvProblem, config: ConvConfig | None, target, name: str,
@@ -85,7 +87,7 @@ def _parameters(name: str, shapes: dict[str, tuple[int, ...]], dtype: str, extra
     """Open the function: its name, the op's own inputs, then the caller's buffers."""
     T.func_name(name)
     T.func_attr({"global_symbol": name, "tirx.noalias": True})
-    inputs = [T.arg(label, tirx.decl_buffer(shape, dtype)) for label, shape in shapes.items()]
+    inputs = [T.arg(label, tirx.decl_buffer(expressions(shape), dtype)) for label, shape in shapes.items()]
     for i, buffer in enumerate(extra_buffers):
         T.arg(f"extra{i}", buffer)
     return inputs
@@ -93,17 +95,17 @@ def _parameters(name: str, shapes: dict[str, tuple[int, ...]], dtype: str, extra
 
 def _gather(problem, config, target, op):
     kind = DepthwiseConv if config.algorithm == "depthwise" else DirectConv
-    if config.algorithm == "direct" and supports_dot(problem, target, op):
+    if config.algorithm == "direct" and not problem.is_dynamic and supports_dot(problem, target, op):
         kind = DotConv
     return kind(problem, config, target, op)
 
 
-def _gather_primfunc(problem, config, target, name, store, extra_buffers, op, packed=None):
+def _gather_primfunc(problem, config, target, name, store, extra_buffers, op, packed=None, again=False):
     config = config or propose(problem, target, op)
     forward = op == FORWARD
     source_shape, out_shape = ((problem.x_shape, problem.y_shape) if forward else (problem.y_shape, problem.x_shape))
     conv = _gather(problem, config, target, op)
-    conv.packed = packed is not None
+    conv.packed, conv.again = packed is not None, again
     layout = problem.out_layout if forward else problem.layout
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         label, result = ("x", "y") if forward else ("dy", "dx")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
+from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from .conv_problem import (
@@ -25,6 +26,7 @@ from .conv_problem import (
     split_row,
 )
 from .conv_tir import Transpose, each_task, opaque, serial, tap_range, unroll, vectorized, when
+from .sizes import expression, is_dynamic
 
 MAX_EDGE_TILES = 6  # beyond these, code size matters more than the few masked pixels
 
@@ -39,6 +41,7 @@ class GatherConv:
 
     def __init__(self, problem: ConvProblem, config: ConvConfig, target, op: str):
         self.problem, self.config, self.threads = problem, config, target.threads
+        self.again = False  # whether an element may be stored twice
         forward = op == FORWARD
         self.wide = lanes(problem.dtype, target.vector_bits)
         self.tile = self.wide * config.vectors
@@ -115,6 +118,8 @@ class GatherConv:
 
     def _emit_columns(self, source, packed, sink, place: Row, width: AxisTaps) -> None:
         """All column tiles of a row: partial ones unrolled with their own taps, runs of full ones as a loop."""
+        if is_dynamic(width.count, width.in_extent):
+            return self._emit_unknown_columns(source, packed, sink, place, width)
         tiles = split_row(width.count, self.config.pixels)
         clip = [[_clip(width.valid(j), start, size) for j in range(width.taps)] for start, size in tiles]
         whole = [all(c == (0, size) for c in taps) for (_, size), taps in zip(tiles, clip)]
@@ -135,6 +140,51 @@ class GatherConv:
                 self.emit_tile(source, packed, sink, place, width, start, size, taps)
                 i += 1
         return None
+
+    def _emit_unknown_columns(self, source, packed, sink, place: Row, width: AxisTaps) -> None:
+        """A row of a length that is not known: tiles, of which the last is moved back until it fits, or else is pixels
+        by themselves. Which taps fall outside is asked tile by tile."""
+        size = min(self.config.pixels, width.count) if isinstance(width.count, int) else self.config.pixels
+        count = expression(width.count)
+        if isinstance(width.count, int):
+            count = tirx.const(width.count, "int64")
+        low, high = width.reach
+
+        def tile(start, size: int) -> None:
+            if width.bounded:
+                self.emit_tile(source, packed, sink, place, width, start, size, None)
+                return
+            first = start * width.in_stride + low
+            last = (start + (size - 1)) * width.in_stride + high
+            with T.If(T.And(first >= 0, last < expression(width.in_extent))):
+                with T.Then():
+                    self.emit_tile(source, packed, sink, place, width, start, size, None)
+                with T.Else():
+                    self.emit_tile(source, packed, sink, place, width, start, size, "mask")
+
+        def tiles(size: int, first, left) -> None:
+            """`left` pixels from `first` on, of which a tile of `size` holds not more than there are in the row."""
+            with serial(tirx.truncdiv(left + (size - 1), tirx.const(size, "int64"))) as i:
+                tile(T.bind(first + T.min(i * size, left - size)), size)
+
+        small = max(size // 3, 1)
+        if self.again and size > 1:
+            with T.If(count >= size):
+                with T.Then():
+                    tiles(size, 0, count)
+                with T.Else():
+                    with T.If(count >= small):
+                        with T.Then():
+                            tiles(small, 0, count)
+                        with T.Else():
+                            tiles(1, 0, count)
+            return
+        full = T.bind(tirx.truncdiv(count, tirx.const(size, "int64")))
+        with serial(full) as i:
+            tile(i * size, size)
+        if size > 1:
+            with serial(count - full * size) as i:
+                tile(full * size + i, 1)
 
     def _emit_masked_columns(self, source, packed, sink, place: Row, width: AxisTaps, tiles) -> None:
         size = tiles[0][1]
@@ -200,7 +250,7 @@ class ChannelsFirst:
         self.tile = conv.tile
         self.length = conv.out_shape[2]
         padded = -(-self.length // conv.wide) * conv.wide
-        self.row = T.alloc_buffer((padded * self.tile,), conv.acc_dtype, scope="local")
+        self.row = T.alloc_buffer((expression(padded * self.tile),), conv.acc_dtype, scope="local")
 
     def put(self, acc, width: AxisTaps, start, size: int) -> None:
         wide = self.conv.wide
@@ -213,14 +263,14 @@ class ChannelsFirst:
     def finish(self) -> None:
         wide = self.conv.wide
         turned = T.alloc_buffer((wide * wide,), self.conv.acc_dtype, scope="local")
-        full, rest = divmod(self.length, wide)
+        full, rest = self.length // wide, self.length % wide
         if full:
             with serial(full) as block:
                 self._turn(turned, block * wide, wide)
         if rest:
             self._turn(turned, full * wide, rest)
 
-    def _turn(self, turned, start, count: int) -> None:
+    def _turn(self, turned, start, count) -> None:
         """`count` pixels from `start`, all channels of the block."""
         conv, wide, place = self.conv, self.conv.wide, self.place
         unit = AxisTaps(0, 1, self.length, 1, 1, 1, 0, 1, 0, 1)
@@ -231,7 +281,7 @@ class ChannelsFirst:
             if conv.out % self.tile and conv.out % wide == 0:
                 limit = T.if_then_else(first < conv.out, wide, 0)
             with serial(T.max(limit, 0) if not isinstance(limit, int) else limit) as j:
-                with vectorized(count) as lane:
+                with (vectorized if isinstance(count, int) else serial)(count) as lane:
                     n, index = conv.indices(place, unit, start + lane)
                     self.store(n, place.group * conv.out + first + j, index, turned[j * wide + lane])
 

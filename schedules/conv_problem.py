@@ -16,8 +16,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from ..ir.errors import AttributeValueError, DTypeError, ShapeError
+from .sizes import at_least, hint, is_dynamic
 
 LAYOUTS = ("NCHW", "NHWC")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -36,8 +38,8 @@ class AxisTaps:
 
     first: int
     step: int
-    count: int
-    in_extent: int
+    count: Any
+    in_extent: Any
     in_stride: int
     taps: int
     k0: int
@@ -55,8 +57,17 @@ class AxisTaps:
         return (low, high) if low < high else (0, 0)
 
     @property
+    def reach(self) -> tuple[int, int]:
+        """The least and the largest offset of a tap."""
+        ends = self.offset(0), self.offset(max(self.taps - 1, 0))
+        return min(ends), max(ends)
+
+    @property
     def bounded(self) -> bool:
         """True if no tap ever reads outside the input, so that no check is needed."""
+        if is_dynamic(self.count, self.in_extent):
+            low, high = self.reach
+            return low >= 0 and at_least(self.in_extent - 1, (self.count - 1) * self.in_stride + high)
         return all(self.valid(j) == (0, self.count) for j in range(self.taps))
 
 
@@ -72,10 +83,10 @@ class ConvProblem:
     Raises ShapeError, AttributeValueError or DTypeError when the sizes do not fit together.
     """
 
-    batch: int
+    batch: Any
     in_channels: int
     out_channels: int
-    spatial: tuple[int, ...]
+    spatial: tuple[Any, ...]
     kernel: tuple[int, ...]
     stride: tuple[int, ...] = ()
     padding: tuple[tuple[int, int], ...] = ()
@@ -100,9 +111,9 @@ class ConvProblem:
             raise ShapeError(f"conv: groups={self.groups} must divide the {self.in_channels} input and the "
                              f"{self.out_channels} output channels")
         sizes = (self.batch, self.in_channels, self.out_channels, *self.spatial, *self.kernel)
-        if min(sizes) < 1 or min(self.stride + self.dilation) < 1:
+        if min(n for n in sizes if isinstance(n, int)) < 1 or min(self.stride + self.dilation) < 1:
             raise AttributeValueError("conv: sizes, kernel, stride and dilation must all be at least 1")
-        if min(self.out_spatial) < 1:
+        if min((n for n in self.out_spatial if isinstance(n, int)), default=1) < 1:
             raise ShapeError(f"conv: kernel {self.kernel} with dilation {self.dilation} does not fit into the padded "
                              f"input (spatial {self.spatial}, padding {self.padding}); pad more or shrink the kernel")
         if self.dtype not in DTYPES:
@@ -111,21 +122,26 @@ class ConvProblem:
             raise AttributeValueError(f"conv: layout must be one of {LAYOUTS}")
 
     @cached_property
-    def out_spatial(self) -> tuple[int, ...]:
+    def out_spatial(self) -> tuple[Any, ...]:
         return tuple((n + low + high - d * (k - 1) - 1) // s + 1 for n, k, s, (low, high), d
                      in zip(self.spatial, self.kernel, self.stride, self.padding, self.dilation))
 
     @property
-    def x_shape(self) -> tuple[int, ...]:
+    def x_shape(self) -> tuple[Any, ...]:
         return _activation_shape(self.layout, self.batch, self.in_channels, self.spatial)
 
     @property
-    def y_shape(self) -> tuple[int, ...]:
+    def y_shape(self) -> tuple[Any, ...]:
         return _activation_shape(self.out_layout, self.batch, self.out_channels, self.out_spatial)
 
     @property
     def w_shape(self) -> tuple[int, ...]:
         return (self.out_channels, self.in_channels // self.groups, *self.kernel)
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether a size is known only at run time."""
+        return is_dynamic(self.batch, *self.spatial)
 
     @property
     def acc_dtype(self) -> str:
@@ -136,7 +152,7 @@ class ConvProblem:
         return self.groups > 1 and self.groups == self.in_channels == self.out_channels
 
     @property
-    def flops(self) -> int:
+    def flops(self) -> Any:
         """Two for each multiply-add, borders counted as if full: the usual figure, for all three products."""
         taps = math.prod(self.kernel) * (self.in_channels // self.groups)
         return 2 * self.batch * self.out_channels * math.prod(self.out_spatial) * taps
@@ -163,7 +179,7 @@ def input_grad_phases(problem: ConvProblem) -> list[list[AxisTaps]]:
     result = []
     for n, o, k, s, p, d in _axes(problem):
         phases, jump = [], s // math.gcd(s, d)
-        for r in range(min(s, n)):
+        for r in range(s if is_dynamic(n) else min(s, n)):
             ks = [j for j in range(k) if (r + p - j * d) % s == 0]
             k0 = ks[0] if ks else 0
             phases.append(AxisTaps(r, s, -(-(n - r) // s), o, 1, len(ks), k0, jump, (r + p - k0 * d) // s,
@@ -242,9 +258,9 @@ def propose(problem: ConvProblem, target, op: str = FORWARD) -> ConvConfig:
     wide = lanes(problem.dtype, target.vector_bits)
     fold = max(f for f in range(1, problem.groups + 1) if problem.groups % f == 0 and (f == 1 or f * out <= wide))
     out, red = out * fold, red * fold
-    flatten = can_flatten(problem)
+    flatten = can_flatten(problem) and not problem.is_dynamic  # else it is a matrix product
     phases = forward_phases(problem)[2] if op == FORWARD else input_grad_phases(problem)[2]
-    widths = [problem.batch * math.prod(problem.spatial)] if flatten else [p.count for p in phases]
+    widths = [problem.batch * math.prod(problem.spatial)] if flatten else [max(hint(p.count), 1) for p in phases]
     best = None
     for vectors in (v for v in (2, 4, 3, 1) if v == 1 or (v - 1) * wide < out):
         limit = tile_limit(vectors, target.vector_bits)

@@ -9,17 +9,20 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
+
+from .sizes import expression
 
 LLVM_TYPES = {"float32": "float", "float64": "double", "bfloat16": "bfloat", "float16": "half", "uint16": "i16"}
 BYTES = {"uint16": 2, "float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 
 
 def _long(extent):
-    return tirx.const(extent, "int64") if isinstance(extent, int) else T.cast(extent, "int64")
+    return tirx.const(extent, "int64") if isinstance(extent, int) else T.cast(expression(extent), "int64")
 
 
 def opaque(index):
@@ -28,7 +31,7 @@ def opaque(index):
     Where LLVM loses track of overflow, 32-bit indices cost a sign extension for every element of a tile.
     """
     shift = tirx.const(1 << 40, "int64")  # the code generator does not take a reinterpreted literal 0
-    return T.reinterpret("int64", T.reinterpret("uint64", T.cast(index, "int64") + shift)) - shift
+    return T.reinterpret("int64", T.reinterpret("uint64", T.cast(expression(index), "int64") + shift)) - shift
 
 
 # Loops over int64: no tensor is too large.
@@ -79,8 +82,16 @@ def accumulators(count: int, vectors: int, wide: int, dtype: str) -> list[Regist
 
 
 @contextmanager
-def each_task(count: int, threads: int) -> Iterator:
+def each_task(count: Any, threads: int) -> Iterator:
     """A parallel loop in at most 16 chunks a thread: the tasks of a chunk share their scratch buffers."""
+    if not isinstance(count, int):
+        count = T.bind(expression(count))
+        chunks = T.bind(T.min(count, tirx.const(16 * threads, "int64")))
+        with parallel(chunks) as chunk:
+            first = T.bind(tirx.truncdiv(chunk * count, chunks))
+            with serial(tirx.truncdiv((chunk + 1) * count, chunks) - first) as i:
+                yield first + i
+        return
     chunks = min(count, 16 * threads)
     if chunks == count:
         with parallel(count) as task:
@@ -104,10 +115,11 @@ def when(condition) -> Iterator[None]:
 
 def flat(buffer):
     """The same memory as a vector, so that a kernel can do its own address arithmetic."""
-    return T.decl_buffer((math.prod(int(n) for n in buffer.shape),), buffer.dtype, data=buffer.data)
+    shape = [int(n) if isinstance(n, (int, tirx.IntImm)) else n for n in buffer.shape]
+    return T.decl_buffer((math.prod(shape),), buffer.dtype, data=buffer.data)
 
 
-def within(index, extent: int):
+def within(index, extent: Any):
     """0 <= index < extent, as one unsigned comparison would; an expression."""
     return T.And(index >= 0, index < extent)
 
@@ -164,8 +176,8 @@ class Transpose:
 
     def emit(self, dst, dst_stride, src, src_stride) -> None:
         """`dst`, `src`: buffer elements at the tiles' corners; strides in elements between rows."""
-        T.evaluate(T.call_extern("void", self.name, T.address_of(dst), T.int64(dst_stride), T.address_of(src),
-                                 T.int64(src_stride)))
+        T.evaluate(T.call_extern("void", self.name, T.address_of(dst), _long(dst_stride), T.address_of(src),
+                                 _long(src_stride)))
 
 
 def _shuffle_round(rows: list[str], distance: int, element: str, lines: list[str]) -> list[str]:
@@ -362,7 +374,14 @@ def widen(source, dtype: str, chunk: int = 4096):
     """`source` (flat) cast to `dtype` in scratch, in parallel; `source` itself if it has that dtype."""
     if source.dtype == dtype:
         return source
-    size = int(source.shape[0])
+    size = source.shape[0]
+    if not isinstance(size, (int, tirx.IntImm)):
+        result = T.alloc_buffer((size,), dtype)
+        with parallel(tirx.truncdiv(size + (chunk - 1), tirx.const(chunk, "int64"))) as part:
+            with serial(T.min(chunk, size - part * chunk)) as i:
+                T.buffer_store(result, T.cast(source[part * chunk + i], dtype), [part * chunk + i])
+        return result
+    size = int(size)
     result = T.alloc_buffer((size,), dtype)
     with parallel(-(-size // chunk)) as part, serial(T.min(chunk, size - part * chunk) // 16) as i:
         with vectorized(16) as lane:
@@ -383,8 +402,8 @@ class ChannelsLastPack:
     is kept in scratch as uint16: TVM makes float32 of a bfloat16 buffer that it allocates.
     """
 
-    batch: int
-    pixels: int
+    batch: Any
+    pixels: Any
     groups: int
     channels: int
     padded: int
@@ -398,7 +417,8 @@ class ChannelsLastPack:
         return Transpose(self.lanes, self.dtype, self.packed_dtype)
 
     def emit(self, source):
-        result = T.alloc_buffer((self.batch * self.pixels * self.groups * self.padded,), self.packed_dtype)
+        size = expression(self.batch * self.pixels * self.groups * self.padded)
+        result = T.alloc_buffer((size,), self.packed_dtype)
         emit = self._from_channels_first if self.layout == "NCHW" else self._from_channels_last
         emit(source, result)
         return result

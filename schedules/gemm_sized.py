@@ -19,7 +19,8 @@ from . import gemm_llvm
 from .gemm import GemmConfig, GemmHooks, GemmProblem, GemmTarget, dtype_bits
 from .gemm_dot import DotEmitter
 from .gemm_tir import Emitter, Index, TileEmitter, Where, fold_hooks, maybe, store, swap_hooks
-from .sizes import expression, hint, hinted, is_dynamic
+from .lower_slots import hide
+from .sizes import expression, hint, hinted, is_dynamic, trunc_div
 
 LEAST = 64    # sizes that a schedule for large products is chosen for
 K_BLOCK = 384
@@ -52,6 +53,20 @@ class Sized(Emitter):
     def extent(self, n: Index) -> Index:
         return tirx.IntImm("int64", n) if isinstance(n, int) else expression(n)
 
+    def settle(self) -> None:
+        """Binds the numbers of tiles and blocks to variables of the kernel."""
+        for name in ("tiles", "panels", "row_blocks", "col_blocks", "k_blocks"):
+            if is_dynamic(count := getattr(self, name, 1)):
+                setattr(self, name, bound(count))
+
+    def emit_tasks(self) -> None:
+        self.settle()
+        super().emit_tasks()  # type: ignore[misc]
+
+    def task(self, t: Index) -> tuple[tuple[Index, ...], Index, Index]:
+        batch, col_block, row_block = super().task(t)
+        return tuple(bound(i) for i in batch), bound(col_block), bound(row_block)
+
     def tasks(self) -> Any:
         count: Any = 1
         for n in (*self.p.batch, self.col_blocks, self.row_blocks):
@@ -83,6 +98,11 @@ class Sized(Emitter):
             store(self.hooks, at.batch, at.row + r, at.col + expression(low) + c, tile[(*prefix, expression(low) + c)])
 
 
+def bound(value: Any) -> Any:
+    """A number or size as a variable that TVM does not look behind (it would put a division wherever it is used)."""
+    return value if isinstance(value, int) else T.bind(hide(expression(value)))
+
+
 class SizedTiles(Sized, TileEmitter):
     """Register tiles."""
 
@@ -92,7 +112,7 @@ class SizedTiles(Sized, TileEmitter):
         self.k_block = config.k_block
         if is_dynamic(problem.k):
             self.blocked = config.pack_b or config.pack_a
-            count = tirx.max((expression(problem.k) + (self.k_block - 1)) // self.k_block, 1)
+            count = tirx.max(trunc_div(expression(problem.k) + (self.k_block - 1), self.k_block), 1)
             self.k_blocks: Any = count if self.blocked else 1
             self.k_block = config.k_block if self.blocked else problem.k
         else:

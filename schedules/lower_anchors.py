@@ -15,7 +15,7 @@ from ..ir.graph import Node, Value
 from ..ir.opdef import fill
 from .conv import conv_input_grad_primfunc, conv_primfunc, conv_weight_grad_primfunc, packed_weights
 from .conv_plain import needs_plain, plain_kernel
-from .conv_problem import FORWARD, INPUT_GRAD, ConvProblem
+from .conv_problem import FORWARD, INPUT_GRAD, ConvProblem, can_flatten
 from .gemm import GemmHooks, GemmProblem, gemm_primfunc
 from .gemm_pack import panels_of
 from .gemm_tir import propose_for
@@ -229,8 +229,20 @@ def conv(node: Node, epilogue: Epilogue, target: Any, name: str) -> Any:
         return plain_kernel(node, epilogue, name)
     x, w = node.operands
     problem = conv_problem(node, x.shape, w.shape)
+    if problem.is_dynamic and can_flatten(problem) and problem.groups == 1:
+        return _pixels_product(node, epilogue, target, name, problem.out_channels, transpose=True)
     return conv_primfunc(problem, None, target, name, _activation_store(node, epilogue), _extra(node, epilogue),
-                         _packed(problem, w, epilogue, target, FORWARD))
+                         _packed(problem, w, epilogue, target, FORWARD), not epilogue.signature.inplace)
+
+
+def _pixels_product(node: Node, epilogue: Epilogue, target: Any, name: str, n: int, transpose: bool) -> Any:
+    """A convolution of single pixels as a product of a matrix of pixels with the weights."""
+    x, w = node.operands
+    problem = GemmProblem(x.shape[-2], n, x.shape[-1], False, transpose, x.shape[:-2], (), str(x.dtype), str(w.dtype),
+                          str(node.result.dtype))
+    hooks = GemmHooks(epilogue.params, a=epilogue.buffer(x), b=epilogue.buffer(w), store=epilogue.store,
+                      apart=epilogue.is_heavy, again=not epilogue.signature.inplace, by_row=epilogue.by_row)
+    return gemm_primfunc(problem, None, target, name, hooks)
 
 
 def _packed(problem: ConvProblem, w: Value, epilogue: Epilogue, target: Any, op: str) -> np.ndarray | None:
@@ -248,12 +260,15 @@ def conv_input_grad(node: Node, epilogue: Epilogue, target: Any, name: str) -> A
         return plain_kernel(node, epilogue, name)
     w = node.operands[1]
     problem = conv_problem(node, node.result.shape, w.shape)
+    if problem.is_dynamic and can_flatten(problem) and problem.groups == 1:
+        return _pixels_product(node, epilogue, target, name, problem.in_channels, transpose=False)
     return conv_input_grad_primfunc(problem, None, target, name, _activation_store(node, epilogue),
-                                    _extra(node, epilogue), _packed(problem, w, epilogue, target, INPUT_GRAD))
+                                    _extra(node, epilogue), _packed(problem, w, epilogue, target, INPUT_GRAD),
+                                    not epilogue.signature.inplace)
 
 
 def conv_weight_grad(node: Node, epilogue: Epilogue, target: Any, name: str) -> Any:
-    if needs_plain(node):
+    if needs_plain(node) or is_dynamic(node.operands[0].type.size):
         return plain_kernel(node, epilogue, name)
     x, w = node.operands[0].shape, node.result.shape
     kept = _long_axes(node, x[1:-1] if node.attrs["channels_last"] else x[2:], w[2:])

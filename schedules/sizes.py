@@ -220,7 +220,7 @@ def smaller(x: Any, y: Any) -> Any:
 
 def trunc_div(value: Any, divisor: Any) -> Any:
     """value // divisor of what is not negative, by a divisor that may be a size."""
-    return tirx.truncdiv(value, expression(divisor))
+    return tirx.truncdiv(value, tirx.const(divisor, "int64") if isinstance(divisor, int) else expression(divisor))
 
 
 def trunc_mod(value: Any, divisor: Any) -> Any:
