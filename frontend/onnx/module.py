@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 
 from ...ir.dims import Dim
+from ...ir.dtypes import as_dtype
 from ...ir.errors import ArgumentsError, DTypeError, OnnxError
 from ...ir.types import TensorType
 from ..dispatch import as_tensor
@@ -39,6 +40,7 @@ class OnnxModule(Module):
         model: the ModelProto it was made from; weights in it are not kept up to date.
         input_names, output_names: as in the file.
         inputs: a `Spec` for each input, with symbolic sizes; None where the file says nothing of it.
+        text: the outputs that hold strings.
         static_inputs: the inputs that decide shapes: their elements are part of a compiled program.
         constants: known arrays by name.
         nodes: the nodes that are run.
@@ -58,6 +60,7 @@ class OnnxModule(Module):
         stored = {t.name for t in graph.initializer} | {s.values.name for s in graph.sparse_initializer}
         self.input_names = [v.name for v in graph.input if v.name not in stored]
         self.output_names = [v.name for v in graph.output]
+        self.text = {v.name for v in graph.output if v.type.tensor_type.elem_type == onnx.TensorProto.STRING}
         self.inputs = [_spec(v) for v in graph.input if v.name not in stored]
         self._sequences = {v.name for v in graph.input if _is_sequence(v.type)}
         self.constants: dict[str, np.ndarray] = {}
@@ -212,6 +215,8 @@ class OnnxModule(Module):
             return None
         if isinstance(value, Fixed):
             return value.array
+        if isinstance(value, np.ndarray) and value.dtype.kind in "OUS":
+            return value.astype(object)
         if isinstance(value, (list, tuple)) and (
                 name in self._sequences or any(isinstance(x, (Tensor, np.ndarray, list)) for x in value)):
             return [self._argument("", x, None) for x in value]
@@ -243,6 +248,21 @@ class OnnxModule(Module):
 
         return (tuple(opened(name, value) for name, value in zip(self.input_names, args)) + tuple(
             args[len(self.input_names):]), {name: opened(name, value) for name, value in keywords.items()})
+
+    def dynamic_specs(self, args: Sequence[Any], keywords: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with a spec in place of each tensor that the model declares with open sizes (see `dynamic`)."""
+        declared = dict(zip(self.input_names, self.inputs))
+
+        def opened(name: str, value: Any) -> Any:
+            spec = declared.get(name)
+            tensor = isinstance(value, (Tensor, np.ndarray)) and name not in self.static_inputs
+            if spec is None or not tensor or spec.type.is_static or len(spec.shape) != value.ndim:
+                return value
+            fits = all(isinstance(d, Dim) or d == n for d, n in zip(spec.shape, value.shape))
+            return Spec(TensorType(spec.shape, as_dtype(str(value.dtype)))) if fits else value
+
+        return (tuple(opened(name, value) for name, value in zip([*self.input_names, *[""] * len(args)], args)),
+                {name: opened(name, value) for name, value in keywords.items()})
 
     def input_dtype(self, name: str) -> Any:
         """The NumPy dtype that an input is declared with, or None."""

@@ -21,12 +21,14 @@ import numpy as np
 from ...ir.errors import OnnxError
 from .. import tree
 from ..compile import Compiled, log
+from ..dispatch import as_tensor
 from ..recording import current_trace
 from ..signature import Scanned
 from ..tensor import Tensor
 from .node import NeedsValue
 from .run import Frame, concrete, eager_limit
 from .uses import names_used
+from .values import is_text
 
 ANSWER_ELEMENTS = 4096
 """A program cannot depend on more elements than this."""
@@ -52,7 +54,8 @@ class Fixed:
 
 
 def _key(array: np.ndarray) -> tuple[Any, ...]:
-    return (array.shape, array.dtype.str, array.tobytes())
+    elements = tuple(array.reshape(-1)) if array.dtype == object else array.tobytes()
+    return (array.shape, array.dtype.str, elements)
 
 
 @dataclass
@@ -82,6 +85,7 @@ class Stages:
         self.module = module
         self.target, self.amp = target, amp
         self.cuts: list[Cut] = []
+        self.texts: list[dict[int, np.ndarray]] = []  # outputs that are strings, by place
         self.freeze = freeze
         self.first = self._compiled(self._begin)
 
@@ -92,7 +96,11 @@ class Stages:
             (number,) = (int(k[4:]) for k in result if k.startswith("cut:"))
             cut = self.cuts[number]
             result = self._rest(cut, result["answer"].numpy())(result["live"])
-        outputs = result["outputs"]
+        outputs = list(result["outputs"])
+        for name in result:
+            if name.startswith("text:"):
+                for place, text in self.texts[int(name[5:])].items():
+                    outputs[place] = text
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def _rest(self, cut: Cut, answer: np.ndarray) -> Compiled:
@@ -136,7 +144,13 @@ class Stages:
                     raise
                 return self._cut(frame, i, context.answers, error)
             context.answers, context.asked = [], 0
-        return {"outputs": [concrete(frame.lookup(name)) for name in self.module.output_names]}
+        values = [frame.lookup(name) for name in self.module.output_names]
+        texts = {i: v for i, v in enumerate(values) if is_text(v) or self.module.output_names[i] in self.module.text}
+        outputs = [None if i in texts else concrete(v) for i, v in enumerate(values)]
+        if not texts:
+            return {"outputs": outputs}
+        self.texts.append(texts)
+        return {"outputs": outputs, f"text:{len(self.texts) - 1}": as_tensor(0)}  # a program has an output
 
     def _cut(self, frame: Frame, position: int, answers: list[np.ndarray], error: NeedsValue) -> Any:
         value = error.value
@@ -173,6 +187,8 @@ class OnnxCompiled(Compiled):
 
     def _fix(self, name: str, value: Any) -> Any:
         """The argument with its elements as part of the program, where it decides shapes."""
+        if isinstance(value, np.ndarray) and value.dtype.kind in "OUS":
+            return Fixed(value.astype(object))
         if name not in self.fn.static_inputs or isinstance(value, Fixed) or value is None:
             return value
         if isinstance(value, Tensor):
@@ -195,6 +211,9 @@ class OnnxCompiled(Compiled):
 
     def _run(self, found: Scanned, args: Sequence[Any], keywords: dict[str, Any]) -> Any:
         if found.key not in self._stages:
+            if self.fn.text:
+                self._stages[found.key] = Stages(self.fn, self.target, self.amp)
+                return self._run(found, args, keywords)
             try:
                 return super()._run(found, args, keywords)
             except NeedsValue:
