@@ -56,7 +56,8 @@ def steps(values: Sequence[int]) -> list[int] | None:
 def window_attrs(node: Node, kernel: Sequence[Any]) -> dict[str, Any]:
     """What Conv and ConvTranspose are told."""
     attrs = node.attrs
-    return {"kernel_shape": [int(k) for k in kernel], "strides": steps(attrs["stride"]),
+    known = not any(isinstance(k, Dim) for k in kernel)
+    return {"kernel_shape": [int(k) for k in kernel] if known else None, "strides": steps(attrs["stride"]),
             "pads": pads(attrs["padding"]), "dilations": steps(attrs["dilation"]),
             "group": attrs["groups"] if attrs["groups"] != 1 else None}
 
