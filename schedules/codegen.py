@@ -22,7 +22,6 @@ import tempfile
 from typing import Any
 
 import tvm
-import tvm_ffi
 from tvm import s_tir, tirx
 from tvm.tirx import stmt as tir_stmt
 
@@ -33,7 +32,7 @@ from .scratch import on_the_stack, set_aside
 from .target import Target
 
 # Part of every cache key: raise it when the same PrimFunc would give different machine code.
-CODEGEN_VERSION = 4
+CODEGEN_VERSION = 5
 
 # Extra options of the LLVM target for one kernel, e.g. {"fast-math-reassoc": True}: a PrimFunc attribute.
 LLVM_OPTIONS = "treadle.llvm_options"
@@ -69,26 +68,14 @@ def _raw_pointers(mod, _context):
     return tvm.IRModule(lowered)
 
 
-@tvm.transform.module_pass(opt_level=0, name="CompactAllocations")
-def _compact_allocations(mod: tvm.IRModule, _context: Any) -> tvm.IRModule:
-    """TVM's `CompactBufferAllocation`, for kernels that allocate something.
-
-    It has nothing to do in others, but takes time exponential in the length of a chain of gathers to find that out.
-    """
-    found: list[bool] = []
-    for _, function in mod.functions_items():
-        tvm_ffi.structural_walk(function.body, [(tir_stmt.AllocBuffer, lambda _: found.append(True))])
-    compacted: tvm.IRModule = s_tir.transform.CompactBufferAllocation()(mod) if found else mod
-    return compacted
-
-
 @functools.cache
 def _kernel_passes(sized: bool = False) -> tvm.ir.transform.Pass:
     """TVM 0.27's `default_s_tir_pipeline` without its GPU steps, and with raw pointers for the packed API.
 
-    `AnnotateEntryFunc` is left out as well: it makes LLVM emit every kernel a second time as `__tvm_ffi_main`. For a
-    kernel with sizes that are parameters (`sized`), those passes are left out that only reason about bounds: it takes
-    them minutes where numbers are unknown (a causal attention 57 + 8 + 7 s), and LLVM does what is left to do.
+    `AnnotateEntryFunc` is left out as well: it makes LLVM emit every kernel a second time as `__tvm_ffi_main`. So is
+    `CompactBufferAllocation`: kernels allocate what they need, and it cuts off what is written through an address only.
+    For a kernel with sizes that are parameters (`sized`), those passes are left out that only reason about bounds: it
+    takes them minutes where numbers are unknown (a causal attention 57 + 8 + 7 s), and LLVM does what is left to do.
     """
     st, tx = s_tir.transform, tirx.transform
 
@@ -101,7 +88,6 @@ def _kernel_passes(sized: bool = False) -> tvm.ir.transform.Pass:
             st.LowerInitBlock(),
             st.PlanAndUpdateBufferAllocationLocation(),
             st.ConvertBlocksToOpaque(),
-            *known(_compact_allocations),
             st.LowerMatchBuffer(),
             *known(st.StmtSimplify()),
             st.AnnotateIrregularLoop(),
