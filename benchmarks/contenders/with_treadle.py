@@ -153,14 +153,14 @@ def onnx_model(case):
         if f is None and saved.exists():
             f = td.load(saved)
         elif f is None:
-            f = td.compile(td.onnx.load(model.file))
+            f = td.compile(td.onnx.load(model.file), specialize=True, freeze=True)  # as ONNX Runtime serves it
             f(*inputs)
             f.save(saved)
         first = f(*inputs)
         return float(abs((first[0] if isinstance(first, tuple) else first).numpy(copy=False)).mean())
 
     def program():
-        compiled = td.compile(td.onnx.load(model.file))
+        compiled = td.compile(td.onnx.load(model.file), specialize=True, freeze=True)
         compiled(*inputs)
         return compiled._last, lambda: compiled(*inputs)
 
