@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,10 @@ class Signature:
     outputs: list[tuple[str, TensorType]]
 
 
-def save(model: Any, path: Any, *specs: Any, external_data: bool | None = None, **options: Any) -> None:
+def save(model: Any, path: Any, *specs: Any, opset: int | None = None, input_names: Sequence[str] | None = None,
+         output_names: Sequence[str] | None = None, train: bool = False, merge: bool = False,
+         clamp: bool | None = None, keep: bool | None = None, external_data: bool | None = None, check: bool = True,
+         metadata: Mapping[str, str] | None = None) -> None:
     """Writes a module, function or graph as an ONNX file; the file is either whole or not there.
 
     Args:
@@ -79,40 +82,6 @@ def save(model: Any, path: Any, *specs: Any, external_data: bool | None = None, 
         path: of the file.
         *specs: the arguments: `td.spec`s, in which sizes given by name stay dynamic, or tensors or arrays, whose types
             count. Not for a Graph; an imported module has its own.
-        external_data: put weights into `<path>.data`. None: if they do not fit into one file (2 GB).
-        **options: see `Options`.
-
-    Raises:
-        OnnxError: an op cannot be said at this opset (the message names op, line and remedy), or the file cannot be
-            written.
-        ArgumentsError: specs, names or options that do not fit the model.
-    """
-    place = Path(path)
-    chosen = _options(options)
-    written = _written(model, specs, chosen)
-    external = written.nbytes > LIMIT if external_data is None else external_data
-    if written.nbytes > LIMIT and not external:
-        raise OnnxError(f"{place}: {written.nbytes:,} bytes of weights do not fit into one ONNX file (2 GB): save with "
-                        "external_data=True", user_location())
-    storage = Storage(f"{place.name}.data") if external else None
-    write_files(written.proto(storage, chosen.metadata), place, storage, chosen.check)
-
-
-def to_model(model: Any, *specs: Any, **options: Any) -> onnx.ModelProto:
-    """The ModelProto that `save` writes; see there."""
-    chosen = _options(options)
-    written = _written(model, specs, chosen)
-    proto = written.proto(None, chosen.metadata)
-    if chosen.check and written.nbytes <= LIMIT:  # what does not fit into one file cannot be checked as one either
-        validate(proto)
-    return proto
-
-
-@dataclass(frozen=True)
-class Options:
-    """The options of `save` and `to_model`.
-
-    Attributes:
         opset: 11 or above; default 20, and for an imported module its own.
         input_names, output_names: what to call them; by default the names of the function's parameters (with the path
             inside containers) and `output`, `output_1`... or the keys of a dict, and for an imported module its own.
@@ -123,19 +92,48 @@ class Options:
             error). None: those that the graph computes are, those that the caller passes in are not.
         keep: write the graph of an imported module as it is in its file, with the present weights, instead of what is
             traced. None: only if it cannot be traced with open sizes; that is logged (`treadle.onnx`).
+        external_data: put weights into `<path>.data`. None: if they do not fit into one file (2 GB).
         check: run ONNX's checker with strict shape inference on the result.
         metadata: strings to keep in the file.
-    """
 
-    opset: int | None = None
-    input_names: Sequence[str] | None = None
-    output_names: Sequence[str] | None = None
-    train: bool = False
-    merge: bool = False
-    clamp: bool | None = None
-    keep: bool | None = None
-    check: bool = True
-    metadata: Mapping[str, str] | None = None
+    Raises:
+        OnnxError: an op cannot be said at this opset (the message names op, line and remedy), or the file cannot be
+            written.
+        ArgumentsError: specs, names or options that do not fit the model.
+    """
+    place = Path(path)
+    written = _written(model, specs, Options(opset, input_names, output_names, train, merge, clamp, keep))
+    external = written.nbytes > LIMIT if external_data is None else external_data
+    if written.nbytes > LIMIT and not external:
+        raise OnnxError(f"{place}: {written.nbytes:,} bytes of weights do not fit into one ONNX file (2 GB): save with "
+                        "external_data=True", user_location())
+    storage = Storage(f"{place.name}.data") if external else None
+    write_files(written.proto(storage, metadata), place, storage, check)
+
+
+def to_model(model: Any, *specs: Any, opset: int | None = None, input_names: Sequence[str] | None = None,
+             output_names: Sequence[str] | None = None, train: bool = False, merge: bool = False,
+             clamp: bool | None = None, keep: bool | None = None, check: bool = True,
+             metadata: Mapping[str, str] | None = None) -> onnx.ModelProto:
+    """The ModelProto that `save` writes; see there."""
+    written = _written(model, specs, Options(opset, input_names, output_names, train, merge, clamp, keep))
+    proto = written.proto(None, metadata)
+    if check and written.nbytes <= LIMIT:  # what does not fit into one file cannot be checked as one either
+        validate(proto)
+    return proto
+
+
+@dataclass(frozen=True)
+class Options:
+    """Those of `save` that say what is written."""
+
+    opset: int | None
+    input_names: Sequence[str] | None
+    output_names: Sequence[str] | None
+    train: bool
+    merge: bool
+    clamp: bool | None
+    keep: bool | None
 
 
 # Choices ------------------------------------------------------------------------------------------------------
@@ -151,14 +149,6 @@ def _checked_opset(model: Any, opset: int | None) -> int:
 
 # Writing ---------------------------------------------------------------------------------------------------------
 
-def _options(given: Mapping[str, Any]) -> Options:
-    known = [f.name for f in fields(Options)]
-    if unknown := sorted(set(given) - set(known)):
-        raise ArgumentsError(f"onnx.save has no option {unknown[0]!r}; it has external_data, {', '.join(known)}",
-                             user_location())
-    return Options(**given)
-
-
 def _written(model: Any, specs: Sequence[Any], options: Options) -> Traced | Kept:
     if isinstance(model, Compiled) and not isinstance(model.fn, Graph):
         model = model.fn
@@ -167,7 +157,7 @@ def _written(model: Any, specs: Sequence[Any], options: Options) -> Traced | Kep
     if options.keep and not keeps:
         raise ArgumentsError("onnx.save(keep=True) is for an imported module as it came: without modules wrapped "
                              "around its nodes, specs, other names, another opset, or train=True", user_location())
-    if options.keep:
+    if options.keep or keeps and options.keep is None and any(i is None for i in model.inputs):
         return Kept(model, options.merge)
     try:
         return _traced(model, specs, options)

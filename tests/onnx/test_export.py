@@ -341,8 +341,6 @@ def test_what_is_no_model_is_refused():
         td.onnx.to_model(3)
     with pytest.raises(ArgumentsError, match="td.spec"):
         td.onnx.to_model(nn.Linear(2, 3))
-    with pytest.raises(ArgumentsError, match="no option 'opse'"):
-        td.onnx.to_model(nn.Linear(2, 3), td.spec((1, 2)), opse=3)
     with pytest.raises(ArgumentsError, match="imported module"):
         td.onnx.to_model(nn.Linear(2, 3), td.spec((1, 2)), keep=True)
 
