@@ -1,8 +1,9 @@
 """Buckets: collectives of one kind are joined into few messages.
 
 A run of collectives along one axis, of one kind, none of which needs another's result, waits until the first reader of any
-of them (or until the bucket is full) and goes as one. The gradients of a backward pass become a few messages that leave
-as soon as they are full.
+of them (or until the bucket is full) and goes as one. What reads a reduced gradient and leads to no heavy op any more (the
+optimizer's update) is put behind the backward pass first, so that the gradients become few messages, each sent as soon as
+it is full.
 """
 
 from __future__ import annotations
@@ -12,9 +13,31 @@ from typing import Any
 
 from ..ir.builder import make_node
 from ..ir.graph import Graph, Node, Value
+from ..ir.ops_collective import COLLECTIVES
 from ..ir.rewrite import with_operands
 
 JOINED = ("all_reduce", "all_gather", "reduce_scatter")
+
+
+def updates_last(graph: Graph) -> list[Node]:
+    """The nodes, those that read a collective's result and that no heavy op needs at the end, by how many collectives
+    they wait for."""
+    readers, leads = graph.uses(), set()
+    for node in reversed(graph.nodes):
+        if _heavy(node) or any(n in leads for v in node.results for n in readers.get(v, ())):
+            leads.add(node)
+    depth: dict[Node, int] = {}
+    for node in graph.nodes:
+        if node in leads:
+            depth[node] = 0
+            continue
+        sources = [v.producer for v in node.operands if v.producer is not None]
+        depth[node] = max((depth[n] + (n.op.name in COLLECTIVES and n not in leads) for n in sources), default=0)
+    return sorted(graph.nodes, key=depth.__getitem__)
+
+
+def _heavy(node: Node) -> bool:
+    return node.op.has("contraction") or node.op.has("regions") or node.op.name == "attention"
 
 
 @dataclass
@@ -44,7 +67,7 @@ def bucket(graph: Graph, most_bytes: int) -> Graph:
     def close(key: tuple[Any, ...]) -> None:
         made.append(_join(open_buckets.pop(key).nodes, mapping))
 
-    for node in graph.nodes:
+    for node in updates_last(graph):
         for key, waiting in list(open_buckets.items()):
             if not waiting.results.isdisjoint(node.operands):
                 close(key)

@@ -82,7 +82,9 @@ def _leave(mpi: Any) -> None:
         return
     sys.stdout.flush()
     sys.stderr.flush()
-    time.sleep(1.0)  # the launcher ends a job when its first process leaves: let the others say what they know
+    time.sleep(1.5)  # the launcher may end a job when its first process leaves: let the others say what they know
+    if _State.job is not None:
+        _State.job.watch.end_others()
     os._exit(1)
 
 
@@ -100,7 +102,8 @@ class Job:
     Attributes:
         rank: its number; `here`: its coordinates.
         step: counted by whoever runs steps; errors name it.
-        calls, seconds, sent: what was communicated so far, by op.
+        calls, seconds: what was communicated so far, by `op:axis`.
+        error: what ended a collective; a compiled program can only pass on its text.
 
     Raises:
         MeshError: the job has another number of processes than the mesh.
@@ -118,6 +121,7 @@ class Job:
         self.watch = Watch(mpi, self.world, timeout or config.get("TREADLE_COMM_TIMEOUT"))
         self.calls: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
+        self.error: BaseException | None = None
         _State.job = self
 
     def _color(self, axis: str) -> int:
@@ -146,6 +150,7 @@ class Job:
             try:
                 method(arrays, **attrs)
             except BaseException as error:
+                self.error = error
                 fail(error)
                 raise
             self.watch.leave()

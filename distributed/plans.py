@@ -13,7 +13,7 @@ what stage 2 promises.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..ir.builder import GraphBuilder
@@ -86,8 +86,11 @@ def split_over(sharding: Sharding, shape: Sequence[int], axis: str, ranks: int) 
     return sharding
 
 
-def annotate(graph: Graph, mesh: Mesh, plan: Plan, sources: Sequence[Source]) -> tuple[Graph, dict[int, Sharding]]:
+def annotate(graph: Graph, mesh: Mesh, plan: Plan, sources: Sequence[Source],
+             micro: Collection[int] = ()) -> tuple[Graph, dict[int, Sharding]]:
     """The graph of a step and the shardings of its inputs, by number, under a plan.
+
+    `micro`: inputs whose second dimension is the batch's, as the first counts micro-batches.
 
     Raises:
         MeshError, ShapeError: the plan does not fit the mesh, the model or the batch.
@@ -97,8 +100,10 @@ def annotate(graph: Graph, mesh: Mesh, plan: Plan, sources: Sequence[Source]) ->
     own = {s.name: v.shape for s, v in zip(sources, graph.inputs) if s.kind == "parameter"}
     for i, (source, v) in enumerate(zip(sources, graph.inputs)):
         if source.kind == "batch":
-            found[i] = Sharding((plan.data, *(None,) * (v.rank - 1))) if v.rank and plan.data in mesh \
-                else Sharding.whole(v.rank)
+            found[i] = Sharding.whole(v.rank)
+            if v.rank and plan.data in mesh:
+                assert plan.data is not None
+                found[i] = found[i].placed(plan.data, int(i in micro))
             found[i].check(v.type, mesh)
         elif source.kind == "scalar":
             found[i] = Sharding.whole(v.rank)

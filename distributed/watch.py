@@ -8,6 +8,7 @@ ranks of a host share, so that the error can say where a rank that does not come
 from __future__ import annotations
 
 import os
+import signal
 import time
 from typing import Any
 
@@ -130,6 +131,13 @@ class Watch:
         for other in range(self.control.size):
             if other != self.rank:
                 self.kept.append((words, self.control.Isend([words, self.mpi.BYTE], other, FAILED)))
+
+
+    def end_others(self) -> None:
+        """Ends the ranks of this host that are still there: those that hang, as the others have ended themselves."""
+        for pid in self.pids:
+            if pid != os.getpid() and not gone(pid):
+                os.kill(pid, signal.SIGTERM)
 
 
 def gone(pid: int) -> bool:

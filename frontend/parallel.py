@@ -24,12 +24,13 @@ from ..distributed.comm import Job, load_mpi, mpi_available
 from ..distributed.errors import DistributedError, LaunchError
 from ..distributed.partition import Partitioned, partition
 from ..distributed.plans import Plan, Source, annotate
+from ..distributed.unroll import micro_batches, unroll
 from ..ir.errors import ArgumentsError
 from ..ir.graph import Graph
 from ..ir.location import user_location
 from ..ir.ops_collective import COLLECTIVES, host_name
 from ..ir.passes import TIDY
-from ..ir.pipeline import Pipeline
+from ..ir.pipeline import Pass, PassResult, Pipeline
 from . import tree
 from .compile import build_executable
 from .dispatch import apply, as_tensor
@@ -41,6 +42,7 @@ from .train import TrainStep
 __all__ = ["DistributedError", "Job", "LaunchError", "Mesh", "MeshError", "ParallelStep", "Plan", "Sharding", "constrain",
            "make_mesh", "mpi_available", "parallelize", "rank", "world_size"]
 
+UNROLL = Pass("unroll", lambda graph: PassResult(made := unroll(graph), made is not graph, {}))
 SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS")
 
 
@@ -136,7 +138,12 @@ class ParallelStep:
         if self.job is not None:
             self.job.step = step.opt.steps
         bound = self._programs[key]
-        result = bound([*found.arrays, *numbers.values()])
+        try:
+            result = bound([*found.arrays, *numbers.values()])
+        except RuntimeError:
+            if self.job is not None and self.job.error is not None:
+                raise self.job.error from None
+            raise
         step.opt.steps += 1
         if step._any_frozen:
             step.opt.skip(step._trainable)
@@ -146,10 +153,11 @@ class ParallelStep:
         """The per-rank program for such a batch, before it is compiled."""
         graph = self.inner.trace(*batch)
         meta = graph.meta
-        tidy = Pipeline(list(TIDY)).run(graph)
+        tidy = Pipeline([*TIDY, UNROLL, *TIDY]).run(graph)
         tidy.meta.update(meta)
         sources = self._sources(tidy)
-        annotated, shardings = annotate(tidy, self.mesh, self.plan, sources)
+        tidy, shapes = micro_batches(tidy, [i for i, s in enumerate(sources) if s.kind == "batch"])
+        annotated, shardings = annotate(tidy, self.mesh, self.plan, sources, shapes)
         for i, tensor in meta["captures"].items():
             if id(tensor) in self._placed:
                 shardings[i] = self._placed[id(tensor)]
@@ -186,7 +194,8 @@ class ParallelStep:
         bound = []
         for i in sorted(captures):
             bound.append(self._place(captures[i], made.inputs[i]))
-        return _Bound(self, executable, made.inputs[:first], bound, made.graph.meta)
+        shapes = [v.shape for v in made.whole.inputs[:first]]
+        return _Bound(self, executable, made.inputs[:first], shapes, bound, made.graph.meta)
 
     def _place(self, tensor: Tensor, sharding: Sharding) -> np.ndarray:
         """This rank's part of a tensor: the tensor's own memory if that is all of it."""
@@ -225,14 +234,15 @@ class ParallelStep:
 class _Bound:
     """An executable with this rank's parts of the tensors that it reads and updates."""
 
-    def __init__(self, owner: ParallelStep, executable: Any, shardings: Sequence[Sharding], arrays: list[np.ndarray],
-                 meta: Mapping[str, Any]):
+    def __init__(self, owner: ParallelStep, executable: Any, shardings: Sequence[Sharding],
+                 shapes: Sequence[tuple[int, ...]], arrays: list[np.ndarray], meta: Mapping[str, Any]):
         self.mesh, self.rank = owner.mesh, owner.rank
-        self.executable, self.shardings, self.arrays = executable, list(shardings), arrays
+        self.executable, self.shardings, self.shapes, self.arrays = executable, list(shardings), list(shapes), arrays
         self.structure, self.results = meta["out_structure"], len(executable.signature.outputs) - len(meta["assigns"])
 
     def __call__(self, given: Sequence[Any]) -> Any:
-        parts = [np.asarray(a) if s.is_whole else s.cut(a, self.mesh, self.rank) for a, s in zip(given, self.shardings)]
+        parts = [np.asarray(a).reshape(shape) if s.is_whole else s.cut(np.asarray(a).reshape(shape), self.mesh, self.rank)
+                 for a, s, shape in zip(given, self.shardings, self.shapes)]
         outputs = self.executable.run([*parts, *self.arrays])
         return tree.unflatten(self.structure, [Tensor(np.array(a)) for a in outputs[:self.results]])
 

@@ -6,7 +6,6 @@ One job per number of ranks runs all of its cases, one thread a rank.
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
