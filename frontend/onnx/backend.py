@@ -50,14 +50,15 @@ class TreadleRep(BackendRep):
             given = inputs if isinstance(inputs, (list, tuple)) else [inputs]
             results = self.compiled(*given)
         outputs = results if len(self.module.output_names) > 1 else (results,)
-        return tuple(_array(x) for x in outputs)
+        return tuple(to_array(x) for x in outputs)
 
 
-def _array(value: Any) -> Any:
+def to_array(value: Any) -> Any:
+    """A result of a compiled model as the `onnx` package has it: arrays, lists of arrays, None."""
     if isinstance(value, Tensor):
         return value.numpy()
     if isinstance(value, list):
-        return [_array(v) for v in value]
+        return [to_array(v) for v in value]
     return value
 
 
