@@ -32,7 +32,7 @@ from .scratch import on_the_stack, set_aside
 from .target import Target
 
 # Part of every cache key: raise it when the same PrimFunc would give different machine code.
-CODEGEN_VERSION = 5
+CODEGEN_VERSION = 6
 
 # Extra options of the LLVM target for one kernel, e.g. {"fast-math-reassoc": True}: a PrimFunc attribute.
 LLVM_OPTIONS = "treadle.llvm_options"
@@ -60,8 +60,9 @@ def _raw_pointers(mod, _context):
                 params.append(pointer)
             else:
                 params.append(param)
-        body = on_cpu(
-            tir_stmt.SeqStmt([*declarations, function.body, tir_stmt.Return(tirx.const(0, "int32"))])
+        # The return stays outside of the scope in which scratch is allocated: TVM frees it at that scope's end.
+        body = tir_stmt.SeqStmt(
+            [*declarations, on_cpu(function.body), tir_stmt.Return(tirx.const(0, "int32"))]
         )
         raw = tirx.PrimFunc(params, body, ret_type=tvm.ir.PrimType("int32"), attrs=function.attrs)
         lowered[name] = raw.with_attr("calling_conv", _KERNEL_CONVENTION)
