@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ...ir.dtypes import as_dtype, float32
+from ...ir.dtypes import float32
 from .. import functions as F
 from ..dispatch import cast
 from ..nn import functional as N
@@ -13,10 +13,8 @@ from ..tensor import Tensor
 from .node import OnnxNode
 from .rules import CONTRIB, onnx_rule
 from .rules_nn import average_pool
-from .rules_quant import dequantize, flat, matmul_integers, quantize, to_integers
+from .rules_quant import dequantize, flat, matmul_integers, quantize, quantized_by_range, to_integers
 from .values import tensor
-
-UINT8 = as_dtype("uint8")
 
 
 def real(x: Any, scale: Any, zero: Any) -> Tensor:
@@ -83,12 +81,8 @@ def matmul_integer_to_float(node: OnnxNode, a: Any, b: Any, a_scale: Any, b_scal
 def dynamic_quantize_matmul(node: OnnxNode, a: Any, b: Any, b_scale: Any, b_zero: Any = None,
                             bias: Any = None) -> Tensor:
     """a is quantized to 8 bits by its range, then multiplied exactly."""
-    a = tensor(a)
-    low, high = F.minimum(F.min(a), 0.0), F.maximum(F.max(a), 0.0)
-    span = high - low
-    scale = F.where(span == 0, F.ones_like(span), span / 255.0)
-    zero = cast(F.round(F.clip(-low / scale, 0.0, 255.0)), UINT8)
-    total = matmul_integers(to_integers(a / scale, zero, UINT8), b, zero, b_zero)
+    quantized_a, scale, zero = quantized_by_range(tensor(a))
+    total = matmul_integers(quantized_a, b, zero, b_zero)
     y = cast(total, float32) * (scale * flat(b_scale))
     return y if bias is None else y + tensor(bias)
 

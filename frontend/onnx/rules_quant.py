@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ...ir.dtypes import DType, as_dtype, float32
+from ...ir.dtypes import DType, as_dtype, float32, float64
 from .. import functions as F
 from ..dispatch import cast, constant
 from ..tensor import Tensor
@@ -94,12 +94,17 @@ def _difference(x: Tensor, zero: Tensor) -> Tensor:
 @onnx_rule("DynamicQuantizeLinear", since=11)
 def dynamic_quantize(node: OnnxNode, x: Any) -> tuple[Tensor, ...]:
     """(y, scale, zero point) with the range of x, 0 included, spread over 8 bits."""
-    x = tensor(x)
+    return quantized_by_range(tensor(x))
+
+
+def quantized_by_range(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, scale, zero point) in 8 bits. Divides in f64: kernels of rows multiply by reciprocals, an ulp off in f32."""
     low, high = F.minimum(F.min(x), 0.0), F.maximum(F.max(x), 0.0)
     span = high - low
     scale = F.where(span == 0, constant(1, x.dtype), span / 255.0)
     zero = cast(F.round(F.clip(-low / scale, 0.0, 255.0)), UINT8)
-    return to_integers(x / scale, zero, UINT8), scale, zero
+    quotient = cast(cast(x, float64) / cast(scale, float64), x.dtype)
+    return to_integers(quotient, zero, UINT8), scale, zero
 
 
 # Products --------------------------------------------------------------------------------------------------------
