@@ -1,8 +1,8 @@
 """A pass over lowered TIR: a kernel's small scratch buffers live on the stack.
 
-TVM puts scratch on the stack only if it has "global" scope and is below 1 KB; the rest it takes from a pool per thread,
-by a call for each buffer, register tiles included. The pool returns memory to the allocator under mixed sizes, and
-the pages then have to be cleared again: it made a product of 64 x 64 matrices fifty times slower.
+TVM puts scratch on the stack only if it has "global" scope and is below 1 KB. The rest it takes from a pool per thread,
+by a call for each buffer, down to each row of a register tile, and in pages: a small product spent more time there
+than on its numbers.
 
 `LowerTVMBuiltin` is what makes those calls. So `set_aside` hides the buffers that fit the stack from it, and
 `on_the_stack` declares them again afterwards; LLVM then also sees that nothing else points to them.
