@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..ir.context import emit
 from ..ir.errors import GradientError
 from ..ir.graph import Node, Value
@@ -16,15 +18,15 @@ def _filled(node: Node, cotangents: Cotangents) -> list[Value]:
     return [zeros_like(v) if ct is None else ct for ct, v in zip(cotangents, node.results)]
 
 
-def _bucket(node: Node, name: str, cotangents: Cotangents, **attrs: object) -> Gradients:
-    group = {"axis": node.attrs["axis"], "size": node.attrs["size"]}
+def _bucket(node: Node, name: str, cotangents: Cotangents, **attrs: Any) -> Gradients:
+    group: dict[str, Any] = {"axis": node.attrs["axis"], "size": node.attrs["size"]}
     found = emit(name, *_filled(node, cotangents), **group, **attrs)
     return list(found) if isinstance(found, tuple) else [found]
 
 
 def _all_reduce(node: Node, cotangents: Cotangents, needed: tuple[bool, ...]) -> Gradients:
     if node.attrs["reduce"] != "sum":
-        raise GradientError(f"all_reduce with reduce={node.attrs['reduce']!r} has no gradient: only a sum has one here. "
+        raise GradientError(f"all_reduce with reduce={node.attrs['reduce']!r} has no gradient: only a sum has one. "
                             "Gather the tensor and take its maximum", node.loc)
     return _bucket(node, "all_reduce", cotangents, reduce="sum")
 

@@ -29,7 +29,7 @@ def main() -> None:
                  if name in os.environ), "0")
     log = open(Path(sys.argv[1]) / f"rank{rank}.log", "w")
     shown: Any = (sys.__stdout__,) if rank == "0" else ()
-    sys.stdout, sys.stderr = _Tee(log, *shown), _Tee(log, sys.__stderr__)  # type: ignore[assignment,arg-type]
+    sys.stdout, sys.stderr = _Tee(log, *shown), _Tee(log, sys.__stderr__)  # type: ignore[arg-type]
     sys.argv = sys.argv[2:]
     sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,9 +1,9 @@
 """Buckets: collectives of one kind are joined into few messages.
 
-A run of collectives along one axis, of one kind, none of which needs another's result, waits until the first reader of any
-of them (or until the bucket is full) and goes as one. What reads a reduced gradient and leads to no heavy op any more (the
-optimizer's update) is put behind the backward pass first, so that the gradients become few messages, each sent as soon as
-it is full.
+A run of collectives along one axis, of one kind, none of which needs another's result, waits until the first reader
+of any of them (or until the bucket is full) and goes as one. What reads a reduced gradient and leads to no heavy op
+any more (the optimizer's update) is put behind the backward pass first, so that the gradients become few messages,
+each sent as soon as it is full.
 """
 
 from __future__ import annotations

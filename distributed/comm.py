@@ -1,9 +1,9 @@
 """Collectives over MPI, on the tensors' own memory, under a watchdog.
 
-A `Job` is this process's place in a running mesh: a communicator for each mesh axis, made by splitting the world. Every
-call is started without blocking and then waited for, and the wait looks around (`watch.py`): a rank that failed has said
-so, a rank that died is missed, one that does not come is named when the time is up. Either way what is raised here names
-the rank, the op and the step; no process hangs.
+A `Job` is this process's place in a running mesh: a communicator for each mesh axis, made by splitting the world.
+Every call is started without blocking and then waited for, and the wait looks around (`watch.py`): a rank that failed
+has said so, a rank that died is missed, one that does not come is named when the time is up. Either way what is
+raised here names the rank, the op and the step; no process hangs.
 
 mpi4py is imported when a job is joined, not before.
 """

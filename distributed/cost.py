@@ -1,9 +1,9 @@
 """What communication costs: the alpha-beta model.
 
 A message of B bytes takes `latency + B / bandwidth`. With n ranks in a ring (Thakur, Rabenseifner & Gropp,
-"Optimization of Collective Communication Operations in MPICH", 2005) gathering B bytes, or reducing and scattering them,
-takes n - 1 messages of B / n; an all-reduce both of these or, when it is short, log2 n messages of all of it; an
-all-to-all of parts that hold B / n each n - 1 messages of B / n^2.
+"Optimization of Collective Communication Operations in MPICH", 2005) gathering B bytes, or reducing and scattering
+them, takes n - 1 messages of B / n; an all-reduce both of these or, when it is short, log2 n messages of all of it;
+an all-to-all of parts that hold B / n each n - 1 messages of B / n^2.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Starts a script on several ranks: `treadle launch -n 4 script.py`.
 
-Wraps mpiexec: the one of the running Python's environment (the wheel `mpich`), else the one on the path. Every rank gets
-its share of the cores as threads, and writes to a log of its own; what rank 0 prints is shown.
+Wraps mpiexec: the one of the running Python's environment (the wheel `mpich`), else the one on the path. Every rank
+gets its share of the cores as threads, and writes to a log of its own; what rank 0 prints is shown.
 """
 
 from __future__ import annotations

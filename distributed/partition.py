@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -57,7 +58,7 @@ class Partitioned:
                 size = node.attrs["size"]
                 if node.op.name == "all_to_all":
                     whole *= size
-                found[f"{node.op.name}:{node.attrs['axis']}"] += int(sent_bytes(node.op.name, size, whole))
+                found[f"{node.op.name}:{node.attrs['axis']}"] += int(sent_bytes(node.op.name, size, float(whole)))
         return found
 
 
@@ -155,7 +156,7 @@ class _Emitter:
     def step(self, x: Value, step: Step) -> Value:
         """Emits one step of a path."""
         axis, ranks = step.axis, self.mesh[step.axis]
-        group = {"axis": axis, "size": ranks}
+        group: dict[str, Any] = {"axis": axis, "size": ranks}
         if step.kind == "cut":
             return cut(x, step.target, ranks, lambda: self.index(axis))
         if step.kind == "mask":

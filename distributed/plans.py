@@ -2,9 +2,9 @@
 
 `Plan(shard={"*.up": (None, "tensor"), "*.down": ("tensor", None)}, zero=1)`: the batch lies along the axis "data",
 parameters whose names match lie as told, their optimizer states with them. ZeRO (Rajbhandari et al. 2020,
-arXiv:1910.02054) is annotations, too. Stages 1 and 2: states are split along the batch's axis, so gradients are reduced
-and scattered instead of reduced everywhere, each rank updates its part, and the new parameters are gathered. Stage 3: the
-parameters stay split between steps and are gathered where the forward and backward passes read them.
+arXiv:1910.02054) is annotations, too. Stages 1 and 2: states are split along the batch's axis, so gradients are
+reduced and scattered instead of reduced everywhere, each rank updates its part, and the new parameters are gathered.
+Stage 3: the parameters stay split between steps and are gathered where the forward and backward passes read them.
 
 Since a gradient goes from partial sums straight to its parts, no rank ever holds whole reduced gradients: stage 1 does
 what stage 2 promises.
@@ -121,9 +121,10 @@ def annotate(graph: Graph, mesh: Mesh, plan: Plan, sources: Sequence[Source],
 
 
 def gather_at_use(graph: Graph, parameters: Sequence[Value], axis: str | None) -> Graph:
-    """Annotates that forward and backward passes read these inputs whole along an axis; their update reads the parts."""
+    """Annotates that forward and backward read these inputs whole along an axis; their update reads the parts."""
     assert axis is not None
-    wanted, nodes = set(parameters), []
+    wanted = set(parameters)
+    nodes: list[Node | tuple[Node, list[Value]]] = []
     with GraphBuilder("uses") as builder:
         whole: dict[Value, Value] = {}
         for node in graph.nodes:
@@ -132,8 +133,9 @@ def gather_at_use(graph: Graph, parameters: Sequence[Value], axis: str | None) -
                 for v in reads:
                     if v not in whole:
                         (whole[v],) = builder.emit("annotate", [v], {"dims": ("",) * v.rank, "whole": (axis,)})
-                        assert whole[v].producer is not None
-                        nodes.append(whole[v].producer)
+                        made = whole[v].producer
+                        assert made is not None
+                        nodes.append(made)
             nodes.append(node if not reads or _updates(node) else (node, [whole.get(v, v) for v in node.operands]))
     return _rebuilt(graph, nodes)
 
@@ -143,11 +145,11 @@ def _updates(node: Node) -> bool:
     return node.op.has("elementwise") and all(v.shape in ((), node.result.shape) for v in node.operands)
 
 
-def _rebuilt(graph: Graph, nodes: Sequence[object]) -> Graph:
+def _rebuilt(graph: Graph, nodes: Sequence[Node | tuple[Node, list[Value]]]) -> Graph:
     mapping: dict[Value, Value] = {}
     made: list[Node] = []
     for entry in nodes:
-        node, operands = entry if isinstance(entry, tuple) else (entry, entry.operands)  # type: ignore[attr-defined]
+        node, operands = entry if isinstance(entry, tuple) else (entry, list(entry.operands))
         fresh = with_operands(node, [mapping.get(v, v) for v in operands])
         mapping.update(zip(node.results, fresh.results))
         made.append(fresh)

@@ -1,9 +1,9 @@
 """Annotations spread through a graph, until nothing changes.
 
 From what is annotated, along one mesh axis, splits follow the labels of the ops' rules: first forwards, from operands
-to results, as far as that goes; then backwards, from results to operands that have none; and again. Where operands ask
-for different labels an annotated one wins, else the larger: moving it would cost more. What is annotated never changes,
-and a hint is only that: `solve.py` decides, and knows what following it costs.
+to results, as far as that goes; then backwards, from results to operands that have none; and again. Where operands
+ask for different labels an annotated one wins, else the larger: moving it would cost more. What is annotated never
+changes, and a hint is only that: `solve.py` decides, and knows what following it costs.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 The steps along one mesh axis: gather a split dimension, cut a whole one (free), move the split to another dimension
 (all-to-all), sum a partial sum (all-reduce) or sum and cut it (reduce-scatter), and make a whole value a partial sum
-(the first rank keeps it). Values have few dimensions and meshes few axes, so the shortest path through all shardings is
-found outright.
+(the first rank keeps it). Values have few dimensions and meshes few axes, so the shortest path through all shardings
+is found outright.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def transition(cluster: Cluster, axis: str, ranks: int, whole: float, source: in
     return cluster.all_gather(axis, ranks, whole) + (cluster.touch(whole) if target == PARTIAL else 0.0)
 
 
-KINDS = {
+KINDS: dict[tuple[object, object], str] = {
     (WHOLE, "split"): "cut", (WHOLE, PARTIAL): "mask", (PARTIAL, WHOLE): "all_reduce",
     (PARTIAL, "split"): "reduce_scatter", ("split", WHOLE): "all_gather", ("split", "split"): "all_to_all",
 }
@@ -53,7 +53,7 @@ KINDS = {
 def _kind(source: int, target: int) -> str | None:
     def name(placement: int) -> object:
         return "split" if placement >= 0 else placement
-    return KINDS.get((name(source), name(target)))  # type: ignore[arg-type]
+    return KINDS.get((name(source), name(target)))
 
 
 def _steps(sharding: Sharding, type: TensorType, mesh: Mesh, axes: tuple[str, ...]) -> Iterator[Step]:

@@ -1,9 +1,9 @@
 """The slot `shard` of an op: which dimensions of operands and results go together.
 
-A rule gives every dimension a *label*. Dimensions that carry the same label are split together: in
-`matmul: (m k), (k n) -> (m n)` splitting `n` splits the second operand and the result; splitting `k`, which the result
-lacks, leaves a partial sum. A dimension without a label (None) has to be whole. From this follow all ways to run the op
-along one mesh axis, its *strategies*:
+A rule gives every dimension a *label*. Dimensions that carry the same label are split together: in `matmul: (m k), (k
+n) -> (m n)` splitting `n` splits the second operand and the result; splitting `k`, which the result lacks, leaves a
+partial sum. A dimension without a label (None) has to be whole. From this follow all ways to run the op along one
+mesh axis, its *strategies*:
 
 * `None`: whole operands, whole results;
 * a label: the dimensions that carry it are split;

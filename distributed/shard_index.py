@@ -1,8 +1,8 @@
 """How gathers, scatters and sorts are split.
 
-Along the axis that indices address, a rank has a run of rows: a gather there takes what it has and zeros for the rest,
-a partial sum (the vocabulary-parallel embedding of Megatron-LM, arXiv:1909.08053, section 3); a scatter drops what lies
-elsewhere, as it drops every index outside.
+Along the axis that indices address, a rank has a run of rows: a gather there takes what it has and zeros for the
+rest, a partial sum (the vocabulary-parallel embedding of Megatron-LM, arXiv:1909.08053, section 3); a scatter drops
+what lies elsewhere, as it drops every index outside.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """How one value lies on a mesh.
 
 Along each mesh axis a value is in one of three states: *whole* (every rank has all of it), *split* along one of its
-dimensions (each rank has an equal part), or a *partial sum* (the value is the sum of what the ranks have). A `Sharding`
-says this by dimension, as one writes it: `Sharding(("data", None))` is split along its first dimension over the axis
-"data" and whole along all others; `partial` names the axes over which it is a sum.
+dimensions (each rank has an equal part), or a *partial sum* (the value is the sum of what the ranks have). A
+`Sharding` says this by dimension, as one writes it: `Sharding(("data", None))` is split along its first dimension
+over the axis "data" and whole along all others; `partial` names the axes over which it is a sum.
 
 The parts of the package that look at one axis at a time use a *placement*: a dimension's number, or WHOLE, or PARTIAL.
 """

@@ -39,7 +39,7 @@ class Plan:
         inputs, outputs: where each lies between steps.
         strategies: node -> mesh axis -> strategy (`rules.py`).
         settled: partial sums that are brought somewhere as soon as they are there.
-        seconds: what a step takes by the cost model, along each mesh axis: communication, and work as the axis splits it.
+        seconds: what a step takes by the cost model, along each mesh axis: messages, and work as the axis splits it.
     """
 
     graph: Graph
@@ -77,7 +77,7 @@ def solve(graph: Graph, mesh: Mesh, inputs: Mapping[int, Sharding], outputs: Map
         graph = decompose(graph, unfold.__contains__).graph
         fixed = _fixed(graph, mesh, inputs, outputs)
     plan = Plan(graph, mesh, cluster or Cluster(), table=table)
-    solvers = []
+    solvers: list[_AxisSolver] = []
     for axis in mesh.names:
         solvers.append(_AxisSolver(plan, axis, hints[axis], fixed[axis], solvers))
         solvers[-1].run()

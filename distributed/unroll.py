@@ -1,11 +1,11 @@
 """What is done to a step's graph so that loops can be split: short scans are written out.
 
-The rules split nodes, not loops. A scan of few steps (gradient accumulation) becomes its steps one after the other: then
-what it adds up stays a partial sum through all of them and is reduced once, at the end. Its kernels are the same for every
-step, and compiled once. A longer scan, and the other loops and branches, run whole on every rank.
+The rules split nodes, not loops. A scan of few steps (gradient accumulation) becomes its steps one after the other:
+then what it adds up stays a partial sum through all of them and is reduced once, at the end. Its kernels are the same
+for every step, and compiled once. A longer scan, and the other loops and branches, run whole on every rank.
 
-Of a batch that is cut into micro-batches, each rank takes its part of every micro-batch: the graph is changed to take the
-batch as (micro-batches, examples, ...), with the examples split.
+Of a batch that is cut into micro-batches, each rank takes its part of every micro-batch: the graph is changed to take
+the batch as (micro-batches, examples, ...), with the examples split.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def micro_batches(graph: Graph, inputs: Sequence[int]) -> tuple[Graph, dict[int,
     for i in inputs:
         v = graph.inputs[i]
         found = {n.attrs["shape"] if n.op.name == "reshape" else () for n in readers.get(v, ())}
-        shape = found.pop() if len(found) == 1 else ()
+        shape: tuple[int, ...] = found.pop() if len(found) == 1 else ()
         if v.rank and v not in graph.outputs and len(shape) == v.rank + 1 and shape[2:] == v.shape[1:] \
                 and shape[0] * shape[1] == v.shape[0]:
             shapes[i] = shape

@@ -1,8 +1,8 @@
 """The watchdog: waiting that notices when nobody will come.
 
-While a rank waits in a collective it looks, every few milliseconds, for a message from a rank that failed, for processes
-of its host that are gone, and at the clock. Every rank keeps the number of its step and of its calls in memory that the
-ranks of a host share, so that the error can say where a rank that does not come is.
+While a rank waits in a collective it looks, every few milliseconds, for a message from a rank that failed, for
+processes of its host that are gone, and at the clock. Every rank keeps the number of its step and of its calls in
+memory that the ranks of a host share, so that the error can say where a rank that does not come is.
 """
 
 from __future__ import annotations

@@ -39,8 +39,8 @@ from .signature import scan
 from .tensor import Tensor
 from .train import TrainStep
 
-__all__ = ["DistributedError", "Job", "LaunchError", "Mesh", "MeshError", "ParallelStep", "Plan", "Sharding", "constrain",
-           "make_mesh", "mpi_available", "parallelize", "rank", "world_size"]
+__all__ = ["DistributedError", "Job", "LaunchError", "Mesh", "MeshError", "ParallelStep", "Plan", "Sharding",
+           "constrain", "make_mesh", "mpi_available", "parallelize", "rank", "world_size"]
 
 UNROLL = Pass("unroll", lambda graph: PassResult(made := unroll(graph), made is not graph, {}))
 SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS")
@@ -69,7 +69,8 @@ def make_mesh(axes: Mapping[str, int]) -> Mesh:
     for name in open_axes:
         rest = Mesh({k: v for k, v in sizes.items() if k != name}).size
         if world % rest:
-            raise MeshError(f"{world} processes do not divide into groups of {rest} ({sizes}); start a multiple of {rest}")
+            raise MeshError(f"{world} processes do not divide into groups of {rest} ({sizes}); start a multiple of "
+                            f"{rest}")
         sizes[name] = world // rest
     mesh = Mesh(sizes)
     mesh.check_world(world)
@@ -201,7 +202,7 @@ class ParallelStep:
         """This rank's part of a tensor: the tensor's own memory if that is all of it."""
         self._placed[id(tensor)] = sharding
         if sharding.is_whole:
-            return tensor._pin() if tensor.role is not None else tensor._value.array  # type: ignore[return-value]
+            return tensor._pin() if tensor.role is not None else tensor._value.array
         if id(tensor) not in self.parts:
             self.parts[id(tensor)] = (tensor, sharding, aligned(sharding.cut(tensor.numpy(), self.mesh, self.rank)))
         return self.parts[id(tensor)][2]
@@ -241,8 +242,8 @@ class _Bound:
         self.structure, self.results = meta["out_structure"], len(executable.signature.outputs) - len(meta["assigns"])
 
     def __call__(self, given: Sequence[Any]) -> Any:
-        parts = [np.asarray(a).reshape(shape) if s.is_whole else s.cut(np.asarray(a).reshape(shape), self.mesh, self.rank)
-                 for a, s, shape in zip(given, self.shardings, self.shapes)]
+        whole = [np.asarray(a).reshape(shape) for a, shape in zip(given, self.shapes)]
+        parts = [a if s.is_whole else s.cut(a, self.mesh, self.rank) for a, s in zip(whole, self.shardings)]
         outputs = self.executable.run([*parts, *self.arrays])
         return tree.unflatten(self.structure, [Tensor(np.array(a)) for a in outputs[:self.results]])
 

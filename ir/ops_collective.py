@@ -1,14 +1,14 @@
 """Collectives: what the ranks of one mesh axis do together. They appear when `distributed` partitions a graph.
 
-A partitioned graph is the program of every rank alike; `axis` names the mesh axis whose ranks take part, `size` says how
-many they are. Their meaning needs all ranks: `distributed.lockstep` interprets them together, a compiled program calls
-MPI. The references here are those of a group of one.
+A partitioned graph is the program of every rank alike; `axis` names the mesh axis whose ranks take part, `size` says
+how many they are. Their meaning needs all ranks: `distributed.lockstep` interprets them together, a compiled program
+calls MPI. The references here are those of a group of one.
 
 Several tensors may go in one call (a bucket): they are sent as one message.
 
-The gradients are those of the sum of all ranks' losses, which is what "the gradient" means when each rank differentiates
-its own program: an all_gather's is a reduce_scatter, an all_reduce's an all_reduce. (Graphs are partitioned after they are
-differentiated, so nothing of ours needs them; they are for programs that are written per rank.)
+The gradients are those of the sum of all ranks' losses, which is what "the gradient" means when each rank
+differentiates its own program: an all_gather's is a reduce_scatter, an all_reduce's an all_reduce. (Graphs are
+partitioned after they are differentiated, so nothing of ours needs them; they are for programs written per rank.)
 
 `annotate` is no collective but the wish that a value be sharded in a given way; it computes nothing.
 """
@@ -92,13 +92,14 @@ def all_to_all_infer(x: TensorType, axis: str, size: int, split: int, concat: in
 def _alone(*xs: np.ndarray, size: int = 1, **attrs: Any) -> tuple[np.ndarray, ...]:
     if size != 1:
         raise ArgumentsError(f"this graph is the program of one of {size} ranks along {attrs.get('axis')!r}: one rank "
-                             "alone has no result. Interpret all of them with distributed.lockstep, or run it under MPI")
+                             "alone has no result. Interpret all of them (distributed.lockstep), or run it under MPI")
     return tuple(xs)
 
 
 def _define(name: str, operands: str, infer: Any, doc: str, **attrs: Any) -> None:
     reference = _alone if operands.startswith("*") else lambda *xs, **given: _alone(*xs, **given)[0]
-    define(name, operands, infer, reference, doc, attrs={"axis": REQUIRED, "size": REQUIRED, **attrs}, traits=["effect"])
+    define(name, operands, infer, reference, doc, attrs={"axis": REQUIRED, "size": REQUIRED, **attrs},
+           traits=["effect"])
 
 
 _define("all_reduce", "*xs", all_reduce_infer, "Each tensor reduced over the ranks; all ranks get it.", reduce="sum")
@@ -107,7 +108,8 @@ _define("all_gather", "*xs", all_gather_infer, "The ranks' tensors one after the
 _define("reduce_scatter", "*xs", reduce_scatter_infer,
         "Each tensor summed over the ranks and cut along a dimension; each rank gets its part.", dims=REQUIRED)
 _define("all_to_all", "x", all_to_all_infer,
-        "Cut along `split`, part i sent to rank i, what arrives joined along `concat`.", split=REQUIRED, concat=REQUIRED)
+        "Cut along `split`, part i sent to rank i, what arrives joined along `concat`.", split=REQUIRED,
+        concat=REQUIRED)
 
 
 def axis_index_infer(axis: str, size: int) -> TensorType:
@@ -115,7 +117,7 @@ def axis_index_infer(axis: str, size: int) -> TensorType:
     return TensorType((), int64)
 
 
-define("axis_index", "", axis_index_infer, lambda axis, size: np.asarray(*_alone(np.int64(0), size=size, axis=axis)),
+define("axis_index", "", axis_index_infer, lambda axis, size: _alone(np.zeros((), np.int64), size=size, axis=axis)[0],
        "The rank's coordinate along a mesh axis.", attrs={"axis": REQUIRED, "size": REQUIRED}, traits=["effect"],
        undifferentiable="integer result")
 
@@ -134,10 +136,10 @@ def recv_infer(axis: str, size: int, shift: int, tag: int, shape: tuple[int, ...
 
 
 def _nobody(*xs: Any, **attrs: Any) -> Any:
-    raise ArgumentsError("send and recv need another rank: interpret all ranks with distributed.lockstep, or run under MPI")
+    raise ArgumentsError("send and recv need another rank: interpret all ranks (distributed.lockstep), or use MPI")
 
 
-define("send", "x", send_infer, _nobody, "Hands a tensor to the rank `shift` further along the axis; the result is 0, a token.",
+define("send", "x", send_infer, _nobody, "Hands a tensor to the rank `shift` further along the axis; gives a token, 0.",
        attrs={"axis": REQUIRED, "size": REQUIRED, "shift": REQUIRED, "tag": 0}, traits=["effect"],
        undifferentiable="its result is a token; write the recv of the cotangent on the way back")
 define("recv", "", recv_infer, _nobody, "What the rank `shift` further along the axis sends here.",
@@ -150,14 +152,14 @@ define("recv", "", recv_infer, _nobody, "What the rank `shift` further along the
 
 def annotate_infer(x: TensorType, dims: tuple[str, ...], whole: tuple[str, ...]) -> TensorType:
     if not isinstance(dims, tuple) or len(dims) != x.rank or not all(isinstance(d, str) for d in dims):
-        fail_attr(f"dims is {dims!r}; expected for each of the {x.rank} dimensions of {x} the name of a mesh axis, or ''")
+        fail_attr(f"dims is {dims!r}; expected the name of a mesh axis, or '', for each dimension of {x}")
     if not isinstance(whole, tuple) or not all(isinstance(axis, str) for axis in whole):
         fail_attr(f"whole is {whole!r}; expected a tuple of names of mesh axes")
     return x
 
 
 define("annotate", "x", annotate_infer, lambda x, dims, whole: x,
-       "The operand; when the graph is partitioned its dimensions are split over these mesh axes ('': as it comes), and "
+       "The operand; when the graph is partitioned its dimensions are split over these mesh axes ('': as it comes); "
        "along the axes `whole` every rank has all of it.", attrs={"dims": REQUIRED, "whole": ()}, traits=["barrier"])
 
 

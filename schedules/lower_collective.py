@@ -1,4 +1,4 @@
-"""Collectives call the host: the function of that name sends the program's own memory (distributed/comm.py over MPI)."""
+"""Collectives call the host: the function of that name sends the program's own memory (distributed/comm.py)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The console script `treadle`: `demo`, `doctor`, `inspect`.
+"""The console script `treadle`: `demo`, `doctor`, `finetune`, `inspect`.
 
 Each command is a module of this folder, imported when it is asked for, so that `treadle --help` answers at once.
 A `TreadleError` ends a command with its message and exit code 1; a traceback would be a bug of ours.
@@ -20,6 +20,8 @@ from ...ir.errors import TreadleError
 app = typer.Typer(name="treadle", no_args_is_help=True, add_completion=False, rich_markup_mode="rich",
                   help="A deep-learning compiler: trace, differentiate, fuse, schedule, train.")
 
+demo_app = typer.Typer()
+app.add_typer(demo_app, name="demo")
 onnx_app = typer.Typer(no_args_is_help=True, help="ONNX models: look before you load.")
 app.add_typer(onnx_app, name="onnx")
 
@@ -38,8 +40,27 @@ def _options(
     pass
 
 
-@app.command("demo")
+@demo_app.callback(invoke_without_command=True)
 def run_demo(
+    context: typer.Context,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the passages.")] = 2,
+    passages: Annotated[int, typer.Option(min=32, help="Passages of each kind to learn from.")] = 2000,
+    out: Annotated[Path, typer.Option(help="Folder for the export.")] = Path("out"),
+    threads: Annotated[int, typer.Option(min=0, help="Threads of a kernel; 0: all cores of this process.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the choice of passages, the head and the order.")] = 0,
+) -> None:
+    """Fine-tune an encoder that comes as ONNX to tell kinds of plays apart, and show that its export agrees.
+
+    `treadle demo mnist` trains a small CNN from nothing instead.
+    """
+    if context.invoked_subcommand is None:
+        from .demo import shakespeare
+
+        shakespeare.run(Console(), out=out, epochs=epochs, threads=threads or None, seed=seed, passages=passages)
+
+
+@demo_app.command("mnist")
+def run_mnist(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the 4,000 training digits.")] = 20,
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint, the artifact and the picture.")] = Path("out"),
     threads: Annotated[int, typer.Option(min=0, help="Threads of a kernel; 0: all cores of this process.")] = 0,
@@ -49,6 +70,72 @@ def run_demo(
     from .demo import mnist
 
     mnist.run(Console(), out=out, epochs=epochs, threads=threads or None, seed=seed)
+
+
+@app.command("finetune")
+def run_finetune(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The model's file.")],
+    data: Annotated[Path, typer.Argument(help="Examples: .npz (an array for each input, and labels), or text and label "
+                                              "as .csv, .tsv, .jsonl.")],
+    out: Annotated[Path, typer.Option(help="Folder for the model, the checkpoints and the classes.")] = Path("out"),
+    held_out: Annotated[Path | None, typer.Option(help="Examples to evaluate on; default: a share.")] = None,
+    share: Annotated[float, typer.Option(help="Share of the examples that is held out otherwise.")] = 0.1,
+    output: Annotated[str, typer.Option(help="The value of the graph that the new head gets.")] = "",
+    pool: Annotated[str, typer.Option(help="What is done to it before: none, mean, max, first, spatial.")] = "none",
+    mask: Annotated[str, typer.Option(help="The input that says which positions count when pooling.")] = "",
+    train: Annotated[str, typer.Option(help="Patterns of the parameters that train, '*, !*embeddings*'.")] = "*",
+    gradual: Annotated[bool, typer.Option("--gradual", help="Unfreeze one layer after the other.")] = False,
+    bitfit: Annotated[bool, typer.Option("--bitfit", help="Train the biases and the head alone.")] = False,
+    lora: Annotated[str, typer.Option(help="Patterns of the weights that get low-rank adapters, '*query*'.")] = "",
+    rank: Annotated[int, typer.Option(min=1, help="Of the adapters.")] = 8,
+    dropout: Annotated[float | None, typer.Option(help="Drop where the export dropped dropouts.")] = None,
+    batch_norm: Annotated[str, typer.Option(help="frozen: keep the statistics; train: move them.")] = "frozen",
+    objective: Annotated[str, typer.Option(help="cross_entropy, mse, l1, bce.")] = "cross_entropy",
+    optimizer: Annotated[str, typer.Option(help="adamw, adam, lion, sgd.")] = "adamw",
+    lr: Annotated[float, typer.Option(help="Learning rate at its highest.")] = 5e-5,
+    head_lr: Annotated[float, typer.Option(help="Factor on it for the head.")] = 10.0,
+    layer_decay: Annotated[float | None, typer.Option(help="Factor on it for each layer further down.")] = None,
+    schedule: Annotated[str, typer.Option(help="linear, cosine, constant.")] = "linear",
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the examples (of each stage).")] = 3,
+    batch: Annotated[int, typer.Option(min=1, help="Examples of a step.")] = 32,
+    accumulate: Annotated[int, typer.Option(min=1, help="Parts that a batch is computed in.")] = 1,
+    amp: Annotated[str, typer.Option(help="Mixed precision: bfloat16.")] = "",
+    clip_norm: Annotated[float, typer.Option(min=0, help="Largest norm of the gradients; 0: any.")] = 1.0,
+    patience: Annotated[int, typer.Option(min=0, help="Stop after so many evaluations without a better one.")] = 0,
+    tokenizer: Annotated[Path | None, typer.Option(help="For text: vocab.txt or tokenizer.json.")] = None,
+    length: Annotated[int, typer.Option(min=2, help="For text: word pieces of an example.")] = 64,
+    opset: Annotated[int | None, typer.Option(help="Of the exported model.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the head, the split and the order.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in the folder.")] = False,
+    prune: Annotated[bool, typer.Option("--prune/--no-prune", help="Leave out the backward of what is frozen; compiles "
+                                                                   "once for each stage.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
+) -> None:
+    """Put a head on an ONNX model, train it on examples, and write it as ONNX again."""
+    from . import finetune
+
+    task = finetune.Task(model, data, out, held_out, share, output, pool, mask, train, gradual, bitfit, lora, rank,
+                         dropout, batch_norm, tokenizer, length, resume, opset, dry_run)
+    settings = finetune.ft.Settings(
+        objective=objective, optimizer=optimizer, lr=lr, head="head.*", head_lr=head_lr, layer_decay=layer_decay,
+        schedule=schedule, epochs=epochs, batch_size=batch, accumulate=accumulate, amp=amp or None,
+        clip_norm=clip_norm or None, patience=patience or None, seed=seed, prune_frozen=prune)
+    finetune.run(Console(), task, settings)
+
+
+@app.command("launch", context_settings={"allow_extra_args": True, "ignore_unknown_options": True,
+                                         "allow_interspersed_args": False})
+def run_launch(
+    script: Annotated[list[str], typer.Argument(metavar="SCRIPT [ARGUMENT]...", help="A script, its arguments.")],
+    ranks: Annotated[int, typer.Option("-n", "--ranks", min=1, help="Processes to start.")] = 2,
+    threads: Annotated[int, typer.Option(min=0, help="Threads of each; 0: the cores, shared out.")] = 0,
+    logs: Annotated[Path | None, typer.Option(help="Folder for a log of each rank; only rank 0 is shown.")] = None,
+    hosts: Annotated[str, typer.Option(help="Names of hosts with commas between; default: this one.")] = "",
+) -> None:
+    """Run a script on several ranks under MPI (pip install 'treadle[mpi]')."""
+    from ...distributed.launch import launch
+
+    raise typer.Exit(launch(ranks, script, threads or None, logs, hosts or None))
 
 
 @app.command("doctor")

@@ -1,7 +1,7 @@
 """What the ranks of the MPI tests run: `mpiexec -n N python job.py FOLDER CASE...`.
 
-Each case trains for some steps in f64 and rank 0 writes what came out: losses, parameters, what was sent. With the mesh of
-one rank the same code is the expectation.
+Each case trains for some steps in f64 and rank 0 writes what came out: losses, parameters, what was sent. With the
+mesh of one rank the same code is the expectation.
 """
 
 import json

@@ -40,7 +40,8 @@ def linear(x, w, b=None):
 
 
 def norm(inputs, name, x, width, whole):
-    return emit("layer_norm", x, inputs.add(f"{name}.scale", (width,), whole), inputs.add(f"{name}.bias", (width,), whole))
+    scale, bias = (inputs.add(f"{name}.{part}", (width,), whole) for part in ("scale", "bias"))
+    return emit("layer_norm", x, scale, bias)
 
 
 def gpt(batch=4, seq=8, width=8, count=2, layers=1, vocab=12, tensor=None, data=None, sequence=False,

@@ -16,7 +16,8 @@ MISSING = mpi_available()
 needs_mpi = pytest.mark.skipif(MISSING is not None, reason=f"no MPI: {MISSING}")
 
 WORDS = {
-    "raise": r"DistributedError: rank 1 failed: ValueError in .* of step \d: out of data. Rank 0 was in \w+:data of step 2",
+    "raise": r"DistributedError: rank 1 failed: ValueError in .* of step \d: out of data. Rank 0 was in \w+:data of "
+             r"step 2",
     "kill": r"DistributedError: rank 1 \(process \d+\) is gone; it was last in .*\. Rank 0 was in \w+:data of step 2",
     "hang": r"DistributedError: rank 0 waited 3 s in \w+:data of step 2: rank 1 has not come, it was last in",
     "mismatch": r"the ranks do not agree on the program: ranks \[1\] differ from rank 0, first in line 1: rank 0 has "

@@ -80,7 +80,8 @@ def axes_of(mesh):
 
 
 @pytest.mark.parametrize("axes", MESHES.values(), ids=MESHES)
-@pytest.mark.parametrize("extra", [{}, {"sequence": True}, {"vocabulary": True}], ids=["plain", "sequence", "vocabulary"])
+@pytest.mark.parametrize("extra", [{}, {"sequence": True}, {"vocabulary": True}],
+                         ids=["plain", "sequence", "vocabulary"])
 def test_gpt(axes, extra):
     mesh = Mesh(axes)
     if extra and "tensor" not in mesh:

@@ -1,0 +1,198 @@
+"""Pipeline schedules as pure data: which stage does what, when.
+
+A schedule is for every device a list of `Task`s in the order in which it does them; nothing else. GPipe (Huang et al.
+2019, arXiv:1811.06965) runs all forward passes, then all backward passes. 1F1B (Narayanan et al. 2019, PipeDream;
+2021, arXiv:2104.04473) starts a backward pass as soon as it can, so stage i keeps the activations of at most p - i
+micro-batches. Interleaved 1F1B gives each device several chunks of the model, v of them, and divides the bubble by v.
+
+`simulate` plays a schedule with given times and finds deadlocks; for uniform stages the bubble of GPipe and 1F1B is
+(p - 1) / (m + p - 1) of the time, with p devices and m micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..ir.errors import AttributeValueError
+
+FORWARD, BACKWARD = "F", "B"
+
+
+@dataclass(frozen=True, order=True)
+class Task:
+    """One micro-batch through one stage. `stage` counts through the model; device `stage % devices` runs it."""
+
+    phase: str
+    stage: int
+    micro: int
+
+    def __str__(self) -> str:
+        return f"{self.phase}{self.stage}.{self.micro}"
+
+
+Schedule = tuple[tuple[Task, ...], ...]  # of each device
+
+
+def _check(devices: int, micro: int, chunks: int = 1) -> None:
+    for name, value in (("devices", devices), ("micro-batches", micro), ("chunks", chunks)):
+        if value < 1:
+            raise AttributeValueError(f"a pipeline needs at least 1 of its {name}, got {value}")
+
+
+def gpipe(devices: int, micro: int) -> Schedule:
+    """All forward passes, then all backward passes."""
+    _check(devices, micro)
+    return tuple((*(Task(FORWARD, d, m) for m in range(micro)), *(Task(BACKWARD, d, m) for m in range(micro)))
+                 for d in range(devices))
+
+
+def one_f_one_b(devices: int, micro: int) -> Schedule:
+    """Warm up, then one forward and one backward pass by turns, then what is left of the backward passes."""
+    _check(devices, micro)
+    return tuple(_by_turns([Task(FORWARD, d, m) for m in range(micro)], [Task(BACKWARD, d, m) for m in range(micro)],
+                           min(devices - d - 1, micro)) for d in range(devices))
+
+
+def _by_turns(forward: list[Task], backward: list[Task], warm: int) -> tuple[Task, ...]:
+    order = forward[:warm]
+    for f, b in zip(forward[warm:], backward):
+        order += [f, b]
+    return (*order, *backward[len(forward) - warm:])
+
+
+def interleaved(devices: int, micro: int, chunks: int) -> Schedule:
+    """1F1B with `chunks` stages on each device; micro-batches go in groups of as many as there are devices.
+
+    Raises:
+        AttributeValueError: the micro-batches are no multiple of the devices (as in Megatron-LM).
+    """
+    _check(devices, micro, chunks)
+    if chunks == 1:
+        return one_f_one_b(devices, micro)
+    if micro % devices:
+        raise AttributeValueError(f"interleaved 1F1B needs micro-batches in multiples of the {devices} devices, "
+                                  f"got {micro}")
+    order = [(group * devices + i, chunk) for group in range(micro // devices) for chunk in range(chunks)
+             for i in range(devices)]
+    schedules = []
+    for d in range(devices):
+        forward = [Task(FORWARD, chunk * devices + d, m) for m, chunk in order]
+        backward = [Task(BACKWARD, (chunks - 1 - chunk) * devices + d, m) for m, chunk in order]
+        warm = min((devices - d - 1) * 2 + (chunks - 1) * devices, len(forward))
+        schedules.append(_by_turns(forward, backward, warm))
+    return tuple(schedules)
+
+
+SCHEDULES = ("gpipe", "1f1b", "interleaved")
+
+
+def schedule(kind: str, devices: int, micro: int, chunks: int = 1) -> Schedule:
+    """The schedule by name."""
+    if kind == "gpipe":
+        return gpipe(devices, micro)
+    if kind == "1f1b":
+        return one_f_one_b(devices, micro)
+    if kind == "interleaved":
+        return interleaved(devices, micro, chunks)
+    raise AttributeValueError(f"there is no pipeline schedule {kind!r}; there are: {', '.join(SCHEDULES)}")
+
+
+def stash_bound(kind: str, devices: int, micro: int, stage: int, chunks: int = 1) -> int:
+    """Micro-batches whose activations a device keeps at most (counted once for each of its chunks)."""
+    if kind == "gpipe":
+        return micro
+    if kind == "1f1b" or chunks == 1:
+        return min(devices - stage, micro)
+    return min((devices - stage - 1) * 2 + (chunks - 1) * devices + 1, micro * chunks)
+
+
+# Playing a schedule ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Played:
+    """What a schedule comes to.
+
+    Attributes:
+        spans: task -> (start, end) in seconds.
+        makespan: until the last task ends.
+        bubble: the part of the devices' time in which they do nothing.
+        stash: for each device, the most activations that it holds at a time.
+    """
+
+    spans: Mapping[Task, tuple[float, float]]
+    makespan: float
+    bubble: float
+    stash: tuple[int, ...]
+
+
+def needs(task: Task, stages: int) -> list[Task]:
+    """The tasks whose results a task reads."""
+    if task.phase == FORWARD:
+        return [Task(FORWARD, task.stage - 1, task.micro)] if task.stage else []
+    after = [Task(BACKWARD, task.stage + 1, task.micro)] if task.stage + 1 < stages else []
+    return [Task(FORWARD, task.stage, task.micro), *after]
+
+
+def simulate(plan: Schedule, forward: Sequence[float], backward: Sequence[float], transfer: float = 0.0) -> Played:
+    """Plays a schedule: stage s takes `forward[s]` and `backward[s]` seconds, a hop between devices `transfer`.
+
+    Raises:
+        AttributeValueError: tasks wait for each other for ever; the message names them.
+    """
+    stages = len(forward)
+    spans: dict[Task, tuple[float, float]] = {}
+    at, clock = [0] * len(plan), [0.0] * len(plan)
+    left = sum(map(len, plan))
+    while left:
+        moved = False
+        for d, tasks in enumerate(plan):
+            while at[d] < len(tasks):
+                task = tasks[at[d]]
+                before = needs(task, stages)
+                if any(b not in spans for b in before):
+                    break
+                ready = max((spans[b][1] + (transfer if b.stage != task.stage else 0.0) for b in before), default=0.0)
+                start = max(clock[d], ready)
+                clock[d] = start + (forward if task.phase == FORWARD else backward)[task.stage]
+                spans[task] = (start, clock[d])
+                at[d] += 1
+                left -= 1
+                moved = True
+        if not moved:
+            stuck = [str(tasks[at[d]]) for d, tasks in enumerate(plan) if at[d] < len(tasks)]
+            raise AttributeValueError(f"the schedule deadlocks: {', '.join(stuck)} wait for each other")
+    makespan = max(clock)
+    busy = sum(end - start for start, end in spans.values())
+    return Played(spans, makespan, 1 - busy / (makespan * len(plan)) if makespan else 0.0, tuple(map(stash, plan)))
+
+
+def stash(tasks: Sequence[Task]) -> int:
+    """The most micro-batches that have gone forward and not yet back, in a device's order."""
+    held = most = 0
+    for task in tasks:
+        held += 1 if task.phase == FORWARD else -1
+        most = max(most, held)
+    return most
+
+
+def ideal_bubble(devices: int, micro: int, chunks: int = 1) -> float:
+    """(p - 1) / (v m + p - 1): the bubble of uniform stages."""
+    return (devices - 1) / (chunks * micro + devices - 1)
+
+
+def chart(played: Played, devices: int, width: int = 100) -> str:
+    """The schedule as text, one line a device: digits are the micro-batches' forward passes, letters the backward."""
+    scale = width / played.makespan if played.makespan else 0.0
+    lines = [[" "] * width for _ in range(devices)]
+    for task, (start, end) in sorted(played.spans.items(), key=lambda item: item[1]):
+        mark = (DIGITS if task.phase == FORWARD else LETTERS)[task.micro % 26]
+        for x in range(int(start * scale), max(int(end * scale), int(start * scale) + 1)):
+            if x < width:
+                lines[task.stage % devices][x] = mark
+    return "\n".join(f"{d:3} |{''.join(line)}|" for d, line in enumerate(lines))
+
+
+DIGITS = "0123456789" + "@#$%&*+=<>?!:;~^"
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
