@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ...ir.errors import ArgumentsError
+from ...ir.errors import ArgumentsError, OnnxError
 from ...ir.graph import Graph
 from ...ir.location import user_location
 from ..compile import Compiled
@@ -59,8 +59,22 @@ def source_of(model: Any, specs: Sequence[Any], train: bool, merge: bool) -> Sou
         if merge:
             stack.enter_context(merged(model))
         graph = record(model, specs or declared.inputs)  # type: ignore[union-attr]
-        outputs = getattr(model, "output_names", None)
-        return Source(graph, names_of(model), getattr(declared, "input_names", None), outputs)
+        return Source(graph, names_of(model), getattr(declared, "input_names", None), _outputs(model, graph))
+
+
+def _outputs(model: Any, graph: Graph) -> Sequence[str] | None:
+    """The names that an imported model has for its outputs.
+
+    Raises:
+        OnnxError: an output is no tensor.
+    """
+    names: Sequence[str] | None = getattr(model, "output_names", None)
+    structure = graph.meta["out_structure"]
+    parts = structure.children if names is not None and len(names) > 1 else (structure,)
+    if names is not None and (len(parts) != len(names) or any(p.kind != "leaf" for p in parts)):
+        raise OnnxError(f"{type(model).__name__}: an output is a sequence or an optional, not a tensor, which a traced "
+                        "graph cannot give; save with keep=True")
+    return names
 
 
 def declaring(model: Module) -> Any:

@@ -11,6 +11,7 @@ import pytest
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime", reason="needs onnxruntime (the extra `test`)")
 
+import conformance  # noqa: E402
 from export_tools import runtime  # noqa: E402
 from onnx import TensorProto, helper  # noqa: E402
 
@@ -158,6 +159,30 @@ def test_fine_tuned_weights_are_written(tmp_path):
     x = image(3, 3, 8, 8)
     model.eval()
     close(runtime(written, x), [model(td.tensor(x[0])).numpy()])
+
+
+@pytest.mark.slow
+def test_cases_of_the_backend_suite(caplog):
+    """Models of one op of all kinds, read and traced and written again, against onnxruntime on the model itself."""
+    caplog.set_level(logging.CRITICAL, "treadle.onnx")
+    agreed = 0
+    for case in conformance.cases(["node"])[::12]:
+        (inputs, _), *_ = case.data()
+        try:
+            want = runtime(case.model, inputs)
+            module = td.onnx.load(case.model)
+        except Exception:  # neither is what is tested here
+            continue
+        try:
+            model = td.onnx.to_model(module, keep=False)
+        except (OnnxError, ArgumentsError):  # a shape that depends on data, a sequence...
+            model = td.onnx.to_model(module)
+        got = runtime(model, inputs)
+        for g, w in zip(got, want, strict=True):
+            g, w = (np.clip(x.astype(float), -3e38, 3e38) for x in (g, w))  # onnxruntime hides with the lowest number
+            np.testing.assert_allclose(g, w, rtol=1e-3, atol=2e-4, err_msg=case.name)
+        agreed += 1
+    assert agreed > 60
 
 
 # Graphs that are written as they were read -----------------------------------------------------------------------
