@@ -1,72 +1,102 @@
-"""Strings. No kernel computes with them: they are known while tracing, and part of a compiled program."""
+"""Features of token sequences (TfIdfVectorizer), and the simplest ops of ai.onnx.ml."""
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import numpy as np
 
+from ...ir.dtypes import float32
+from .. import functions as F
+from ..dispatch import as_tensor, cast, constant
+from ..tensor import Tensor
 from .node import OnnxNode
 from .rules import onnx_rule
-from .values import is_text
+from .rules_index import wrapped
+from .values import is_known, is_text, tensor
+
+ML = "ai.onnx.ml"
 
 
-def texts(node: OnnxNode, value: Any) -> np.ndarray:
-    """The strings of an operand as an object array.
+# N-grams ---------------------------------------------------------------------------------------------------------
 
-    Raises:
-        OnnxError: it holds none.
-    """
-    if not is_text(value) and not (isinstance(value, np.ndarray) and value.size == 0):
-        raise node.fail("the operand holds no strings")
-    made = np.empty(value.shape, object)
-    made.reshape(-1)[:] = [x.decode("utf-8", "replace") if isinstance(x, bytes) else str(x) for x in value.reshape(-1)]
-    return made
+def pool_of(node: OnnxNode) -> list[tuple[int, np.ndarray]]:
+    """(n, the n-grams of that length as rows), for each length from 1 on."""
+    starts = [int(s) for s in node.require("ngram_counts")]
+    pool = np.array(node.attr("pool_int64s", None) or node.attr("pool_strings", None) or [])
+    ends = [*starts[1:], len(pool)]
+    return [(n, pool[start:end].reshape(-1, n)) for n, (start, end) in enumerate(zip(starts, ends), 1)]
 
 
-def _list(strings: list[str]) -> np.ndarray:
-    made = np.empty(len(strings), object)
-    made[:] = strings
-    return made
+def occurrences(rows: Tensor, grams: np.ndarray, skip: int) -> Tensor:
+    """How often each n-gram (grams, n) comes in each row (batch, tokens), its tokens `skip` + 1 apart."""
+    n = grams.shape[1]
+    places = rows.shape[1] - (n - 1) * (skip + 1)
+    if places <= 0:
+        return F.zeros((rows.shape[0], len(grams)), float32)
+    hit = None
+    for i in range(n):
+        window = rows[:, i * (skip + 1):i * (skip + 1) + places]
+        same = F.expand_dims(window, 2) == as_tensor(grams[:, i].astype(rows.dtype.np))
+        hit = same if hit is None else F.logical_and(hit, same)
+    return F.sum(cast(hit, float32), 1)
 
 
-@onnx_rule("StringNormalizer", since=10, fold=False)
-def string_normalizer(node: OnnxNode, x: Any) -> Any:
-    """Drops stop words, then changes the case; one empty string where nothing is left."""
-    words = texts(node, x)
-    if words.ndim not in (1, 2) or (words.ndim == 2 and words.shape[0] != 1):
-        raise node.fail(f"the operand has the shape {list(words.shape)}; [C] or [1, C] is expected")
-    stop, exact = node.attr("stopwords", None) or [], bool(node.attr("is_case_sensitive", 0))
-    dropped = set(stop) if exact else {s.lower() for s in stop}
-    kept = [w for w in words.reshape(-1) if (w if exact else w.lower()) not in dropped]
-    change = {"LOWER": str.lower, "UPPER": str.upper}.get(node.attr("case_change_action", "NONE"), str)
-    result = _list([change(w) for w in kept] or [""])
-    return result if words.ndim == 1 else result[None]
+@onnx_rule("TfIdfVectorizer", since=9)
+def tf_idf(node: OnnxNode, x: Any) -> Tensor:
+    """Counts of n-grams in each sequence, weighed or replaced by a weight each."""
+    pool = pool_of(node)
+    if is_text(x):
+        codes = {word: i for i, word in enumerate(dict.fromkeys(w for _, g in pool for w in g.reshape(-1).tolist()))}
+        x = np.vectorize(lambda word: codes.get(word, -1), otypes=[np.int64])(x)
+        pool = [(n, np.vectorize(codes.__getitem__, otypes=[np.int64])(g) if g.size else g) for n, g in pool]
+    x = tensor(x)
+    rows = F.reshape(x, (1, x.shape[0])) if x.ndim == 1 else x
+    least, most = int(node.require("min_gram_length")), int(node.require("max_gram_length"))
+    skips = int(node.attr("max_skip_count", 0))
+    parts = []
+    for n, grams in pool:
+        total = F.zeros((rows.shape[0], len(grams)), float32)
+        if least <= n <= most and len(grams):
+            for skip in range(skips + 1 if n > 1 else 1):
+                total = total + occurrences(rows, grams, skip)
+        parts.append(total)
+    counts = F.concatenate(parts, 1)
+    indexes = np.asarray(node.require("ngram_indexes"), np.int64)
+    order = np.full(int(indexes.max()) + 1, len(indexes))
+    order[indexes] = np.arange(len(indexes))
+    weights = node.attr("weights", None)
+    mode = node.attr("mode", "TF")
+    if mode != "TF":
+        weight = as_tensor(np.asarray([1.0] * len(indexes) if weights is None else list(weights), np.float32))
+        counts = counts * weight if mode == "TFIDF" else F.where(counts > 0, weight, constant(0, float32))
+    counts = F.concatenate([counts, F.zeros((rows.shape[0], 1), float32)], 1)
+    y = F.take(counts, as_tensor(order), axis=1)
+    return F.reshape(y, (y.shape[1],)) if x.ndim == 1 else y
 
 
-@onnx_rule("StringConcat", since=20, fold=False)
-def string_concat(node: OnnxNode, x: Any, y: Any) -> Any:
-    return np.asarray(texts(node, x) + texts(node, y), object)
+# ai.onnx.ml ------------------------------------------------------------------------------------------------------
+
+@onnx_rule("Binarizer", domain=ML)
+def binarizer(node: OnnxNode, x: Any) -> Tensor:
+    x = tensor(x)
+    return cast(x > node.attr("threshold", 0.0), x.dtype)
 
 
-@onnx_rule("StringSplit", since=20, fold=False)
-def string_split(node: OnnxNode, x: Any) -> Any:
-    """The pieces along a new last axis, filled with empty strings, and how many there are."""
-    words = texts(node, x)
-    delimiter, most = node.attr("delimiter", None) or None, node.attr("maxsplit", None)
-    pieces = [w.split(delimiter, -1 if most is None else most) for w in words.reshape(-1)]
-    width = max(map(len, pieces), default=0)
-    flat = _list([p for row in pieces for p in [*row, *[""] * (width - len(row))]])
-    counts = np.array([len(row) for row in pieces], np.int64).reshape(words.shape)
-    return flat.reshape((*words.shape, width)), counts
+@onnx_rule("ArrayFeatureExtractor", domain=ML)
+def array_feature_extractor(node: OnnxNode, x: Any, index: Any) -> Any:
+    """Elements of the last axis."""
+    if is_known(x) and is_text(x):
+        return x[..., np.asarray(index).reshape(-1)]
+    x = tensor(x)
+    y = F.take(x, wrapped(F.ravel(tensor(index)), x.shape[-1]), axis=x.ndim - 1)
+    return F.reshape(y, (1, y.shape[0])) if x.ndim == 1 else y
 
 
-@onnx_rule("RegexFullMatch", since=20, fold=False)
-def regex_full_match(node: OnnxNode, x: Any) -> Any:
-    words = texts(node, x)
-    try:
-        pattern = re.compile(node.attr("pattern", ""))
-    except re.error as error:
-        raise node.fail(f"the pattern is no regular expression: {error}") from error
-    return np.array([pattern.fullmatch(w) is not None for w in words.reshape(-1)], bool).reshape(words.shape)
+@onnx_rule("Scaler", domain=ML)
+def scaler(node: OnnxNode, x: Any) -> Tensor:
+    """(x - offset) * scale of each feature."""
+    x = cast(tensor(x), float32)
+    offset, scale = (np.asarray(node.attr(name, None) or [default], np.float32) for name, default in
+                     (("offset", 0.0), ("scale", 1.0)))
+    return (x - as_tensor(offset)) * as_tensor(scale)
