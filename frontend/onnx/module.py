@@ -15,7 +15,6 @@ import numpy as np
 import onnx
 
 from ...ir.dims import Dim
-from ...ir.dtypes import as_dtype
 from ...ir.errors import ArgumentsError, DTypeError, OnnxError
 from ...ir.types import TensorType
 from ..dispatch import as_tensor
@@ -248,21 +247,6 @@ class OnnxModule(Module):
 
         return (tuple(opened(name, value) for name, value in zip(self.input_names, args)) + tuple(
             args[len(self.input_names):]), {name: opened(name, value) for name, value in keywords.items()})
-
-    def dynamic_specs(self, args: Sequence[Any], keywords: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with a spec in place of each tensor that the model declares with open sizes (see `dynamic`)."""
-        declared = dict(zip(self.input_names, self.inputs))
-
-        def opened(name: str, value: Any) -> Any:
-            spec = declared.get(name)
-            tensor = isinstance(value, (Tensor, np.ndarray)) and name not in self.static_inputs
-            if spec is None or not tensor or spec.type.is_static or len(spec.shape) != value.ndim:
-                return value
-            fits = all(isinstance(d, Dim) or d == n for d, n in zip(spec.shape, value.shape))
-            return Spec(TensorType(spec.shape, as_dtype(str(value.dtype)))) if fits else value
-
-        return (tuple(opened(name, value) for name, value in zip([*self.input_names, *[""] * len(args)], args)),
-                {name: opened(name, value) for name, value in keywords.items()})
 
     def input_dtype(self, name: str) -> Any:
         """The NumPy dtype that an input is declared with, or None."""
