@@ -16,7 +16,7 @@ endef
 help:  ## This list.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /: /'
 
-demo:  ## Train a small CNN on 5,000 MNIST digits, export it, run it elsewhere.
+demo:  ## Fine-tune an ONNX encoder on Shakespeare and export it again (ARGS=mnist: a CNN from nothing).
 	$(call ready,demo)
 	@$(PY) -m treadle demo $(ARGS)
 

