@@ -67,9 +67,9 @@ CASES = [
 def make_treadle(case: Case, op: str, options: dict) -> Callable[[], object]:
     import dataclasses
 
+    import kernels
     import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
     import numpy as np
-    import tvm
 
     from treadle.schedules import conv
     from treadle.schedules.conv_problem import ConvProblem, propose
@@ -80,12 +80,12 @@ def make_treadle(case: Case, op: str, options: dict) -> Callable[[], object]:
                           (case.stride,) * 2, ((case.padding,) * 2,) * 2, groups=case.groups, dtype=options["dtype"],
                           layout=options["layout"])
     config = dataclasses.replace(propose(problem, target, op), **options["variant"])
-    kernel = tvm.compile(getattr(conv, f"{op}_primfunc")(problem, config, target, "conv"), target.tvm_target)["conv"]
     rng = np.random.default_rng(0)
-    x, w, y = (tvm.runtime.tensor(rng.standard_normal(s, "f").astype(options["dtype"]))
+    x, w, y = (kernels.aligned(rng.standard_normal(s, "f").astype(options["dtype"]))
                for s in (problem.x_shape, problem.w_shape, problem.y_shape))
-    buffers = {"conv": (x, w, y), "conv_input_grad": (y, w, x), "conv_weight_grad": (x, y, w)}[op]
-    return lambda: kernel(*buffers)
+    buffers = {"conv": [x, w, y], "conv_input_grad": [y, w, x], "conv_weight_grad": [x, y, w]}[op]
+    function = getattr(conv, f"{op}_primfunc")(problem, config, target, "kernel")
+    return kernels.kernel_call(function, target, buffers)
 
 
 def make_torch(case: Case, op: str, options: dict) -> Callable[[], object]:

@@ -59,9 +59,9 @@ def cases(dtype: str) -> list[Case]:
 
 
 def make_treadle(case: Case, threads: int) -> Callable[[], object]:
+    import kernels
     import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
     import numpy as np
-    import tvm
 
     from treadle.schedules.gemm import GemmProblem, gemm_primfunc
     from treadle.schedules.target import Target
@@ -69,11 +69,10 @@ def make_treadle(case: Case, threads: int) -> Callable[[], object]:
     target = Target.parse("cpu")
     problem = GemmProblem(case.m, case.n, case.k, *FORMS[case.form], case.batch, case.batch, case.dtype, case.dtype,
                           case.dtype)
-    kernel = tvm.compile(gemm_primfunc(problem, None, target), target.tvm_target)["gemm"]
     rng = np.random.default_rng(0)
-    a, b = (tvm.runtime.tensor(rng.standard_normal(s, "f").astype(case.dtype)) for s in case.shapes())
-    c = tvm.runtime.empty(problem.shape_c, case.dtype)
-    return lambda: kernel(a, b, c)
+    shapes = (*case.shapes(), problem.shape_c)
+    buffers = [kernels.aligned(rng.standard_normal(s, "f").astype(case.dtype)) for s in shapes]
+    return kernels.kernel_call(gemm_primfunc(problem, None, target), target, buffers)
 
 
 def make_torch(case: Case, threads: int) -> Callable[[], object]:
