@@ -26,7 +26,7 @@ from ..autodiff.amp import amp_pass
 from ..autodiff.budget import budget_pass
 from ..autodiff.save_less import SAVE_LESS
 from ..ir.dtypes import as_dtype
-from ..ir.errors import ArgumentsError, CompileError, ShapeError
+from ..ir.errors import ArgumentsError, CompileError, ShapeError, TreadleError
 from ..ir.freeze import FREEZE
 from ..ir.graph import Graph
 from ..ir.location import user_location
@@ -34,8 +34,9 @@ from ..ir.passes import FINISH, TIDY
 from ..ir.pipeline import Pass, Pipeline
 from ..ir.types import TensorType
 from ..schedules.target import Target
+from . import dynamic as opened
 from . import tree
-from .dynamic import Arguments, Dynamic, expected, generic_key, types_of
+from .dynamic import Arguments, Dynamic, Pattern
 from .eager import array_type, builder, eager_builder
 from .freeze import frozen
 from .grad_mode import is_grad_enabled
@@ -158,8 +159,8 @@ class Compiled:
         self.dynamic: Dynamic | None = Dynamic(None)
         self.freeze = False
         self._programs: dict[Any, list[Program]] = {}
-        self._generic: dict[Any, list[Program]] = {}  # programs that serve all sizes; `_programs` lists them too
-        self._refused: set[Any] = set()  # keys of programs that could not be made for all sizes
+        # Programs that serve all sizes of a pattern; `_programs` lists them too.
+        self._generic: dict[Any, list[tuple[Pattern, Program]]] = {}
         self._last: Program | None = None
         self._described: Description | None = None
         self._lock = threading.RLock()
@@ -217,41 +218,50 @@ class Compiled:
         if not symbolic and arguments is None:
             return None
         with self._lock:
-            key = generic_key(self.fn, arguments)
             if symbolic:
                 self.trace(*args, **keywords)  # the arguments fit, and their sizes agree
-            if key in self._refused:
-                return None
-            for program in self._generic.get(key, ()):
-                if program.valid():
+            sizes = {} if arguments is None else opened.sizes_of(arguments, args, keywords)
+            kept = self._generic.setdefault(opened.generic_key(self.fn, arguments), [])
+            for pattern, program in kept:
+                if opened.fits(pattern, sizes) and program.valid():
                     break
             else:
-                made = self._make_generic(key, arguments, args, keywords)
+                made = self._make_generic(arguments, sizes, args, keywords) if len(kept) < VARIANTS else None
                 if made is None:
                     return None
-                program = made
+                kept.append(made)
+                program = made[1]
             self._keep(found.key, program)
             return program
 
-    def _make_generic(self, key: Any, arguments: Arguments | None, args: Sequence[Any], keywords: dict[str, Any],
-                      ) -> Program | None:
+    def _make_generic(self, arguments: Arguments | None, given: dict[str, int], args: Sequence[Any],
+                      keywords: dict[str, Any]) -> tuple[Pattern, Program] | None:
         started, reason = time.perf_counter(), "first call" if not self.stats.compiles else "other arguments"
         follow_environment()
         self._check(args, keywords)
-        try:
-            graph = self.fn if arguments is None else self.trace(*arguments[0], **arguments[1])
-            sizes = expected(graph, bind_sizes(graph, types_of((args, keywords)))) if graph.dims else {}
-            program = self._compile_graph(graph, sizes)
-        except (ShapeError, CompileError) as error:
-            if self.dynamic is None or self.dynamic.declared is not None:
-                raise
-            log.warning("%s: compiled for each combination of sizes, since it is not one program for all: %s",
-                        self.__name__, error)
-            self._refused.add(key)
-            return None
-        self._generic.setdefault(key, []).append(program)
-        self._count(started, reason)
-        return program
+        implied = self.dynamic is not None and self.dynamic.declared is None
+        failure: TreadleError | None = None
+        for pattern in opened.patterns(given) if implied else [{}]:
+            try:
+                graph = self.fn if arguments is None else self._trace_under(pattern, arguments)
+                sizes = bind_sizes(graph, opened.types_of((args, keywords))) if graph.dims else {}
+                sizes = opened.expected(graph, sizes)
+                program = self._compile_graph(graph, sizes)
+            except TreadleError as error:
+                if not implied:
+                    raise
+                failure = failure or error
+                continue
+            taken = ", ".join(f"{name} = {size}" for name, size in pattern.items())
+            self._count(started, reason + (f"; for sizes with {taken}, since otherwise: {failure}" if taken else ""))
+            return pattern, program
+        log.warning("%s: compiled for each combination of sizes, since it is not one program for all: %s",
+                    self.__name__, failure)
+        return None
+
+    def _trace_under(self, pattern: Pattern, arguments: Arguments) -> Graph:
+        positional, keywords = opened.under(pattern, arguments)
+        return self.trace(*positional, **keywords)
 
     def _count(self, started: float, reason: str) -> None:
         seconds = time.perf_counter() - started

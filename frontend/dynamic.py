@@ -2,6 +2,7 @@
 
     td.compile(fn, dynamic={"x": ("batch", 784)})            # by shape: names are open, numbers are fixed
     td.compile(fn, dynamic={"tokens": {0: "batch", 1: "seq"}, "mask": {0: "batch", 1: "seq"}})    # by axis
+    td.compile(fn, dynamic={"image": ("batch", 3, "32*height", "32*width")})
 
 One program then serves every size; sizes of one name must agree. A graph with symbolic sizes, and a module that knows
 its open sizes (`dynamic_specs`: an imported ONNX model), need no `dynamic`. `specialize=True` compiles a program for
@@ -11,13 +12,14 @@ each combination of sizes instead.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..ir.dims import Dim, Size, substitute
 from ..ir.errors import ArgumentsError, ShapeError
 from ..ir.graph import Graph
 from ..ir.location import user_location
+from ..ir.parse import parse_size
 from ..ir.types import TensorType
 from . import tree
 from .trace import Spec, leaf_type
@@ -74,8 +76,7 @@ class Dynamic:
         return given if open_ones or self.fixed else None
 
     def _fix(self, spec: Spec) -> Spec:
-        shape = tuple(substitute(n, self.fixed) for n in spec.shape)
-        return Spec(spec.type.with_shape(shape), spec.name)
+        return _substituted(spec, self.fixed)
 
     def _declared(self, fn: Any, args: Sequence[Any], keywords: Mapping[str, Any], skip: int) -> Arguments:
         assert self.declared is not None
@@ -99,7 +100,11 @@ class Dynamic:
 def _checked(name: str, declared: Any) -> Any:
     """A declaration as a shape, or a dict of axes; sizes are ints, Dims or None (as in the call)."""
     def size(n: Any) -> Any:
-        return Dim(n) if isinstance(n, str) else n
+        try:
+            return parse_size(n) if isinstance(n, str) else n
+        except ValueError as error:
+            raise ArgumentsError(f"dynamic[{name!r}]: {error}; give a name, or a formula such as '32*height'",
+                                 user_location()) from None
 
     if isinstance(declared, Mapping):
         return {int(axis): size(n) for axis, n in declared.items()}
@@ -136,6 +141,69 @@ def _parameters(fn: Any) -> list[str]:
     except (TypeError, ValueError):
         return []
     return [("*" if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) else "") + p.name for p in found]
+
+
+def _substituted(spec: Spec, sizes: Mapping[str, Size]) -> Spec:
+    return Spec(spec.type.with_shape(tuple(substitute(n, sizes) for n in spec.shape)), spec.name)
+
+
+# What sizes have to be -----------------------------------------------------------------------------------------------
+
+Pattern = dict[str, Size]
+"""What is taken of sizes so that a model can be traced: a multiple of something, or a number. Others are open."""
+
+MOST_MULTIPLE = 32
+PATTERNS = 4
+"""Programs for different patterns of sizes that one signature is given; beyond that each combination is compiled."""
+
+
+def under(pattern: Pattern, arguments: Arguments) -> Arguments:
+    """Arguments with open sizes, as far as a pattern leaves them open."""
+    leaves, structure = tree.flatten(arguments)
+    given: Arguments = tree.unflatten(structure, [_substituted(x, pattern) if isinstance(x, Spec) else x
+                                                  for x in leaves])
+    return given
+
+
+def sizes_of(arguments: Arguments, args: Sequence[Any], keywords: Mapping[str, Any]) -> dict[str, int]:
+    """The values in this call of the sizes that are an axis by themselves."""
+    found: dict[str, int] = {}
+    for declared, given in zip(tree.flatten(arguments)[0], tree.flatten((tuple(args), dict(keywords)))[0]):
+        kind = leaf_type(given)
+        if isinstance(declared, Spec) and kind is not None:
+            for size, actual in zip(declared.shape, kind.shape):
+                if isinstance(size, Dim) and str(size).isidentifier() and isinstance(actual, int):
+                    found.setdefault(str(size), actual)
+    return found
+
+
+def fits(pattern: Pattern, sizes: Mapping[str, int]) -> bool:
+    """Whether sizes are as a pattern takes them."""
+    return all(name in sizes and (sizes[name] == size if isinstance(size, int)
+                                  else sizes[name] % size.evaluate({name: 1}) == 0) for name, size in pattern.items())
+
+
+def patterns(sizes: Mapping[str, int]) -> Iterator[Pattern]:
+    """What may be tried when a model cannot be traced with all sizes open: the weakest first.
+
+    Strided convolutions and the upsampling that undoes them agree only for multiples of a power of two; an axis that a
+    model squeezes has one size. The first size (a batch's) stays open.
+    """
+    yield {}
+    names = list(sizes)[1:]
+    multiples: Pattern = {}
+    for name in names:
+        factor = min(sizes[name] & -sizes[name], MOST_MULTIPLE) if sizes[name] else 1
+        if factor > 1:
+            multiples[name] = Dim(name) * factor
+    if multiples:
+        yield multiples
+    for name in names:
+        yield {name: sizes[name]}
+    for name in names if len(names) > 1 else ():
+        yield {**multiples, name: sizes[name]}
+    if len(names) > 1:
+        yield {name: sizes[name] for name in names}
 
 
 def generic_key(fn: Any, arguments: Arguments | None) -> Any:
