@@ -102,6 +102,7 @@ def _gather(node: OnnxNode, x: Any, indices: Any) -> Any:
 
 
 def _slice(node: OnnxNode, x: Any, *bounds: Any) -> Any:
+    given: list[Any]
     if bounds:
         given = [None if b is None else np.asarray(b, np.int64).reshape(-1) for b in bounds]
     else:

@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 
 from ...ir.dims import Dim
+from ...ir.dtypes import as_dtype
 from ...ir.errors import ArgumentsError, DTypeError, OnnxError
 from ...ir.types import TensorType
 from ..dispatch import as_tensor
@@ -295,7 +296,7 @@ def _spec(value: onnx.ValueInfoProto) -> Spec | None:
             sizes.append(Dim(identifier(dim.dim_param if named else f"{value.name}_{axis}")))
     try:
         dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.tensor_type.elem_type)
-        return Spec(TensorType(tuple(sizes), dtype), value.name)
+        return Spec(TensorType(tuple(sizes), as_dtype(dtype)), value.name)
     except (DTypeError, KeyError, TypeError):
         return None
 

@@ -208,7 +208,7 @@ def _scan(node: OnnxNode, body: Any, state: list[Any], columns: list[Any]) -> tu
 
     compact = attempt(node, lambda: scan(step, tensors(state), columns))
     if compact is not None:
-        return compact  # type: ignore[no-any-return]
+        return compact
     values, rows = state, []
     for i in range(columns[0].shape[0]):
         results = body(*values, *(x[i] for x in columns))

@@ -98,7 +98,8 @@ class Frame:
         self.context = context
         self.opsets = opsets
         self.parent = parent
-        self.attributes = attributes if attributes is not None else parent.attributes if parent is not None else None
+        inherited = None if parent is None else parent.attributes
+        self.attributes: Mapping[str, onnx.AttributeProto] | None = inherited if attributes is None else attributes
         self.env: dict[str, Any] = {}
         self.nodes: list[onnx.NodeProto] = []
 

@@ -198,15 +198,14 @@ class OnnxCompiled(Compiled):
         array = np.asarray(value, self.fn.input_dtype(name))
         return Fixed(array) if array.size <= STATIC_ELEMENTS else array
 
-    def _make_generic(self, key: Any, arguments: Any, args: Sequence[Any], keywords: dict[str, Any]) -> Any:
+    def _make_generic(self, *args: Any, **keywords: Any) -> Any:
         try:
-            return super()._make_generic(key, arguments, args, keywords)
+            return super()._make_generic(*args, **keywords)
         except NeedsValue:
             raise
         except OnnxError as error:
             log.warning("%s: compiled for each combination of sizes, since it is not one program for all: %s",
                         self.__name__, error)
-            self._refused.add(key)
             return None
 
     def _run(self, found: Scanned, args: Sequence[Any], keywords: dict[str, Any]) -> Any:
