@@ -40,6 +40,7 @@ from .export_proto import (
     initializer,
     names_in_order,
     node_proto,
+    rename_sizes,
     validate,
     value_info,
     write_files,
@@ -202,7 +203,7 @@ def _traced(model: Any, specs: Sequence[Any], options: Options) -> Traced:
     signature, refs = _sign(graph, source.names, shared, options.input_names or source.input_names,
                             options.output_names or source.output_names)
     _give(out, signature, write_graph(out, graph, refs))
-    written = Traced(signature, shared, _final_records(signature, out))
+    written = Traced(signature, shared, _final_records(signature, out), source.sizes)
     kinds = {r.kind for r in written.records}
     if lost := [f"{kind} of {dtype}" for kind, dtype in sorted(shared.unrunnable) if kind in kinds]:
         log.warning("%s: onnxruntime has no kernel for %s on a CPU; the model is valid, but to run it there cast it to "
@@ -298,6 +299,7 @@ class Traced:
     signature: Signature
     shared: Model
     records: list[Record]
+    sizes: Mapping[str, str]
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
@@ -319,6 +321,7 @@ class Traced:
             [value_info(n, t) for n, t in (*signature.inputs, *signature.defaults)],
             [value_info(n, t) for n, t in signature.outputs],
             initializer=[initializer(n, arrays[n], storage) for n in stored])
+        rename_sizes(graph, self.sizes)
         opsets = [helper.make_opsetid("", self.shared.opset)]
         model = helper.make_model(graph, opset_imports=opsets, producer_name="treadle",
                                   ir_version=helper.find_min_ir_version_for(opsets))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -177,6 +178,20 @@ def value_info(name: str, kind: TensorType) -> onnx.ValueInfoProto:
     """An input or output; symbolic sizes by name."""
     shape = [str(s) if isinstance(s, Dim) else int(s) for s in kind.shape]
     return helper.make_tensor_value_info(name, number_of(kind.dtype), shape)
+
+
+def rename_sizes(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
+    """Gives symbolic sizes other names, in subgraphs too."""
+    if not names:
+        return
+    for value in (*graph.input, *graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_param = re.sub(r"\w+", lambda word: names.get(word.group(), word.group()), dim.dim_param)
+    for node in graph.node:
+        for attr in node.attribute:
+            if attr.HasField("g"):
+                rename_sizes(attr.g, names)
 
 
 def initializer(name: str, array: np.ndarray, storage: Storage | None) -> onnx.TensorProto:

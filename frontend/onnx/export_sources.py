@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ...ir.errors import ArgumentsError, OnnxError
@@ -17,6 +17,7 @@ from ..nn.parameter import Parameter
 from ..recording import changed
 from ..trace import record
 from ..train import TrainStep
+from .module import identifier
 
 
 @dataclass
@@ -27,12 +28,14 @@ class Source:
         graph: as traced.
         names: of parameters and buffers, by identity.
         input_names, output_names: None where nothing declares them.
+        sizes: what a file called the symbolic sizes whose names are no identifiers.
     """
 
     graph: Graph
     names: dict[int, str]
     input_names: Sequence[str] | None = None
     output_names: Sequence[str] | None = None
+    sizes: dict[str, str] = field(default_factory=dict)
 
 
 def source_of(model: Any, specs: Sequence[Any], train: bool, merge: bool) -> Source:
@@ -59,7 +62,16 @@ def source_of(model: Any, specs: Sequence[Any], train: bool, merge: bool) -> Sou
         if merge:
             stack.enter_context(merged(model))
         graph = record(model, specs or declared.inputs)  # type: ignore[union-attr]
-        return Source(graph, names_of(model), getattr(declared, "input_names", None), _outputs(model, graph))
+        return Source(graph, names_of(model), getattr(declared, "input_names", None), _outputs(model, graph),
+                      _sizes(declared))
+
+
+def _sizes(declared: Any) -> dict[str, str]:
+    """Identifier -> the name of a size in the file of an imported model."""
+    if declared is None:
+        return {}
+    dims = [d.dim_param for v in declared.model.graph.input for d in v.type.tensor_type.shape.dim]
+    return {identifier(name): name for name in dims if any(c.isalnum() for c in name) and identifier(name) != name}
 
 
 def _outputs(model: Any, graph: Graph) -> Sequence[str] | None:

@@ -161,6 +161,18 @@ def test_fine_tuned_weights_are_written(tmp_path):
     close(runtime(written, x), [model(td.tensor(x[0])).numpy()])
 
 
+def test_sizes_keep_their_names():
+    """Also those that are no identifiers."""
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g",
+                              [helper.make_tensor_value_info("x", 1, ["batch.size", 3, "a-b"])],
+                              [helper.make_tensor_value_info("y", 1, None)])
+    module = td.onnx.load(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+    model = td.onnx.to_model(module)
+    assert dims(model.graph.input) == [("x", ["batch.size", 3, "a-b"])]
+    assert dims(model.graph.output) == [("y", ["batch.size", 3, "a-b"])]
+    assert td.onnx.to_model(td.compile(module)) == model
+
+
 @pytest.mark.slow
 def test_cases_of_the_backend_suite(caplog):
     """Models of one op of all kinds, read and traced and written again, against onnxruntime on the model itself."""
