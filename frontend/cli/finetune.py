@@ -163,7 +163,8 @@ def run(console: Console, task: Task, settings: ft.Settings) -> ft.History | Non
     random.seed(settings.seed)  # of the head and of the adapters
     body = onnx_.load(task.model)
     report = ft.prepare(body, batch_norm=task.batch_norm, dropout=task.dropout)
-    console.print(report.table() if report.findings else str(report), soft_wrap=not report.findings)
+    wide = report.findings and console.width >= 100
+    console.print(report.table() if wide else str(report), soft_wrap=not wide, markup=False, highlight=False)
     learn = read(task.data, task, body.input_names)
     held_out = None if task.held_out is None else read(task.held_out, task, body.input_names, learn.classes)
     if held_out is None:
