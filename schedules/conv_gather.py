@@ -25,9 +25,10 @@ from .conv_problem import (
     lanes,
     split_row,
 )
-from .conv_tir import Transpose, each_task, opaque, serial, tap_range, unroll, vectorized, when
+from .conv_tir import Registers, Transpose, each_task, opaque, serial, tap_range, unroll, vectorized, when
 from .sizes import expression, is_dynamic
 
+LOOPED_STORES = 4  # vectors of a tile from which a loop stores them: an epilogue is compiled once, not for each
 MAX_EDGE_TILES = 6  # beyond these, code size matters more than the few masked pixels
 
 
@@ -221,22 +222,35 @@ class ChannelsLast:
         self.conv, self.store, self.place = conv, store, place
 
     def put(self, acc, width: AxisTaps, start, size: int) -> None:
+        if size * self.conv.config.vectors < LOOPED_STORES:
+            for i in range(size):
+                self._put_pixel(acc[i], width, start + i)
+            return
+        tile = self.conv.wide * self.conv.config.vectors
+        stack = T.alloc_buffer((size * tile,), self.conv.acc_dtype, scope="local")
+        for i in range(size):
+            with unroll(self.conv.config.vectors) as v:
+                at = T.ramp(i * tile + v * self.conv.wide, 1, self.conv.wide)
+                T.buffer_store(stack, acc[i].get(v), [at])
+        with serial(size) as i:
+            self._put_pixel(Registers(stack, i * tile, self.conv.wide), width, start + i)
+
+    def _put_pixel(self, acc, width: AxisTaps, pixel) -> None:
         conv, wide, vectors = self.conv, self.conv.wide, self.conv.config.vectors
         tile = wide * vectors
         tail = conv.out - (conv.blocks - 1) * tile
-        for i in range(size):
-            n, index = conv.indices(self.place, width, start + i)
-            for v in range(vectors):
-                channel = self.place.group * conv.out + self.place.block * tile + v * wide
-                whole = tail >= (v + 1) * wide
-                with when(None if whole else self.place.block < conv.blocks - 1):
-                    if whole or conv.blocks > 1:
-                        with vectorized(wide) as lane:
-                            self.store(n, channel + lane, index, acc[i][v * wide + lane])
-                if not whole and tail > v * wide:
-                    with when(self.place.block == conv.blocks - 1 if conv.blocks > 1 else None):
-                        with vectorized(tail - v * wide) as lane:
-                            self.store(n, channel + lane, index, acc[i][v * wide + lane + conv.moved])
+        n, index = conv.indices(self.place, width, pixel)
+        for v in range(vectors):
+            channel = self.place.group * conv.out + self.place.block * tile + v * wide
+            whole = tail >= (v + 1) * wide
+            with when(None if whole else self.place.block < conv.blocks - 1):
+                if whole or conv.blocks > 1:
+                    with vectorized(wide) as lane:
+                        self.store(n, channel + lane, index, acc[v * wide + lane])
+            if not whole and tail > v * wide:
+                with when(self.place.block == conv.blocks - 1 if conv.blocks > 1 else None):
+                    with vectorized(tail - v * wide) as lane:
+                        self.store(n, channel + lane, index, acc[v * wide + lane + conv.moved])
 
     def finish(self) -> None:
         """Nothing is held back."""
