@@ -58,8 +58,14 @@ def wrapping(wide: Callable[..., Any], halves: Callable[..., Any]) -> Callable[.
             return wide(x, y)
         if bits_of(x) == 32:
             return cast(hide(wide(cast(x, dtype[:-2] + "64"), cast(y, dtype[:-2] + "64"))), dtype)
-        return cast(halves(unsigned_word(x), unsigned_word(y)), dtype)
+        return signed_again(halves(unsigned_word(x), unsigned_word(y)), dtype)
     return apply
+
+
+def signed_again(word: Any, dtype: str) -> Any:
+    """An unsigned number's bits as an integer that may be signed. TVM takes what was unsigned for positive ever after,
+    and answers `< 0` by itself: a variable stops it."""
+    return let(cast(word, dtype)) if dtype.startswith("int") else cast(word, dtype)
 
 
 def unsigned_word(x: Any) -> Any:
@@ -290,7 +296,7 @@ def shift_amount(x: Any, y: Any) -> tuple[Any, Any]:
 
 def left_shift(x: Any, y: Any) -> Any:
     amount, good = shift_amount(x, y)
-    shifted = cast(unsigned_of(x) << unsigned_of(amount), dtype_of(x))
+    shifted = signed_again(unsigned_of(x) << unsigned_of(amount), dtype_of(x))
     return tirx.Select(good, shifted, const(0, dtype_of(x)))
 
 
@@ -335,7 +341,7 @@ def convert(node: Any, x: Any) -> Any:
         return rounded(let(cast(x, "float32")), target)
     if target in NARROW_FLOATS:
         return rounded(let(cast(x, "float32")), target)
-    return cast(x, dtype)
+    return signed_again(x, dtype) if dtype_of(x).startswith("uint") else cast(x, dtype)
 
 
 def same_bits(node: Any, x: Any) -> Any:

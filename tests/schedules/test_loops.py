@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from lowered import check, data, graph_of
 
+import treadle as td
 from treadle.ir.builder import GraphBuilder, emit
 from treadle.ir.dtypes import as_dtype
 from treadle.ir.types import TensorType
@@ -228,3 +229,12 @@ def test_kernels_of_more_than_two_to_the_31_elements_count_in_64_bits():
         assert "T.int64" in call.kernel.script()
     small = lower(graph_of(lambda x: emit("abs", x), (8, 8)), "cpu").kernel_calls[0]
     assert "T.int64" not in small.kernel.script()
+
+
+@pytest.mark.parametrize("dtype", ["int64", "int32"])
+def test_results_that_wrap_keep_their_sign(dtype):
+    """64-bit sums are made of unsigned halves: TVM must not conclude that they are positive."""
+    x = np.arange(-2, 4).astype(dtype)
+    for fn in (lambda x: td.abs(x - 1), lambda x: td.maximum(x * 3, 0), lambda x: td.left_shift(x, 1) < 0,
+               lambda x: td.astype(td.astype(x, "u" + dtype), dtype) < 0):
+        np.testing.assert_array_equal(td.compile(fn)(x).numpy(), fn(td.tensor(x)).numpy())
