@@ -8,6 +8,7 @@ each sent as soon as it is full.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,11 +55,12 @@ def _key(node: Node) -> tuple[Any, ...]:
     return (node.op.name, node.attrs["axis"], node.attrs.get("reduce"), str(node.operands[0].dtype))
 
 
-def bucket(graph: Graph, most_bytes: int) -> Graph:
+def bucket(graph: Graph, most_bytes: int, keep: Collection[str] = ()) -> Graph:
     """The graph with collectives joined, each message at most `most_bytes` (a single tensor may be larger).
 
     Only operations that are next to each other in need are joined: a collective is delayed no further than to the first
-    reader of any result of its bucket, so nothing that waits for it waits longer.
+    reader of any result of its bucket, so nothing that waits for it waits longer. Along the axes `keep` ranks run other
+    programs: there nothing is joined.
     """
     made: list[Node] = []
     mapping: dict[Value, Value] = {}
@@ -71,7 +73,7 @@ def bucket(graph: Graph, most_bytes: int) -> Graph:
         for key, waiting in list(open_buckets.items()):
             if not waiting.results.isdisjoint(node.operands):
                 close(key)
-        if node.op.name in JOINED and node.operands:
+        if node.op.name in JOINED and node.operands and node.attrs["axis"] not in keep:
             key, size = _key(node), sum(int(max(a.type.nbytes, b.type.nbytes))
                                         for a, b in zip(node.operands, node.results))
             if key in open_buckets and open_buckets[key].nbytes + size > most_bytes:

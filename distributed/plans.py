@@ -35,6 +35,9 @@ class Plan:
         shard: pattern of parameter names (as of `fnmatch`) -> a mesh axis or None for each dimension. The first match
             counts; what matches none is whole.
         zero: ZeRO stage, 0 to 3, over the axis `data`.
+        pipe: the mesh axis along which the model is cut into stages; None, or an axis that the mesh lacks: it is not.
+            `accumulate` of the training step is the number of micro-batches.
+        schedule: "gpipe", "1f1b" or "interleaved", with `chunks` stages on each device.
         bucket_bytes: collectives of one kind that may go together are joined into messages of at most so many bytes.
     """
 
@@ -42,6 +45,9 @@ class Plan:
     shard: Mapping[str, Dims] = field(default_factory=dict)
     zero: int = 0
     bucket_bytes: int = 25 << 20
+    pipe: str | None = "pipe"
+    schedule: str = "1f1b"
+    chunks: int = 1
 
     def __post_init__(self) -> None:
         if self.zero not in (0, 1, 2, 3):

@@ -95,7 +95,12 @@ def parallelize(step: TrainStep, mesh: Mesh, plan: Plan | None = None) -> Parall
         MeshError: the job has another number of processes than the mesh, or the plan does not fit the model.
         LaunchError: mpi4py is missing.
     """
-    return ParallelStep(step, mesh, plan or Plan())
+    plan = plan or Plan()
+    if plan.pipe in mesh:
+        from .pipelined import PipelineStep  # a subclass of what this module makes
+
+        return PipelineStep(step, mesh, plan)
+    return ParallelStep(step, mesh, plan)
 
 
 class ParallelStep:

@@ -105,7 +105,13 @@ CASES = {
     "accumulate": ({"data": 2}, {"accumulate": 2}),
     "resnet-dp2": ({"data": 2}, {"model": "resnet"}),
     "resnet-tp2": ({"tensor": 2}, {"model": "resnet"}),
+    "gpipe": ({"pipe": 2}, {"accumulate": 4, "schedule": "gpipe"}),
+    "1f1b": ({"pipe": 2}, {"accumulate": 4, "clip": 0.05, "optimizer": "adamw"}),
+    "interleaved": ({"pipe": 2}, {"accumulate": 4, "schedule": "interleaved", "chunks": 2}),
     "dp4": ({"data": 4}, {}),
+    "pp4": ({"pipe": 4}, {"accumulate": 4, "clip": 0.05, "optimizer": "adamw"}),
+    "tp2xpp2": ({"tensor": 2, "pipe": 2}, {"accumulate": 4, "clip": 0.05, "optimizer": "adamw"}),
+    "dp2xpp2": ({"data": 2, "pipe": 2}, {"accumulate": 4, "zero": 1, "clip": 0.05, "optimizer": "adamw"}),
     "zero2-4": ({"data": 4}, {"zero": 2, "optimizer": "adamw"}),
     "zero3-4": ({"data": 4}, {"zero": 3, "optimizer": "adamw"}),
     "tp4": ({"tensor": 4}, {}),
@@ -140,7 +146,8 @@ def run(name, mesh_axes, options):
     inner = td.train_step(model, lm_loss, opt, clip_norm=options.get("clip"), accumulate=options.get("accumulate", 1))
     extra = {"tokens.weight": ("tensor",)} if options.get("vocabulary") else {}
     plan = td.distributed.Plan(shard=tensor_plan(model, extra) if "tensor" in mesh_axes else {},
-                               zero=options.get("zero", 0) if mesh_axes else 0)
+                               zero=options.get("zero", 0) if mesh_axes else 0,
+                               schedule=options.get("schedule", "1f1b"), chunks=options.get("chunks", 1))
     step = td.distributed.parallelize(inner, td.distributed.Mesh(mesh_axes), plan)
     batch = batch_of(options)
     losses = [float(step(*batch).numpy()) for _ in range(steps)]
