@@ -197,8 +197,8 @@ def embed_layer_norm(node: OnnxNode, ids: Any, segments: Any, words: Any, positi
     if segments is not None and kinds is not None:
         total = total + apply("take", tensor(kinds), tensor(segments), axis=0)
     y = layer_normalized(total, tensor(gamma), tensor(beta), 2, node.attr("epsilon", 1e-12))
-    count = F.zeros((ids.shape[0],), "int32") if mask is None else cast(F.sum(cast(tensor(mask), int64), 1), as_dtype("int32"))
-    return y, count, total
+    count = F.zeros((ids.shape[0],), int64) if mask is None else F.sum(cast(tensor(mask), int64), 1)
+    return y, cast(count, as_dtype("int32")), total
 
 
 @onnx_rule(("GroupNorm", "SkipGroupNorm"), domain=CONTRIB, weights=(1, 2))

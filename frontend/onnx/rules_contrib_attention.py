@@ -155,8 +155,8 @@ def group_query_attention(node: OnnxNode, query: Any, key: Any = None, value: An
     q, k, v = (F.transpose(x, (0, 2, 1, 3)) for x in (q, k, v))
     k, v = (_cached(node, past, x, before, whole) for past, x in ((past_key, k), (past_value, v)))
     window = int(node.attr("local_window_size", -1))
-    mask = visible(steps, k.shape[2], before, window - 1 if window > 0 else -1, 0)
-    mask = both_masks(None if bias is None else tensor(bias), mask)
+    seen = visible(steps, k.shape[2], before, window - 1 if window > 0 else -1, 0)
+    mask = both_masks(None if bias is None else tensor(bias), seen)
     if node.attr("softcap", 0.0) or node.attr("smooth_softmax", 0):
         raise node.fail("softcap and smooth_softmax are not supported")
     y = attended(node, q, repeated_heads(k, heads), repeated_heads(v, heads), mask, False)

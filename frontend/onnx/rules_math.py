@@ -12,8 +12,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from ...ir.dtypes import float32, float64, promote
 from .. import functions as F
 from ..dispatch import apply, binary, cast, constant
@@ -188,12 +186,15 @@ def clip_attributes(node: OnnxNode, x: Any) -> Tensor:
 @onnx_rule("Clip", since=11)
 def clip(node: OnnxNode, x: Any, low: Any = None, high: Any = None) -> Tensor:
     """Known bounds are attributes of the IR's clip; others are operands. max wins where min > max."""
-    bounds = [None if b is None else _number(known(b)) if known(b) is not None else tensor(b) for b in (low, high)]
+    bounds = [None if b is None else _bound(b) for b in (low, high)]
     x = tensor(x)
     return x if bounds == [None, None] else F.clip(x, *bounds)
 
 
-def _number(bound: np.ndarray) -> Any:
+def _bound(value: Any) -> Any:
+    bound = known(value)
+    if bound is None:
+        return tensor(value)
     return bound.reshape(()).item() if bound.dtype.kind in "biuf" else float(bound.reshape(()))
 
 

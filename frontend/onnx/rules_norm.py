@@ -153,7 +153,7 @@ def dropout(node: OnnxNode, x: Any, ratio: Any = None, training: Any = None) -> 
     training_known = known(training) if training is not None else None
     if training is None or (training_known is not None and not training_known.any()):
         return dropped(x, 0.0, False)
-    rate = 0.5 if ratio is None else known(ratio)
+    rate: Any = 0.5 if ratio is None else known(ratio)
     if rate is None:
         rate = tensor(ratio)
     elif not isinstance(rate, float):

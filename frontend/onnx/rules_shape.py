@@ -286,7 +286,7 @@ def _pad_constant(x: Tensor, low: list[int], high: list[int], value: Any) -> Ten
     fill = known(value) if value is not None else np.zeros(())
     if not any(low) and not any(high):
         return x
-    place = {"low": tuple(low), "high": tuple(high), "interior": (0,) * x.ndim}
+    place: dict[str, Any] = {"low": tuple(low), "high": tuple(high), "interior": (0,) * x.ndim}
     if fill is not None:
         number = fill.reshape(()).astype(np.float64).item() if x.dtype.is_float else fill.reshape(()).item()
         number = number if x.dtype.is_float else bool(number) if x.dtype.is_bool else int(number)

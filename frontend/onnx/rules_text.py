@@ -39,6 +39,7 @@ def occurrences(rows: Tensor, grams: np.ndarray, skip: int) -> Tensor:
         window = rows[:, i * (skip + 1):i * (skip + 1) + places]
         same = F.expand_dims(window, 2) == as_tensor(grams[:, i].astype(rows.dtype.np))
         hit = same if hit is None else F.logical_and(hit, same)
+    assert hit is not None
     return F.sum(cast(hit, float32), 1)
 
 
