@@ -280,6 +280,11 @@ def upsampled(node: OnnxNode, x: Any, scales: Any) -> Tensor:
     return resized(node, x, by_scales(x, range(x.ndim), scales), kernel)
 
 
+@onnx_rule("Upsample", since=1)
+def upsample_image(node: OnnxNode, x: Any) -> Tensor:
+    return upsampled(node, x, [1.0, 1.0, float(node.require("height_scale")), float(node.require("width_scale"))])
+
+
 @onnx_rule("Upsample", since=7)
 def upsample_attribute(node: OnnxNode, x: Any) -> Tensor:
     return upsampled(node, x, list(node.require("scales")))
