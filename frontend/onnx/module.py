@@ -7,6 +7,7 @@ shapes, axes and scalars, is known while tracing and part of the program.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -105,20 +106,10 @@ class OnnxModule(Module):
 
     # Running ----------------------------------------------------------------------------------------------------
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the model.
-
-        Args:
-            *args: the inputs in order: tensors or arrays; lists or tuples of ints for inputs that decide shapes;
-                lists of tensors for sequences; None for optionals.
-            **kwargs: inputs by name, also those that have a default in the file.
-
-        Raises:
-            ArgumentsError: another number of inputs, or one of another type than the model declares.
-            OnnxError: a node cannot be run; it is named.
-        """
-        results = self.run(self.bind(args, kwargs))
-        return results[0] if len(results) == 1 else tuple(results)
+    @property
+    def forward(self) -> Forward:  # type: ignore[override]
+        """Runs the model; see `Forward`. A property, as each model has parameters of its own names."""
+        return Forward(self)
 
     def run(self, given: dict[str, Any]) -> list[Any]:
         """The outputs, from the inputs by name."""
@@ -260,6 +251,40 @@ class OnnxModule(Module):
     def extra_repr(self) -> str:
         """The inputs with their types, and the outputs."""
         return f"{self._signature()} -> {', '.join(self.output_names)}"
+
+
+class Forward:
+    """The computation of a model: `module(*inputs)` calls it.
+
+    Args:
+        *args: the inputs in order: tensors or arrays; lists or tuples of ints for inputs that decide shapes; lists of
+            tensors for sequences; None for optionals.
+        **kwargs: inputs by name, also those that have a default in the file.
+
+    Returns:
+        The output, or a tuple of several.
+
+    Raises:
+        ArgumentsError: another number of inputs, or one of another type than the model declares.
+        OnnxError: a node cannot be run; it is named.
+    """
+
+    def __init__(self, module: OnnxModule):
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the model."""
+        results = self.module.run(self.module.bind(args, kwargs))
+        return results[0] if len(results) == 1 else tuple(results)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """Parameters under the names of the inputs, as far as Python allows; `compile` and `trace` use them."""
+        names = dict.fromkeys(identifier(name) for name in self.module.input_names)
+        if len(names) < len(self.module.input_names):  # two that differ in what no identifier holds
+            names = dict.fromkeys(f"input{i}" for i in range(len(self.module.input_names)))
+        parameters = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None) for n in names]
+        return inspect.Signature([*parameters, inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)])
 
 
 def _stored(graph: onnx.GraphProto) -> Iterable[tuple[str, np.ndarray]]:

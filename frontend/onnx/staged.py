@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ...ir.errors import OnnxError
+from ...ir.errors import CompileError, OnnxError
 from .. import tree
 from ..compile import Compiled, log
 from ..dispatch import as_tensor
@@ -140,7 +140,7 @@ class Stages:
             try:
                 frame.step(nodes[i])
             except NeedsValue as error:
-                if error.value._trace is not current_trace():
+                if error.value._trace not in (None, current_trace()):  # None: a buffer
                     raise
                 return self._cut(frame, i, context.answers, error)
             context.answers, context.asked = [], 0
@@ -219,3 +219,15 @@ class OnnxCompiled(Compiled):
                 self._stages[found.key] = Stages(self.fn, self.target, self.amp, self.freeze)
         self.stats.calls += 1
         return self._stages[found.key](args, keywords)
+
+    def save(self, path: Any) -> None:
+        """Writes the program of the last call to a file; see `Compiled.save`.
+
+        Raises:
+            CompileError: shapes depend on data, so it is several programs.
+        """
+        if self._stages and self._last is None:
+            raise CompileError(f"{self.__name__}: shapes depend on data, so it is compiled in parts, and an artifact "
+                               "holds one program. End the model before the node that `td.onnx.check` notes: "
+                               "select_outputs")
+        super().save(path)

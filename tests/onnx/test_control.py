@@ -224,6 +224,13 @@ def test_a_trace_says_where_a_shape_depends_on_data():
         td.trace(module, td.spec((4,)))
 
 
+def test_a_model_in_parts_is_no_artifact(tmp_path):
+    compiled = td.compile(td.onnx.load(model([NODE("NonZero", ["x"], ["y"])], [("x", F32, [3])])))
+    compiled(X)
+    with pytest.raises(td.CompileError, match="several|parts"):
+        compiled.save(tmp_path / "m.treadle")
+
+
 def test_a_cut_keeps_parameters_live():
     w = np.float32([2, 3])
     proto = model([NODE("Mul", ["x", "w"], ["p"]), NODE("NonZero", ["p"], ["i"]), NODE("Mul", ["p", "w"], ["y"])],

@@ -53,6 +53,13 @@ def test_eager_compiled_and_traced_agree():
     assert graph.dims == {"batch"} and td.ir.parse(str(graph)) == graph
 
 
+def test_inputs_keep_their_names_in_the_graph():
+    proto = model([NODE("Add", ["input.1", "mask"], ["y"])], [("input.1", F32, [2]), ("mask", F32, [2])])
+    module = td.onnx.load(proto)
+    assert [v.name for v in td.trace(module, *module.inputs).inputs] == ["input.1", "mask"]
+    close(td.compile(module)(**{"input.1": np.ones(2, "f"), "mask": np.ones(2, "f")}), [2, 2])
+
+
 def test_shape_arithmetic_leaves_no_trace():
     module = td.onnx.load(mlp())
     graph = td.trace(module, *module.inputs)
