@@ -16,6 +16,7 @@ from ...ir.dims import Dim, Size
 from ...ir.graph import Node
 from ...ir.ops_layout import to_first
 from ...ir.ops_reduce import lowest
+from .export_index import scalar_size
 from .export_math import both
 from .export_rules import exports, in_f32
 from .export_shape import filled, pad_edges, reshape, take_slice, transpose
@@ -143,31 +144,42 @@ def alone(node: Node) -> bool:
 
 @exports("max_pool")
 def max_pool(out: Writer, node: Node, x: Ref) -> tuple[Ref, Ref]:
-    """The indices of ONNX count through batch and channels too."""
+    """The indices of ONNX count through batch and channels too, and through padding that is written out."""
     attrs = node.attrs
-    wants_index = bool(out.uses.get(node.results[1]))
-    shape = channels_first(node, 0)
+    _, _, *spatial = channels_first(node, 0)
     x = to_channels_first(out, node, x)
-    padding = attrs["padding"]
-    if alone(node):
-        if wants_index:
-            raise out.fail("the indices of a max_pool with windows that lie in the padding alone cannot be said: pad "
-                           "by less than the window")
+    padding, apart = attrs["padding"], alone(node)
+    if apart:
         fill = out.const(lowest(x.dtype.np))
         x = pad_edges(out, x, [0, 0, *(lo for lo, _ in padding)], [0, 0, *(hi for _, hi in padding)], fill)
         x = out.op("Max", x, fill)  # onnxruntime would fuse the padding into the pool, and refuse it there
-        padding = ((0, 0),) * len(padding)
     given: dict[str, Any] = {
-        "kernel_shape": list(attrs["window"]), "strides": list(attrs["stride"]), "pads": pads(padding),
-        "dilations": steps(attrs["dilation"])}
-    if not wants_index:
+        "kernel_shape": list(attrs["window"]), "strides": list(attrs["stride"]), "dilations": steps(attrs["dilation"]),
+        "pads": None if apart else pads(padding)}
+    if not out.uses.get(node.results[1]):
         y = from_channels_first(out, node, out.op("MaxPool", x, **given))
         return y, Ref("", node.results[1].dtype)
     y, index = out.op("MaxPool", x, results=2, dtype=INT64, **given)
-    plane = math.prod(shape[2:])
-    size = out.op("Reshape", out.size(plane), out.ints()) if isinstance(plane, Dim) else out.const(np.int64(plane))
-    index = out.cast(out.op("Mod", index, size), "int32")
-    return from_channels_first(out, node, y), from_channels_first(out, node, index)
+    if apart:
+        index = index_without_padding(out, index, spatial, padding)
+    else:
+        index = out.op("Mod", index, scalar_size(out, math.prod(spatial)))
+    return from_channels_first(out, node, y), from_channels_first(out, node, out.cast(index, "int32"))
+
+
+def index_without_padding(out: Writer, index: Ref, spatial: Sequence[Size], padding: Sequence[tuple[int, int]]) -> Ref:
+    """Indices into a padded plane as indices into the plane itself; -1 in the padding."""
+    flat, outside = out.const(np.int64(0)), out.const(np.array(False))
+    inner: Size = 1
+    outer: Size = 1
+    for n, (lo, hi) in reversed(list(zip(spatial, padding))):
+        place = out.op("Mod", out.op("Div", index, scalar_size(out, outer)), scalar_size(out, n + lo + hi))
+        place = both(out, "Sub", place, lo)
+        wrong = out.op("Or", both(out, "Less", place, 0), out.op("Not", out.op("Less", place, scalar_size(out, n))))
+        outside = out.op("Or", outside, wrong)
+        flat = out.op("Add", flat, out.op("Mul", place, scalar_size(out, inner)))
+        inner, outer = inner * n, outer * (n + lo + hi)
+    return out.op("Where", outside, out.const(np.int64(-1)), flat)
 
 
 @exports("max_pool_grad")

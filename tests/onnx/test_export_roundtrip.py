@@ -91,17 +91,19 @@ def test_real_models(name, tmp_path, caplog):
     assert first.read_bytes() == second.read_bytes()
 
 
-@pytest.mark.parametrize("name", ["detection", "recognition"])
-def test_sizes_that_fit_are_traced(name):
-    """With sides that are multiples of what the model divides by, nothing has to be kept as it was."""
-    pattern, _, _ = REAL[name]
+@pytest.mark.parametrize("opset", [11, *(pytest.param(opset, marks=pytest.mark.slow) for opset in (17, 26))])
+@pytest.mark.parametrize("name", REAL)
+def test_real_models_at_other_opsets(name, opset):
+    """Traced, all of them: what works only for multiples of some size is given such sizes."""
+    pattern, inputs, _ = REAL[name]
     path = find(pattern)
     module = td.onnx.load(path)
-    height, sides = (32 * td.Dim("h"), (64, 96)) if name == "detection" else (48, (48, 48))
-    width = (32 if name == "detection" else 8) * td.Dim("w")
-    model = td.onnx.to_model(module, td.spec(("n", 3, height, width)))
-    for array in (image(1, 3, sides[0], 96), image(2, 3, sides[1], 64)):
-        close(runtime(model, array), runtime(onnx.load(path), array))
+    specs = {"detection": [td.spec(("n", 3, 32 * td.Dim("h"), 32 * td.Dim("w")))],
+             "recognition": [td.spec(("n", 3, 48, 8 * td.Dim("w")))]}.get(name, [])
+    model = td.onnx.to_model(module, *specs, opset=opset, keep=False if not specs else None)
+    assert model.opset_import[0].version == opset
+    for arrays in inputs:
+        close(runtime(model, arrays), runtime(onnx.load(path), arrays))
 
 
 def layers():
