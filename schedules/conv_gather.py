@@ -26,8 +26,9 @@ from .conv_problem import (
     split_row,
 )
 from .conv_tir import Registers, Transpose, each_task, opaque, serial, tap_range, unroll, vectorized, when
-from .sizes import expression, is_dynamic
+from .sizes import expression, hint, is_dynamic
 
+SERIAL_FLOPS = 1 << 18  # below this, waking another thread costs more than it brings
 LOOPED_STORES = 4  # vectors of a tile from which a loop stores them: an epilogue is compiled once, not for each
 MAX_EDGE_TILES = 6  # beyond these, code size matters more than the few masked pixels
 
@@ -41,7 +42,8 @@ class GatherConv:
     """
 
     def __init__(self, problem: ConvProblem, config: ConvConfig, target, op: str):
-        self.problem, self.config, self.threads = problem, config, target.threads
+        self.problem, self.config = problem, config
+        self.threads = target.threads if hint(problem.flops) > SERIAL_FLOPS else 1
         self.again = False  # whether an element may be stored twice
         forward = op == FORWARD
         self.wide = lanes(problem.dtype, target.vector_bits)

@@ -86,6 +86,11 @@ def each_task(count: Any, threads: int) -> Iterator:
     """A parallel loop in at most 16 chunks a thread: the tasks of a chunk share their scratch buffers."""
     if not isinstance(count, int):
         count = T.bind(expression(count))
+    if threads == 1:
+        with serial(count) as task:
+            yield task
+        return
+    if not isinstance(count, int):
         chunks = T.bind(T.min(count, tirx.const(16 * threads, "int64")))
         with parallel(chunks) as chunk:
             first = T.bind(tirx.truncdiv(chunk * count, chunks))
