@@ -222,7 +222,8 @@ def _export(console: Console, net: Any, body: Any, task: Task, classes: Sequence
     if task.lora:
         ft.save_lora(net, task.out / "lora.safetensors", also="head.*")
         ft.merge_lora(net)
-        console.print(f"wrote {task.out / 'lora.safetensors'}: the adapters alone; the model has them merged", soft_wrap=True)
+        console.print(f"wrote {task.out / 'lora.safetensors'}: the adapters alone; the model has them merged",
+                      soft_wrap=True)
     options: dict[str, Any] = {"opset": task.opset} if task.opset is not None else {}
     onnx_.save(net, path, *body.inputs, input_names=body.input_names, output_names=["output"], **options)
     if any(classes):

@@ -47,7 +47,7 @@ class Headed(Module):
         return _pooled(x, self.pool, None if self.mask is None else inputs[self.mask])
 
     def forward(self, *inputs: Any) -> Tensor:
-        return self.head(self.features(*inputs))  # type: ignore[no-any-return]
+        return self.head(self.features(*inputs))
 
     def extra_repr(self) -> str:
         return f"pool={self.pool}"

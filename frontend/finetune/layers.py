@@ -51,15 +51,15 @@ def layers(model: Module, patterns: Sequence[Patterns] | None = None) -> list[li
     if not known:
         raise ArgumentsError("the model has no floating-point parameters")
     if patterns is not None:
-        depth = {n: i for i, p in enumerate(patterns) for n in select(model, p)}
-        depth = {n: depth.get(n, len(patterns)) for n in known}
+        named = {n: i for i, p in enumerate(patterns) for n in select(model, p)}
+        depth = {n: named.get(n, len(patterns)) for n in known}
     else:
         depth = _found(model, known)
     places = sorted(set(depth.values()))
     return [[n for n in known if depth[n] == place] for place in places]
 
 
-def _found(model: Module, known: list[str]) -> dict[str, float]:
+def _found(model: Module, known: list[str]) -> dict[str, int]:
     own = aliases(model)
     numbered: dict[str, dict[str, int]] = defaultdict(dict)  # what stands before the number -> parameter -> number
     for name in known:

@@ -95,7 +95,7 @@ def add_lora(model: Module, patterns: Patterns = "*", rank: int = 8, alpha: floa
     chosen = select(model, patterns, known)
     for name in chosen:
         module, own, _ = known[name]
-        shape = module._parameters[own].shape  # type: ignore[union-attr]
+        shape = module._parameters[own].shape
         if rank > min(shape[0], int(np.prod(shape[1:]))):
             raise AttributeValueError(f"LoRA: rank {rank} is above the smaller side of {name}, {tuple(shape)}")
     for name in chosen:
@@ -149,7 +149,7 @@ def save_lora(model: Module, path: Any, also: Patterns = ()) -> None:
     found = list(adapters(model))
     if not found:
         raise ArgumentsError("the model has no LoRA adapters to save")
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for name, _, _, adapter in found:
         arrays |= {f"{name}.{KIND}.a": adapter.a.numpy(), f"{name}.{KIND}.b": adapter.b.numpy()}
     if also:
@@ -182,8 +182,8 @@ def load_lora(model: Module, path: Any) -> list[str]:
         module, own, inputs_first = known[name]
         weight: Any = module._parameters[own]
         fresh[name] = LowRank(weight.shape, int(rank), float(alpha), inputs_first)
-        pair = {key: state.pop(f"{name}.{KIND}.{key}", None) for key in ("a", "b")}
-        if any(pair[k] is None or pair[k].shape != tuple(getattr(fresh[name], k).shape) for k in pair):
+        pair = {key: state.pop(f"{name}.{KIND}.{key}", np.zeros(0)) for key in ("a", "b")}
+        if any(pair[k].shape != tuple(getattr(fresh[name], k).shape) for k in pair):
             raise CheckpointError(f"{path}: the adapter of {name} does not fit a weight of shape {weight.shape}")
         fresh[name].load_state_dict(pair)
     rest = parameters(model)
@@ -195,7 +195,7 @@ def load_lora(model: Module, path: Any) -> list[str]:
         if any(n == own and kind == KIND for n, kind, _ in module.parametrized()):
             module.remove_parametrization(own, KIND, merge=False)
         module.parametrize(own, KIND, adapter)
-        module._parameters[own].requires_grad = False  # type: ignore[union-attr]
+        module._parameters[own].requires_grad = False
     for name, array in state.items():
         rest[name].assign(Tensor(array))
     return list(fresh)

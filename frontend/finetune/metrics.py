@@ -67,7 +67,7 @@ OBJECTIVES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
 def objective_of(wanted: Any) -> Callable[[Tensor, Tensor], Tensor]:
     """An objective from its name or a function."""
     if callable(wanted):
-        return wanted  # type: ignore[no-any-return]
+        return wanted
     if wanted not in OBJECTIVES:
         raise ArgumentsError(f"there is no objective {wanted!r}; there are {', '.join(OBJECTIVES)}, or give a function "
                              "objective(output, target)")

@@ -368,8 +368,9 @@ def _drop(view: View, ratio: float | None) -> dict[str, str]:
         own = _ratio(view, node) if ratio is None else ratio
         if own:
             view.module.wrap(node.output[0], "dropout", Dropping(own).train(view.module.training))
-    for node in dropped_dropouts(view) if ratio else ():
-        view.module.wrap(node.output[0], "dropout", Dropping(ratio).train(view.module.training))
+    if ratio:
+        for node in dropped_dropouts(view):
+            view.module.wrap(node.output[0], "dropout", Dropping(ratio).train(view.module.training))
     if ratio is None:
         return {}
     said = f"drops at {ratio:g} while training" if ratio else "nothing is dropped"
