@@ -13,8 +13,9 @@ what stage 2 promises.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..ir.builder import GraphBuilder
 from ..ir.errors import AttributeValueError
@@ -38,6 +39,8 @@ class Plan:
         pipe: the mesh axis along which the model is cut into stages; None, or an axis that the mesh lacks: it is not.
             `accumulate` of the training step is the number of micro-batches.
         schedule: "gpipe", "1f1b" or "interleaved", with `chunks` stages on each device.
+        weight: what a micro-batch of a pipeline counts in the loss, from its arrays: `lambda x, y: (y != -100).sum()`
+            makes a mean over tokens that of the whole batch, however they are spread. None: micro-batches count equally.
         bucket_bytes: collectives of one kind that may go together are joined into messages of at most so many bytes.
     """
 
@@ -48,6 +51,7 @@ class Plan:
     pipe: str | None = "pipe"
     schedule: str = "1f1b"
     chunks: int = 1
+    weight: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
         if self.zero not in (0, 1, 2, 3):

@@ -226,6 +226,25 @@ class ParallelStep:
             self.job.watch.leave()
             tensor.assign(sharding.join([row.view(part.dtype).reshape(part.shape) for row in into], self.mesh))
 
+    stage_axis: str | None = None
+    """The mesh axis whose ranks have other tensors, if there is one."""
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether this rank keeps the present value (or part) of a tensor."""
+        return True
+
+    def save(self, path: Any, metadata: Mapping[str, str] | None = None) -> None:
+        """Writes a checkpoint that any mesh can load: see `parallel_checkpoint.save`."""
+        from .parallel_checkpoint import save
+
+        save(path, self, metadata)
+
+    def load(self, path: Any) -> dict[str, str]:
+        """Restores a checkpoint that any mesh wrote: see `parallel_checkpoint.load`."""
+        from .parallel_checkpoint import load
+
+        return load(path, self)
+
     @property
     def local_bytes(self) -> dict[str, int]:
         """Bytes of parameters and of optimizer state that this rank keeps between steps."""

@@ -80,6 +80,7 @@ class PipelineStep(ParallelStep):
     def __init__(self, step: TrainStep, mesh: Mesh, plan: Plan):
         super().__init__(step, mesh, plan)
         assert plan.pipe is not None
+        self.stage_axis = plan.pipe
         self.pipe, self.devices, self.micro = plan.pipe, mesh[plan.pipe], step.accumulate
         if plan.zero > 2:
             raise MeshError("ZeRO stage 3 gathers parameters for every micro-batch of a pipeline; use stage 2 or less")
@@ -90,6 +91,7 @@ class PipelineStep(ParallelStep):
         self.order = schedule(plan.schedule, self.devices, self.micro, plan.chunks)[self.here]
         self.cut: Cut | None = None
         self.most_kept = 0
+        self.shares = np.zeros(0)
         self.holders: dict[int, list[int]] = {}  # id of a parameter -> its stages
         self.sums: dict[int, np.ndarray] = {}
         self.sum_types: dict[int, Sharding] = {}
@@ -275,7 +277,7 @@ class PipelineStep(ParallelStep):
                     if min(self.holders[id(p)]) % self.devices == self.here]
             square = F.square(global_norm(mine)).astype("float64" if self.inner._wide == np.float64 else "float32")
             norm = F.sqrt(apply("all_reduce", square, **group))
-            scale = F.minimum(numbers[CLIP].astype("float32") / (norm.astype("float32") + 1e-6), 1.0)
+            scale = F.minimum(numbers[CLIP].astype("float32").astype(norm.dtype) / (norm + 1e-6), 1.0)
             found = {k: g * scale.astype(g.dtype) for k, g in found.items()}
         flags = [numbers.get(f"{FLAG}{i}") for i in range(len(params))]
         listed = [found.get(id(p)) for p in params]
@@ -296,10 +298,11 @@ class PipelineStep(ParallelStep):
             total.fill(0)
         cut = [a.reshape(self.micro, a.shape[0] // self.micro, *a.shape[1:]) for a in arrays]
         loss, held, self.most_kept = np.zeros((), self.inner._wide), 0, 0
+        self.shares = self._weights(cut)
         for task in self.order:
             program = own[task.stage]
             if task.phase == FORWARD:
-                loss = loss + self._forward(program, task, cut)
+                loss = loss + self._forward(program, task, cut) * self.shares[task.micro]
                 held += 1
                 self.most_kept = max(self.most_kept, held)
             else:
@@ -312,7 +315,17 @@ class PipelineStep(ParallelStep):
             self.job.watch.wait(request)
         self._pending.clear()
         update(numbers)
-        return self._from_last(loss / self.micro)
+        return self._from_last(loss)
+
+    def _weights(self, cut: list[np.ndarray]) -> np.ndarray:
+        """The part of each micro-batch in the loss: equal, or by what the plan's `weight` counts in it."""
+        if self.plan.weight is None:
+            return np.full(self.micro, 1 / self.micro)
+        counts = np.array([float(self.plan.weight(*(a[m] for a in cut))) for m in range(self.micro)])
+        if not counts.sum() > 0:
+            raise ArgumentsError(f"the plan's weight gives {counts.tolist()} for the micro-batches; they have to add up to "
+                                 "more than 0", user_location())
+        return counts / counts.sum()
 
     def _inputs(self, program: _StageProgram, task: Task, cut: list[np.ndarray], wanted: Sequence[int],
                 more: dict[int, np.ndarray]) -> list[np.ndarray]:
@@ -336,7 +349,7 @@ class PipelineStep(ParallelStep):
         kept = program.kept.pop(task.micro)
         more = {0: kept.pop()} if program.handed is not None else {}
         if task.stage + 1 == self.count:
-            more[program.cotangent] = np.full(program.out.shape, 1 / self.micro, program.out.dtype.np)
+            more[program.cotangent] = np.full(program.out.shape, self.shares[task.micro], program.out.dtype.np)
         else:
             more[program.cotangent] = self._receive(program.out, task, task.stage + 1)
         outputs = program.backward.run([*kept, *self._inputs(program, task, cut, program.halves.backward_inputs, more)])
@@ -378,6 +391,13 @@ class PipelineStep(ParallelStep):
             self.job.watch.wait(self.job.groups[self.pipe].Ibcast(array.reshape(-1).view(np.uint8), device))
             self.job.watch.leave()
         return array
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Of what the model shares between stages and of the rest, the first device has it."""
+        for p, slots in zip(self.inner.opt.params, self.inner.opt.state):
+            if tensor is p or any(tensor is t for t in slots.values()):
+                return min(self.holders.get(id(p), [0])) % self.devices == self.here
+        return self.here == 0
 
     def gather(self) -> None:
         """As of a step without pipeline; every stage's tensors come to every rank."""

@@ -108,6 +108,7 @@ CASES = {
     "gpipe": ({"pipe": 2}, {"accumulate": 4, "schedule": "gpipe"}),
     "1f1b": ({"pipe": 2}, {"accumulate": 4, "clip": 0.05, "optimizer": "adamw"}),
     "interleaved": ({"pipe": 2}, {"accumulate": 4, "schedule": "interleaved", "chunks": 2}),
+    "weighted": ({"pipe": 2}, {"accumulate": 4, "weight": True}),
     "dp4": ({"data": 4}, {}),
     "pp4": ({"pipe": 4}, {"accumulate": 4, "clip": 0.05, "optimizer": "adamw"}),
     "tp2xpp2": ({"tensor": 2, "pipe": 2}, {"accumulate": 4, "clip": 0.05, "optimizer": "adamw"}),
@@ -143,14 +144,21 @@ def run(name, mesh_axes, options):
         opt, steps = td.optim.AdamW(model.parameters(), lr=1e-2), 5
     else:
         opt, steps = td.optim.SGD(model.parameters(), lr=1.0), 1  # what a parameter loses is its gradient
-    inner = td.train_step(model, lm_loss, opt, clip_norm=options.get("clip"), accumulate=options.get("accumulate", 1))
+    inner = td.train_step(model, lm_loss, opt, clip_norm=options.get("clip"),
+                          accumulate=options.get("accumulate", 1) if mesh_axes or not options.get("weight") else 1)
     extra = {"tokens.weight": ("tensor",)} if options.get("vocabulary") else {}
     plan = td.distributed.Plan(shard=tensor_plan(model, extra) if "tensor" in mesh_axes else {},
                                zero=options.get("zero", 0) if mesh_axes else 0,
-                               schedule=options.get("schedule", "1f1b"), chunks=options.get("chunks", 1))
+                               schedule=options.get("schedule", "1f1b"), chunks=options.get("chunks", 1),
+                               weight=(lambda x, y: (y != -100).sum()) if options.get("weight") else None)
     step = td.distributed.parallelize(inner, td.distributed.Mesh(mesh_axes), plan)
     batch = batch_of(options)
-    losses = [float(step(*batch).numpy()) for _ in range(steps)]
+    if "load" in options:
+        assert step.load(options["load"]) == {"batch": "2"}
+        steps = 3
+    losses = [float(step(*batch).numpy()) for _ in range(options.get("stop", steps))]
+    if "save" in options:
+        step.save(options["save"], {"batch": str(opt.steps)})
     step.gather()
     return losses, {n: t.numpy() for n, t in model.state_dict().items()}, step
 
@@ -159,7 +167,8 @@ def main():
     td.set_num_threads(1)
     folder = Path(sys.argv[1])
     for name in sys.argv[2:]:
-        mesh, options = CASES[name]
+        mesh, options = CASES[name] if name in CASES else json.loads(name)
+        name = options.get("name", name)
         losses, state, step = run(name, mesh, options)
         if td.distributed.rank() == 0:
             np.savez(folder / f"{name}.npz", losses=losses, **state)
