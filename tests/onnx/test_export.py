@@ -14,6 +14,7 @@ from export_tools import runtime  # noqa: E402
 
 import treadle as td  # noqa: E402
 from treadle import nn  # noqa: E402
+from treadle.ir import interp  # noqa: E402
 from treadle.ir.errors import ArgumentsError, OnnxError  # noqa: E402
 
 RNG = np.random.default_rng(0)
@@ -255,6 +256,36 @@ def test_training_steps_in_onnxruntime(optimizer, accumulate):
     for name, parameter in model.named_parameters():
         if name != "stem.bias":  # normalised away: its gradient is rounding, which AdamW scales up
             np.testing.assert_allclose(state[name], parameter.numpy(), rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_a_training_step_with_an_open_batch():
+    """Loops, lookups and dropout, forward and backward; the oracle is the reference interpreter."""
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(20, 8), nn.Linear(16, 20)
+            self.cells = nn.LSTM(8, 8, num_layers=2, batch_first=True, dropout=0.2, bidirectional=True)
+
+        def forward(self, tokens):
+            return self.head(self.cells(self.table(tokens))[0])
+
+    model = Net()
+    step = td.train_step(model, lambda m, x, y: nn.functional.cross_entropy(m(x), y),
+                         td.optim.SGD(model.parameters(), lr=0.1))
+    spec = td.spec(("batch", 7), "int64")
+    proto, graph = td.onnx.to_model(step, spec, spec), step.trace(spec, spec)
+    assert ops(proto)["Scan"] >= 6
+    stored = {t.name for t in proto.graph.initializer}
+    data = [i.name for i in proto.graph.input if i.name not in stored]
+    numbers = [np.asarray(n) for _, n in sorted(step._scalars().items())]
+    session = onnxruntime.InferenceSession(proto.SerializeToString())
+    captures = graph.meta["captures"]
+    for batch in (1, 6):
+        arrays = [RNG.integers(0, 20, (batch, 7)), RNG.integers(0, 20, (batch, 7)), *numbers]
+        given = iter(arrays)
+        every = [captures[i].numpy() if i in captures else next(given) for i in range(len(graph.inputs))]
+        for got, want in zip(session.run(None, dict(zip(data, arrays, strict=True))), interp.run(graph, every)):
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
 
 
 def test_random_numbers_are_the_same_elsewhere():
