@@ -47,6 +47,7 @@ class DepthwiseConv(GatherConv):
         super().__init__(problem, config, target, op)
         spatial, channels = problem.spatial if op == FORWARD else problem.out_spatial, problem.in_channels
         self.pack: ChannelsLastPack | None = None
+        self.flipped = op != FORWARD  # see `input_grad_phases`
         if self.in_layout == self.out_layout == "NHWC" and problem.dtype == problem.acc_dtype:
             self.wide = self.tile = min(self.wide, channels)
             self.moved = -channels % self.wide
@@ -68,14 +69,15 @@ class DepthwiseConv(GatherConv):
     def packed_weights(self, array):
         """Weights known while compiling, as the kernel reads them."""
         padded = np.zeros((math.prod(self.kernel), self.channels_in), self.acc_dtype)
-        padded[:, :self.out] = array.reshape(self.out, -1).T
+        padded[:, :self.out] = array.reshape(self.out, -1).T[::-1 if self.flipped else 1]
         return padded.reshape(-1)
 
     def _pack_weights(self, weights, packed) -> None:
         """W[channels, taps] to P[taps, padded channels]: small, so element by element."""
         taps = math.prod(self.kernel)
         with parallel(taps) as k, serial(self.channels_in) as c:
-            value = T.if_then_else(c < self.out, weights[c * taps + k], tirx.const(0.0, weights.dtype))
+            tap = taps - 1 - k if self.flipped else k
+            value = T.if_then_else(c < self.out, weights[c * taps + tap], tirx.const(0.0, weights.dtype))
             T.buffer_store(packed, T.cast(value, self.acc_dtype), [k * self.channels_in + c])
 
     def emit_tile(self, source, packed, sink, place: Row, width: AxisTaps, start, size: int, taps) -> None:

@@ -175,15 +175,18 @@ def forward_phases(problem: ConvProblem) -> list[list[AxisTaps]]:
 
 
 def input_grad_phases(problem: ConvProblem) -> list[list[AxisTaps]]:
-    """For each of the three axes its `stride` phases (fewer when the input is shorter than the stride)."""
+    """For each of the three axes its `stride` phases (fewer when the input is shorter than the stride).
+
+    Weight positions are those of the flipped kernel, as which the weights are packed: taps then go up through dy as
+    they do through x forward, and where they are contiguous there, they are so in the weights."""
     result = []
     for n, o, k, s, p, d in _axes(problem):
         phases, jump = [], s // math.gcd(s, d)
         for r in range(s if is_dynamic(n) else min(s, n)):
             ks = [j for j in range(k) if (r + p - j * d) % s == 0]
-            k0 = ks[0] if ks else 0
-            phases.append(AxisTaps(r, s, -(-(n - r) // s), o, 1, len(ks), k0, jump, (r + p - k0 * d) // s,
-                                   -(jump * d) // s))
+            last = ks[-1] if ks else 0
+            phases.append(AxisTaps(r, s, -(-(n - r) // s), o, 1, len(ks), k - 1 - last, jump, (r + p - last * d) // s,
+                                   jump * d // s))
         result.append(phases)
     return result
 

@@ -236,6 +236,8 @@ class WeightPack:
     `tile` lanes run over the kernel's output channels: the outer axis of W forward, the inner one (`swap`) for the
     input gradient; the reduction runs over the other.  Lanes past the last channel are zero.
 
+    For the input gradient the taps stand in reverse order (see `input_grad_phases`).
+
     With `fold` > 1, `groups` counts folds of so many groups of W, which share a tile: their weights stand on the
     diagonal of an otherwise zero block, so that groups of few channels fill a vector.
     """
@@ -272,7 +274,8 @@ class WeightPack:
         return Transpose(self.lanes, self.dtype, self.packed_dtype)
 
     def at(self, group, block, tap, red):
-        """Index of lane 0."""
+        """Index of lane 0 of a tap of W."""
+        tap = self.taps - 1 - tap if self.swap else tap
         return (((group * self.blocks + block) * self.taps + tap) * self.red + red) * self.tile
 
     def array(self, w: np.ndarray) -> np.ndarray:
@@ -282,6 +285,7 @@ class WeightPack:
         packed = np.zeros((self.groups, self.blocks * self.tile, self.taps, self.red), self.packed_dtype)
         for f in range(self.fold):
             part = np.transpose(dense[:, f], (0, 2, 3, 1) if self.swap else (0, 1, 3, 2))  # group, out, tap, red
+            part = part[:, :, ::-1] if self.swap else part
             packed[:, f * out:(f + 1) * out, :, f * red:(f + 1) * red] = part
         tiled = packed.reshape(self.groups, self.blocks, self.tile, self.taps, self.red)
         return np.ascontiguousarray(np.transpose(tiled, (0, 1, 3, 4, 2))).reshape(-1)
