@@ -19,6 +19,8 @@ from .names import Patterns, aliases, literal, parameters, select
 
 _NUMBER = re.compile(r"(?<![0-9])(\d+)(?=\.[^.]+\.[^.]+)")  # of a block, which holds layers that hold parameters
 
+_PART = re.compile(r"_?(weights?|bias|offset|kernel|scale|gamma|beta|[wb])(_\d+)?$")
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -66,14 +68,20 @@ def _found(model: Module, known: list[str]) -> dict[str, int]:
         for path in (*own.get(name, ()), name):  # the own name counts most, so it comes last
             for hit in _NUMBER.finditer(path):
                 numbered[path[:hit.start()]][name] = int(hit.group())
-    rows = {stem: row for stem, row in numbered.items() if len(set(row.values())) > 1}
+    rows = {stem: row for stem, row in numbered.items() if len(set(row.values())) > 1 and 3 * len(row) >= len(known)}
     if not rows:
-        owners = list(dict.fromkeys(n.rpartition(".")[0] for n in known))
-        return {n: owners.index(n.rpartition(".")[0]) for n in known}
+        owners = [_owner(n) for n in known]
+        order = list(dict.fromkeys(owners))
+        return {n: order.index(owner) for n, owner in zip(known, owners)}
     row = max(rows.values(), key=lambda r: (len(r), len(set(r.values()))))
     first = min(i for i, n in enumerate(known) if n in row)
     bottom, top = min(row.values()) - 1, max(row.values()) + 1
     return {n: row.get(n, bottom if i < first else top) for i, n in enumerate(known)}
+
+
+def _owner(name: str) -> str:
+    """What a parameter belongs to: its name without the part that says weight or bias."""
+    return name.rpartition(".")[0] if "." in name else _PART.sub("", name)
 
 
 def layerwise_lr(model: Module, decay: float, patterns: Sequence[Patterns] | None = None) -> dict[str, float]:

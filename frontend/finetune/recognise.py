@@ -156,16 +156,20 @@ def affine_norms(view: View) -> list[Any]:
 
 
 def folded_batch_norms(view: View) -> list[Any]:
-    """Convolutions with a bias that no normalisation follows, in a graph where none has one after it.
+    """Convolutions with a bias (of their own, or added next) that no normalisation follows, if most of a graph are so.
 
-    A convolution network without any normalisation is seldom trained; a bias where a batch norm used to follow is what
-    folding leaves.
+    A convolution network without normalisation is seldom trained; a bias where a batch norm used to follow is what
+    folding leaves. A few of that kind are nothing unusual (gates, a last layer).
     """
     convolutions = view.of(*CONVOLUTIONS)
-    if any(n.op_type in NORMS for c in convolutions for n in view.after(c)):
-        return []
-    biased = [c for c in convolutions if len(c.input) > 2 and c.input[2]]
-    return biased if len(biased) > 1 else []
+    found = [c for c in convolutions if _is_biased(view, c) and not any(n.op_type in NORMS for n in view.after(c))]
+    return found if len(found) > 1 and 2 * len(found) > len(convolutions) else []
+
+
+def _is_biased(view: View, conv: Any) -> bool:
+    if len(conv.input) > 2 and conv.input[2]:
+        return True
+    return any(n.op_type == "Add" and any(view.stored(i) is not None for i in n.input) for n in view.after(conv))
 
 
 def dropouts(view: View) -> list[Any]:
@@ -222,7 +226,14 @@ def written_out_norms(view: View) -> list[Any]:
 
 def probabilities(view: View) -> list[Any]:
     """Softmax or sigmoid nodes that make an output of the graph."""
-    return [n for name in view.module.output_names if (n := view.maker(name, "Softmax", "LogSoftmax", "Sigmoid"))]
+    return [n for name in view.module.output_names if (n := _probability(view, name)) is not None]
+
+
+def _probability(view: View, name: str) -> Any:
+    node = view.makers.get(name)
+    while node is not None and node.op_type == "Identity":
+        node = view.makers.get(node.input[0])
+    return node if node is not None and node.op_type in ("Softmax", "LogSoftmax", "Sigmoid") else None
 
 
 def quantised(view: View) -> list[Any]:
@@ -351,9 +362,9 @@ def prepare(model: Module, *, batch_norm: str = "frozen", dropout: float | None 
                 graph.wrap(node.output[0], "statistics", wrapper.train(graph.training))
             done["batch norm with fixed statistics"] = "those of the batch while training; the stored ones move"
         done.update(_drop(view, dropout))
-        if logits and (last := probabilities(view)):
-            before = {n.output[0]: n.input[0] for n in last}
-            graph.select_outputs([before.get(name, name) for name in graph.output_names])
+        if logits and probabilities(view):
+            last = {name: _probability(view, name) for name in graph.output_names}
+            graph.select_outputs([name if node is None else node.input[0] for name, node in last.items()])
             done["probabilities as output"] = "cut off: the output is the logits"
         if tie:
             for first, second in tied(view):
