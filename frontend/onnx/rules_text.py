@@ -1,4 +1,4 @@
-"""Features of token sequences (TfIdfVectorizer), and the simplest ops of ai.onnx.ml."""
+"""Features of token sequences: TfIdfVectorizer."""
 
 from __future__ import annotations
 
@@ -12,11 +12,7 @@ from ..dispatch import as_tensor, cast, constant
 from ..tensor import Tensor
 from .node import OnnxNode
 from .rules import onnx_rule
-from .rules_index import wrapped
-from .values import is_known, is_text, tensor
-
-ML = "ai.onnx.ml"
-
+from .values import is_text, tensor
 
 # N-grams ---------------------------------------------------------------------------------------------------------
 
@@ -74,30 +70,3 @@ def tf_idf(node: OnnxNode, x: Any) -> Tensor:
     counts = F.concatenate([counts, F.zeros((rows.shape[0], 1), float32)], 1)
     y = F.take(counts, as_tensor(order), axis=1)
     return F.reshape(y, (y.shape[1],)) if x.ndim == 1 else y
-
-
-# ai.onnx.ml ------------------------------------------------------------------------------------------------------
-
-@onnx_rule("Binarizer", domain=ML)
-def binarizer(node: OnnxNode, x: Any) -> Tensor:
-    x = tensor(x)
-    return cast(x > node.attr("threshold", 0.0), x.dtype)
-
-
-@onnx_rule("ArrayFeatureExtractor", domain=ML)
-def array_feature_extractor(node: OnnxNode, x: Any, index: Any) -> Any:
-    """Elements of the last axis."""
-    if is_known(x) and is_text(x):
-        return x[..., np.asarray(index).reshape(-1)]
-    x = tensor(x)
-    y = F.take(x, wrapped(F.ravel(tensor(index)), x.shape[-1]), axis=x.ndim - 1)
-    return F.reshape(y, (1, y.shape[0])) if x.ndim == 1 else y
-
-
-@onnx_rule("Scaler", domain=ML)
-def scaler(node: OnnxNode, x: Any) -> Tensor:
-    """(x - offset) * scale of each feature."""
-    x = cast(tensor(x), float32)
-    offset, scale = (np.asarray(node.attr(name, None) or [default], np.float32) for name, default in
-                     (("offset", 0.0), ("scale", 1.0)))
-    return (x - as_tensor(offset)) * as_tensor(scale)
