@@ -7,6 +7,7 @@ are computed before the first is stored, so that an output may take over the mem
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,6 +29,7 @@ from .lower_slots import Reduce, compute_dtype, let, storage_dtype
 from .sizes import exact, expression, expressions, hint, is_dynamic
 
 SERIAL_WORK = 40_000  # element operations below which waking other threads costs more than it saves
+MOST_PARTS = 8        # of a concatenation that have loops of their own
 BLOCK = 4096          # elements per step of a parallel loop over one long axis
 
 
@@ -272,6 +274,7 @@ class ElementwiseKernel:
         if not vectorizable(nodes):
             self.lanes = 1
         self.domain = domain_of(refine([v.shape for v in outputs]), nodes, outputs)
+        self.joints = self.find_joints(nodes) if self.domain.loops else {}
         self.parallel = target.threads > 1 and hint(outputs[0].type.size) * work_per_element(nodes) > SERIAL_WORK
 
     def element(self) -> None:
@@ -346,7 +349,30 @@ class ElementwiseKernel:
 
     def row(self, inner: Axis) -> None:
         """The innermost axis at the current place of the others."""
-        each_vector(inner.extent, self.lanes, lambda start, lanes: self.vector(inner, start, lanes))
+        if not self.joints.get(inner):
+            each_vector(inner.extent, self.lanes, lambda start, lanes: self.vector(inner, start, lanes))
+            return
+        for first, stop in itertools.pairwise([0, *self.joints[inner], inner.extent]):
+            inner.lo, inner.hi = first, stop - 1
+            each_vector(stop - first, self.lanes, lambda start, lanes, first=first: self.vector(
+                inner, first + start, lanes))
+        inner.lo, inner.hi = 0, inner.extent - 1
+
+    def find_joints(self, nodes: Sequence[Node]) -> dict[Axis, list[int]]:
+        """Where along an innermost axis the parts of a concatenation meet: each part then has a loop of its own, that
+        reads one operand and need not choose."""
+        found: dict[Axis, set[int]] = {}
+        for node in nodes:
+            parts = [v.shape[node.attrs["axis"]] for v in node.operands] if node.op.name == "concat" else []
+            same = [v for v in self.outputs if parts and v.shape == node.result.shape]
+            if not same or len(parts) > MOST_PARTS or is_dynamic(*parts):
+                continue
+            place = self.domain.indices[same[0]][node.attrs["axis"]]
+            if place.const == 0 and len(place.terms) == 1 and place.terms.get(self.domain.loops[-1]) == 1:
+                meet = found.setdefault(self.domain.loops[-1], set())
+                meet.update(itertools.accumulate(parts))
+        return {axis: sorted(m for m in meet if 0 < m < axis.extent) for axis, meet in found.items()
+                if isinstance(axis.extent, int)}
 
 
 def bind_flat(axes: Sequence[Axis], position: Any) -> None:

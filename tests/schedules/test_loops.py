@@ -136,6 +136,16 @@ def test_views_and_gathers_on_the_way():
     check(graph, [data(graph)[0], np.array([3, -1, 99, 0], np.int32)])
 
 
+@pytest.mark.parametrize("parts", [(24, 24, 40), (1, 16, 3), (5, 0, 2), (64,) * 9])
+def test_concatenations_along_the_innermost_axis(parts):
+    with GraphBuilder() as b:
+        xs = [b.input(TensorType((3, 7, n), F32), f"x{i}") for i, n in enumerate(parts)]
+        y = b.input(TensorType((3, 7, sum(parts)), F32), "y")
+        whole = emit("concat", *xs, axis=2)
+        b.output(emit("concat", xs[0] * 2.0, *xs[1:], axis=2) + y, emit("reverse", whole, axes=(2,)) - y)
+    check(b.graph)
+
+
 def test_random_bits_are_those_of_philox():
     graph = graph_of(lambda s: [emit("random_bits", s, offset=5, shape=(3, 7)),
                                 emit("random_bits", s, offset=0, shape=(1,))], ((2,), "uint64"))
