@@ -1,6 +1,7 @@
 """Low-rank adapters on layers and on imported graphs."""
 
 import numpy as np
+import onnx
 import pytest
 
 import treadle as td
@@ -126,3 +127,19 @@ def test_errors(tmp_path):
         ft.load_lora(td.nn.Sequential(td.nn.Linear(5, 8), td.nn.ReLU(), td.nn.Linear(8, 3)), tmp_path / "a.safetensors")
     with pytest.raises(td.CheckpointError, match="no weights 2.weight"):
         ft.load_lora(td.nn.Sequential(td.nn.Linear(6, 8)), tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_exported_with_adapters_apart_or_merged(case, tmp_path, merge):
+    ort = pytest.importorskip("onnxruntime")
+    _, net, patterns, inputs, expected = case
+    ft.add_lora(net, patterns, rank=2)
+    ft.train_only(net, "*.lora.*")
+    trained(net, inputs)
+    specs = net.body.inputs if hasattr(net, "body") else [td.spec(("batch", 6))]
+    td.onnx.save(net, tmp_path / "net.onnx", *specs, merge=merge)
+    names = {t.name for t in onnx.load(tmp_path / "net.onnx").graph.initializer}
+    assert any(n.endswith("lora.a") for n in names) is not merge
+    session = ort.InferenceSession(str(tmp_path / "net.onnx"), providers=["CPUExecutionProvider"])
+    theirs = session.run(None, {i.name: x for i, x in zip(session.get_inputs(), inputs)})[0]
+    np.testing.assert_allclose(theirs, net(*inputs).numpy(), rtol=1e-5, atol=1e-5)
