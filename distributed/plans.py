@@ -4,7 +4,7 @@
 parameters whose names match lie as told, their optimizer states with them. ZeRO (Rajbhandari et al. 2020,
 arXiv:1910.02054) is annotations, too. Stages 1 and 2: states are split along the batch's axis, so gradients are
 reduced and scattered instead of reduced everywhere, each rank updates its part, and the new parameters are gathered.
-Stage 3: the parameters stay split between steps and are gathered where the forward and backward passes read them.
+Stage 3: the parameters stay split between steps; each op of the forward and backward passes that reads one gathers it for itself.
 
 Since a gradient goes from partial sums straight to its parts, no rank ever holds whole reduced gradients: stage 1 does
 what stage 2 promises.
@@ -136,17 +136,15 @@ def gather_at_use(graph: Graph, parameters: Sequence[Value], axis: str | None) -
     wanted = set(parameters)
     nodes: list[Node | tuple[Node, list[Value]]] = []
     with GraphBuilder("uses") as builder:
-        whole: dict[Value, Value] = {}
         for node in graph.nodes:
-            reads = [v for v in node.operands if v in wanted]
-            if reads and not _updates(node):
-                for v in reads:
-                    if v not in whole:
-                        (whole[v],) = builder.emit("annotate", [v], {"dims": ("",) * v.rank, "whole": (axis,)})
-                        made = whole[v].producer
-                        assert made is not None
-                        nodes.append(made)
-            nodes.append(node if not reads or _updates(node) else (node, [whole.get(v, v) for v in node.operands]))
+            whole: dict[Value, Value] = {}  # of this reader alone: what it gathers is free again after it
+            for v in () if _updates(node) else node.operands:
+                if v in wanted and v not in whole:
+                    (whole[v],) = builder.emit("annotate", [v], {"dims": ("",) * v.rank, "whole": (axis,)})
+                    made = whole[v].producer
+                    assert made is not None
+                    nodes.append(made)
+            nodes.append((node, [whole.get(v, v) for v in node.operands]) if whole else node)
     return _rebuilt(graph, nodes)
 
 

@@ -117,6 +117,8 @@ CASES = {
     "zero3-4": ({"data": 4}, {"zero": 3, "optimizer": "adamw"}),
     "tp4": ({"tensor": 4}, {}),
     "dp2xtp2": ({"data": 2, "tensor": 2}, {"zero": 1, "clip": 0.05, "optimizer": "adamw", "dropout": 0.25}),
+    "2x2x2": ({"data": 2, "tensor": 2, "pipe": 2},
+              {"accumulate": 4, "zero": 1, "clip": 0.05, "optimizer": "adamw"}),
     "resnet-2x2": ({"data": 2, "tensor": 2}, {"model": "resnet"}),
 }
 

@@ -16,6 +16,7 @@ MISSING = mpi_available()
 OPTIONS = {"optimizer": "adamw", "clip": 0.05, "accumulate": 4}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(MISSING is not None, reason=f"no MPI: {MISSING}")
 def test_any_mesh_loads_what_any_mesh_saved(tmp_path):
     losses, state, _ = job.run("whole", {}, OPTIONS)

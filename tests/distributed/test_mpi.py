@@ -21,11 +21,14 @@ MISSING = mpi_available()
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"no MPI: {MISSING}")
 
 
+FAST = ("zero1-adamw", "tp2", "1f1b")  # the others run with the slow tests
+
+
 def ranks_of(name):
     return td.distributed.Mesh(job.CASES[name][0]).size
 
 
-def start(ranks, script, *arguments, timeout=400, **environment):
+def start(ranks, script, *arguments, timeout=900, **environment):
     """Runs a script on ranks; gives the finished process."""
     folder = Path(__file__).parent
     return subprocess.run(command(ranks, [str(folder / script), *map(str, arguments)]), capture_output=True, text=True,
@@ -40,7 +43,7 @@ def results(tmp_path_factory):
 
     def get(name):
         if name not in found:
-            names = [n for n in job.CASES if ranks_of(n) == ranks_of(name)]
+            names = [n for n in job.CASES if ranks_of(n) == ranks_of(name) and (n in FAST) == (name in FAST)]
             done = start(ranks_of(name), "job.py", folder, *names)
             assert done.returncode == 0, done.stderr[-4000:]
             for n in names:
@@ -65,7 +68,7 @@ def expected():
     return get
 
 
-@pytest.mark.parametrize("name", job.CASES)
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in job.CASES])
 def test_as_one_process(name, results, expected):
     (losses, state), (got, facts) = expected(name), results(name)
     tol = 1e-7 if job.CASES[name][1].get("optimizer") else 1e-9
@@ -76,6 +79,7 @@ def test_as_one_process(name, results, expected):
     assert sum(facts["calls"].values()) > 0
 
 
+@pytest.mark.slow
 def test_zero_keeps_a_part_of_everything(results, expected):
     whole = {k: sum(v.nbytes for v in expected("zero3-4")[1].values()) for k in ("parameter",)}
     assert results("zero3-4")[1]["bytes"]["parameter"] == whole["parameter"] / 4

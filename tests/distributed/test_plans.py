@@ -1,0 +1,119 @@
+"""Whole training steps (forward, backward, clipping, AdamW) under plans, all ranks in one process, in f64; and the bytes
+that a step sends against the formulas."""
+
+import numpy as np
+import pytest
+
+import treadle as td
+from treadle.distributed import Mesh, MeshError, lockstep
+from treadle.distributed.buckets import bucket
+from treadle.ir import interp
+from treadle.ir.errors import AttributeValueError, ShapeError
+from treadle.ir.verify import verify
+
+from . import job
+
+
+def step_of(plan, clip=0.05, accumulate=1, dropout=0.0):
+    """A training step and its batch; the mesh is given to `traced`, so no ranks are needed."""
+    td.random.seed(0)
+    model = job.Gpt(dropout).to("float64")
+    opt = td.optim.AdamW(model.parameters(), lr=1e-2)
+    inner = td.train_step(model, job.lm_loss, opt, clip_norm=clip, accumulate=accumulate)
+    return td.distributed.parallelize(inner, Mesh({}), plan), job.batch_of({})
+
+
+def arrays_of(graph, batch):
+    """Inputs of a traced step: the batch, numbers, and what the captured tensors hold."""
+    captures, leaves = graph.meta["captures"], list(batch)
+    found = []
+    for i, (v, role) in enumerate(zip(graph.inputs, graph.roles)):
+        if i in captures:
+            found.append(captures[i].numpy())
+        elif role == "scalar":
+            found.append(np.asarray({"clip_norm": 0.05}.get(v.name, 0.01), v.dtype.np))
+        else:
+            found.append(np.asarray(leaves.pop(0)).reshape(v.shape))
+    return found
+
+
+def traced(axes, plan, **options):
+    """A step partitioned for a mesh, and its inputs."""
+    step, batch = step_of(plan, **options)
+    step.mesh = Mesh(axes)
+    if "tensor" in axes:
+        object.__setattr__(plan, "shard", job.tensor_plan(step.inner.model))
+    made = step.trace(*batch)
+    return made, arrays_of(made.graph, batch), step
+
+
+def check(made, arrays):
+    verify(made.graph)
+    want = interp.run(made.whole, arrays)
+    for got, expected in zip(lockstep.run_whole(made, arrays), want, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-9)
+
+
+PLANS = [
+    ({"data": 2}, {}, {}), ({"data": 4}, {"zero": 1}, {}), ({"data": 4}, {"zero": 3}, {}),
+    ({"tensor": 4}, {}, {}), ({"data": 2, "tensor": 2}, {"zero": 1}, {}), ({"data": 2, "tensor": 4}, {"zero": 3}, {}),
+    ({"data": 2}, {"zero": 1}, {"accumulate": 2}), ({"data": 2, "tensor": 2}, {}, {"dropout": 0.25}),
+]
+
+
+@pytest.mark.parametrize(("axes", "plan", "options"), PLANS, ids=str)
+def test_a_step_is_that_of_one_process(axes, plan, options):
+    made, arrays, _ = traced(axes, td.distributed.Plan(**plan), **options)
+    check(made, arrays)
+
+
+def split_bytes(made, ranks):
+    """Bytes of the parameters that ZeRO splits (those with a dimension that divides)."""
+    return sum(v.type.nbytes for v, role in zip(made.whole.inputs, made.whole.roles)
+               if role == "parameter" and any(s % ranks == 0 for s in v.shape))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_zero_sends_what_the_paper_says(ranks):
+    """With P bytes of parameters: data parallelism and ZeRO-1/2 send 2 P (n - 1) / n, ZeRO-3 half as much again
+    (arXiv:1910.02054, section 7)."""
+    sent = {}
+    for zero in (0, 1, 2, 3):
+        made, _, _ = traced({"data": ranks}, td.distributed.Plan(zero=zero), clip=None)
+        sent[zero] = made.traffic()
+    size, part = split_bytes(made, ranks), (ranks - 1) / ranks
+    few = 2 * 16 * part + 8  # the loss: its sum, its tokens
+    assert sent[0]["all_reduce:data"] == pytest.approx(2 * size * part, abs=few)
+    for zero in (1, 2):
+        assert sent[zero]["reduce_scatter:data"] == pytest.approx(size * part, abs=few)
+        assert sent[zero]["all_gather:data"] == pytest.approx(size * part, abs=few)
+        assert sent[zero]["all_reduce:data"] <= few
+    assert sent[3]["reduce_scatter:data"] == pytest.approx(size * part, abs=few)
+    assert size * part <= sent[3]["all_gather:data"] <= 2 * size * part * 1.3  # the table is tied: read three times
+
+
+def test_gradients_go_in_buckets():
+    made, arrays, step = traced({"data": 2}, td.distributed.Plan())
+    assert sum(made.collectives().values()) <= 4
+    few = bucket(made.graph, 1 << 30)
+    many = traced({"data": 2}, td.distributed.Plan(bucket_bytes=2000))[0]
+    assert sum(many.collectives().values()) > 6
+    assert sum(many.traffic().values()) == pytest.approx(sum(made.traffic().values()), abs=40)
+    made.graph = few
+    check(made, arrays)
+    check(many, arrays)
+
+
+def test_plans_that_do_not_fit():
+    with pytest.raises(MeshError, match=r"matches no parameter; there are: tokens.weight"):
+        step_of(td.distributed.Plan(shard={"*.query": ("data",)}))
+    with pytest.raises(AttributeValueError, match="zero is 4"):
+        td.distributed.Plan(zero=4)
+    step, (tokens, labels) = step_of(td.distributed.Plan())
+    step.mesh = Mesh({"data": 3})
+    with pytest.raises(ShapeError, match="does not divide over the 3 ranks of 'data'; nothing is padded: make it 9"):
+        step.trace(tokens, labels)
+    with pytest.raises(MeshError, match="needs 2 ranks, but this job has 1"):
+        td.distributed.parallelize(step.inner, Mesh({"data": 2}))
+    with pytest.raises(MeshError, match="only one mesh axis may be -1"):
+        td.distributed.make_mesh({"data": -1, "tensor": -1})
