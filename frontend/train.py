@@ -18,7 +18,7 @@ The protocol of optimizers (base class `optim.Optimizer`):
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from ..ir.location import user_location
 from . import control, tree
 from . import functions as F
 from .compile import Compiled
+from .dynamic import Arguments, Dynamic
 from .eager import records
 from .optim.clip import clip_by_global_norm
 from .recording import current_trace
@@ -42,7 +43,7 @@ CLIP, FLAG = "clip_norm", "trainable."
 
 def train_step(model: Any, loss_fn: Callable[..., Any], opt: Any, amp: Any = None, clip_norm: float | None = None,
                accumulate: int = 1, memory_budget: int | None = None, target: str = "cpu", freezable: bool = False,
-               prune_frozen: bool = False) -> TrainStep:
+               prune_frozen: bool = False, dynamic: Mapping[str, Any] | None = None) -> TrainStep:
     """A compiled training step.
 
     A parameter whose `requires_grad` is False is frozen: neither it nor its optimizer state moves. That is a run-time
@@ -62,6 +63,8 @@ def train_step(model: Any, loss_fn: Callable[..., Any], opt: Any, amp: Any = Non
         freezable: compile the flags in from the start, for a model that will be frozen later.
         prune_frozen: leave out the backward pass and the update of what is frozen. Faster and smaller; each new set of
             frozen parameters compiles once.
+        dynamic: which sizes of the batch are open, by the parameters of `loss_fn`, as for `compile`: a step with
+            `{"x": {0: "batch"}, "y": {0: "batch"}}` serves batches of every size.
 
     Returns:
         A function of the batch: the loss (and aux) before the update. `.stats` counts compilations.
@@ -69,7 +72,8 @@ def train_step(model: Any, loss_fn: Callable[..., Any], opt: Any, amp: Any = Non
     Raises:
         ArgumentsError, AttributeValueError: an argument outside its domain.
     """
-    return TrainStep(model, loss_fn, opt, amp, clip_norm, accumulate, memory_budget, target, freezable, prune_frozen)
+    return TrainStep(model, loss_fn, opt, amp, clip_norm, accumulate, memory_budget, target, freezable, prune_frozen,
+                     dynamic)
 
 
 class TrainStep:
@@ -81,7 +85,8 @@ class TrainStep:
     """
 
     def __init__(self, model: Any, loss_fn: Callable[..., Any], opt: Any, amp: Any, clip_norm: float | None,
-                 accumulate: int, memory_budget: int | None, target: str, freezable: bool, prune_frozen: bool):
+                 accumulate: int, memory_budget: int | None, target: str, freezable: bool, prune_frozen: bool,
+                 dynamic: Mapping[str, Any] | None = None):
         if not callable(loss_fn):
             raise ArgumentsError(f"train_step: loss_fn(model, *batch) must be a function, got {loss_fn!r}",
                                  user_location())
@@ -103,6 +108,7 @@ class TrainStep:
         self._numbers: dict[str, np.ndarray] = {}
         self._layout: tuple[str, ...] = ()
         self._compiled = _CompiledStep(self, target, amp)
+        self._compiled.dynamic = None if dynamic is None else Dynamic(dynamic)
 
     @property
     def stats(self) -> Any:
@@ -244,6 +250,11 @@ class _CompiledStep(Compiled):
         self.step = step
         self._recordable = False  # a batch that requires a gradient is still only data
         self.__name__ = "train_step"
+
+    def _open(self, args: Sequence[Any], keywords: dict[str, Any]) -> Arguments | None:
+        batch, *rest = args
+        given = None if self.dynamic is None else self.dynamic.arguments(self.step.loss_fn, batch, {}, skip=1)
+        return None if given is None else ((given[0], *rest), keywords)
 
     def trace(self, *args: Any, **keywords: Any) -> Graph:
         """As for functions; the numbers get the role `scalar`."""

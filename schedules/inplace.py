@@ -49,6 +49,8 @@ def _accesses(group: Group, output: Value) -> tuple[Recorder, Index]:
         if not domain.is_full(output) and domain.rows != domain.size:
             # a row value is stored after its row was read; reads of a row-shaped source are at the row as well
             return domain.recorder, flatten(domain.row_index(output), output.shape)
+        if domain.is_full(output) and domain.levels[output] < domain.passes:
+            raise NotAligned(f"{output!r} is stored before the last pass over its row, which may read the source again")
         return domain.recorder, flatten(domain.full_index(output), output.shape)
     else:
         shape = refine([v.shape for v in group.outputs])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from ...ir.dims import Dim
 from ...ir.dtypes import promote
 from ...ir.errors import AttributeValueError, DTypeError, ShapeError
 from .. import functions as F
@@ -164,7 +165,11 @@ def batch_norm(x: Tensor, running_mean: Tensor | None, running_var: Tensor | Non
     y, mean, var = F.batch_norm(x, weight, bias, eps=eps)
     if running_mean is not None and running_var is not None:
         count = math.prod(x.shape) // channels
-        unbiased = F.stop_gradient(var) * (count / max(count - 1, 1))
+        if isinstance(count, Dim):  # a number of the run: the last of 0, 1... count - 1
+            last = F.arange(count)[-1].astype(var.dtype)
+            unbiased = F.stop_gradient(var) * ((last + 1.0) / F.maximum(last, 1.0))
+        else:
+            unbiased = F.stop_gradient(var) * (count / max(count - 1, 1))
         running_mean.assign(running_mean + momentum * (F.stop_gradient(mean) - running_mean))
         running_var.assign(running_var + momentum * (unbiased - running_var))
     return y

@@ -212,3 +212,47 @@ def test_patterns_are_tried_from_the_weakest():
     tried = list(dynamic.patterns({"batch": 3, "h": 48, "w": 100}))
     assert tried[0] == {} and tried[1] == {"h": td.Dim("h") * 16, "w": td.Dim("w") * 4} and tried[2] == {"h": 48}
     assert dynamic.fits(tried[1], {"batch": 1, "h": 32, "w": 8}) and not dynamic.fits(tried[1], {"h": 31, "w": 8})
+
+
+def steps(model_of, loss, batches, dynamic, **options):
+    """Parameters after the same steps with open sizes, and without; how often the first compiled."""
+    found = []
+    for given in (dynamic, None):
+        td.random.seed(0)
+        model = model_of()
+        opt = td.optim.SGD(model.parameters(), lr=0.05)
+        step = td.train_step(model, loss, opt, dynamic=given, **options)
+        losses = [float(step(*batch).numpy()) for batch in batches]
+        found.append((losses, [p.numpy().copy() for p in model.parameters()], step.stats.compiles))
+    return found
+
+
+def mean_square(model, x, y):
+    return ((model(x) - y) ** 2.0).mean()
+
+
+def cross_entropy(model, x, y):
+    return nn.functional.cross_entropy(model(x), y)
+
+
+@pytest.mark.parametrize("options", [{}, {"clip_norm": 0.1}, {"amp": "bfloat16"}])
+def test_training_steps_of_any_batch(options):
+    def model():
+        return nn.Sequential(nn.Linear(20, 33), nn.LayerNorm(33), nn.Linear(33, 7))
+
+    batches = [(data(n, 20), data(n, 7)) for n in (4, 1, 9, 64)]
+    opened, static = steps(model, mean_square, batches, {"x": {0: "batch"}, "y": {0: "batch"}}, **options)
+    assert opened[2] == 1 and static[2] == 4
+    tol = 2e-2 if "amp" in options else 1e-4
+    close(opened[0], static[0], tol)
+    for a, b in zip(opened[1], static[1]):
+        close(a, b, tol)
+
+
+def test_training_steps_on_images_of_any_size():
+    batches = [(data(n, 3, h, w), RNG.integers(0, 10, n)) for n, h, w in ((2, 8, 8), (1, 12, 10), (5, 9, 16))]
+    opened, static = steps(Images, cross_entropy, batches, {"x": ("n", 3, "h", "w"), "y": ("n",)})
+    assert opened[2] == 1
+    close(opened[0], static[0], 1e-3)
+    for a, b in zip(opened[1], static[1]):
+        close(a, b, 2e-3)

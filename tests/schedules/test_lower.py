@@ -195,3 +195,19 @@ def test_integer_powers_wrap_and_are_not_reasoned_about(dtype, exponent):
     with np.errstate(over="ignore"):
         got = check(graph, [x])[0]
         np.testing.assert_array_equal(got, x**exponent)
+
+
+def test_a_result_of_an_early_pass_does_not_overwrite_what_a_later_one_reads():
+    def fn(x, scale):
+        y = x * scale
+        mean = emit("reduce_mean", y, axes=(1,), keepdims=True)
+        wide = emit("exp", y - mean)
+        total = emit("reduce_sum", wide, axes=(1,), keepdims=True)
+        return scale - x * 0.5, wide / total * scale
+
+    with GraphBuilder("main") as b:
+        x, scale = b.input(TensorType((1, 33), F32), "x"), b.input(TensorType((1, 33), F32), "scale", "parameter")
+        b.output(*fn(x, scale))
+    graph = b.graph
+    graph.aliases[0] = 1
+    check(graph)
