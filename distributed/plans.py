@@ -4,7 +4,8 @@
 parameters whose names match lie as told, their optimizer states with them. ZeRO (Rajbhandari et al. 2020,
 arXiv:1910.02054) is annotations, too. Stages 1 and 2: states are split along the batch's axis, so gradients are
 reduced and scattered instead of reduced everywhere, each rank updates its part, and the new parameters are gathered.
-Stage 3: the parameters stay split between steps; each op of the forward and backward passes that reads one gathers it for itself.
+Stage 3: the parameters stay split between steps; each op of the forward and backward passes that reads one gathers
+it for itself.
 
 Since a gradient goes from partial sums straight to its parts, no rank ever holds whole reduced gradients: stage 1 does
 what stage 2 promises.
@@ -40,7 +41,7 @@ class Plan:
             `accumulate` of the training step is the number of micro-batches.
         schedule: "gpipe", "1f1b" or "interleaved", with `chunks` stages on each device.
         weight: what a micro-batch of a pipeline counts in the loss, from its arrays: `lambda x, y: (y != -100).sum()`
-            makes a mean over tokens that of the whole batch, however they are spread. None: micro-batches count equally.
+            makes a mean over tokens that of the whole batch, however they are spread. None: all count the same.
         bucket_bytes: collectives of one kind that may go together are joined into messages of at most so many bytes.
     """
 

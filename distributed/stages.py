@@ -1,9 +1,9 @@
 """A graph as a chain of layers, and a run of layers as a stage with a forward and a backward program.
 
-What matters of a loss's graph are the nodes that depend on data and parameters both; the others (masks from the batch, a
-transposed weight) are computed again wherever they are wanted. Between two such nodes the graph can be cut if one single
-value crosses: there ends a layer. The residual stream of a transformer is such a value; so is the input of every layer of
-a plain net.
+What matters of a loss's graph are the nodes that depend on data and parameters both; the others (masks from the
+batch, a transposed weight) are computed again wherever they are wanted. Between two such nodes the graph can be cut
+if one single value crosses: there ends a layer. The residual stream of a transformer is such a value; so is the
+input of every layer of a plain net.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def stages_of(chain: Chain, count: int, memory: float = float("inf"), kept: Sequ
         AttributeValueError: the graph has fewer layers, or no cut fits in memory.
     """
     if len(chain.layers) < count:
-        raise AttributeValueError(f"{chain.graph.name} can be cut into {len(chain.layers)} stages at most, not {count}: only "
-                                  "between layers that hand on a single tensor")
+        raise AttributeValueError(f"{chain.graph.name} can be cut into {len(chain.layers)} stages at most, not {count}: "
+                                  "only between layers that hand on a single tensor")
     found = cut(chain.layers, count, memory, kept)
     ends = [*(b - 1 for b in found.bounds[1:]), len(chain.layers) - 1]
     handed: Value | None = None

@@ -1,9 +1,9 @@
 """Checkpoints of a training step on a mesh, in global coordinates.
 
-A checkpoint is a folder. Every rank writes the parts that it has, each under the tensor's name and the place of the part in
-the whole tensor; of equal parts on several ranks one is written. So a checkpoint says nothing of the mesh that wrote it:
-a rank of any other mesh looks up the pieces that overlap its own parts. The folder is written beside its place and renamed
-when every rank is done.
+A checkpoint is a folder. Every rank writes the parts that it has, each under the tensor's name and the place of the
+part in the whole tensor; of equal parts on several ranks one is written. So a checkpoint says nothing of the mesh
+that wrote it: a rank of any other mesh looks up the pieces that overlap its own parts. The folder is written beside
+its place and renamed when every rank is done.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def save(path: Any, step: ParallelStep, metadata: Mapping[str, str] | None = Non
         job.barrier()
     if step.rank == 0:
         index = {"version": VERSION, "mesh": dict(step.mesh.axes), "parts": step.mesh.size, "shapes": shapes,
-                 "steps": step.inner.opt.steps, "skipped": list(step.inner.opt.skipped), "metadata": dict(metadata or {})}
+                 "steps": step.inner.opt.steps, "skipped": list(step.inner.opt.skipped),
+                 "metadata": dict(metadata or {})}
         _publish(temporary, path, index)
     if job is not None:
         job.barrier()

@@ -1,11 +1,11 @@
 """A training step on a mesh with a pipeline axis; `parallelize` makes it when the plan names one.
 
 The loss of one micro-batch is traced, cut into stages of equal cost (`distributed/stages.py`), and each stage
-differentiated on its own: a forward program that keeps what its backward program needs, and a backward program that adds
-to the gradients. Both are partitioned over the other axes of the mesh like any graph, so a pipeline of data- and
-tensor-parallel stages is nothing special. A schedule (`distributed/pipeline.py`) says in which order a device runs them;
-what stages hand each other goes over MPI while they compute. Gradients stay partial sums until the update, which reduces
-them once.
+differentiated on its own: a forward program that keeps what its backward program needs, and a backward program that
+adds to the gradients. Both are partitioned over the other axes of the mesh like any graph, so a pipeline of data-
+and tensor-parallel stages is nothing special. A schedule (`distributed/pipeline.py`) says in which order a device
+runs them; what stages hand each other goes over MPI while they compute. Gradients stay partial sums until the
+update, which reduces them once.
 
 Micro-batches are those of `train_step(accumulate=)`: the result is that of one process that accumulates so many.
 """
@@ -128,8 +128,8 @@ class PipelineStep(ParallelStep):
         specs = [self._micro_spec(np.asarray(x.numpy() if isinstance(x, Tensor) else x)) for x in leaves]
         graph = record(lambda *b: self.inner.loss_fn(self.inner.model, *b), tree.unflatten(structure, specs))
         if len(graph.outputs) != 1 or graph.meta["assigns"]:
-            raise ArgumentsError("under a pipeline the loss function returns the loss alone, and may not draw random numbers "
-                                 "or move running statistics: this one returns or assigns "
+            raise ArgumentsError("under a pipeline the loss function returns the loss alone, and may not draw random "
+                                 "numbers or move running statistics: this one returns or assigns "
                                  f"{len(graph.outputs)} values", user_location())
         tidy = Pipeline(list(TIDY)).run(graph)
         tidy.meta.update(graph.meta)
@@ -142,7 +142,8 @@ class PipelineStep(ParallelStep):
                                       f"{self.micro} micro-batches along its first dimension", user_location())
         return Spec(TensorType((array.shape[0] // self.micro, *array.shape[1:]), str(array.dtype)))
 
-    def _build_stages(self, batch: Sequence[Any], numbers: dict[str, np.ndarray]) -> tuple[dict[int, _StageProgram], Any]:
+    def _build_stages(self, batch: Sequence[Any],
+                      numbers: dict[str, np.ndarray]) -> tuple[dict[int, _StageProgram], Any]:
         graph, leaves = self._loss_graph(batch)
         captures: dict[int, Tensor] = graph.meta["captures"]
         chain = chain_of(graph, range(leaves))
@@ -323,8 +324,8 @@ class PipelineStep(ParallelStep):
             return np.full(self.micro, 1 / self.micro)
         counts = np.array([float(self.plan.weight(*(a[m] for a in cut))) for m in range(self.micro)])
         if not counts.sum() > 0:
-            raise ArgumentsError(f"the plan's weight gives {counts.tolist()} for the micro-batches; they have to add up to "
-                                 "more than 0", user_location())
+            raise ArgumentsError(f"the plan's weight gives {counts.tolist()} for the micro-batches; they have to add up "
+                                 "to more than 0", user_location())
         return counts / counts.sum()
 
     def _inputs(self, program: _StageProgram, task: Task, cut: list[np.ndarray], wanted: Sequence[int],
