@@ -11,6 +11,7 @@ had not been interrupted, to the last bit.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ...ir.errors import ArgumentsError, CheckpointError
+from ...ir.errors import ArgumentsError, CheckpointError, GradientError
 from .. import random
 from ..checkpoint import load_checkpoint, save_checkpoint
 from ..compile import compile as compile_
@@ -181,6 +182,7 @@ class Tuner:
 
         Raises:
             CheckpointError: the checkpoint is damaged, or of a run with other settings.
+            GradientError: the loss is not finite.
         """
         if resume and self.folder is not None and (self.folder / LAST).exists():
             self.load(self.folder / LAST)
@@ -214,6 +216,10 @@ class Tuner:
             started = time.perf_counter()
             loss = float(self.step(*batch).item())
             history.seconds += time.perf_counter() - started
+            if not math.isfinite(loss):
+                raise GradientError(f"the loss of step {history.steps + 1} is {loss}: lower lr, clip the gradients "
+                                    "(clip_norm), or look for bad numbers in the data; the last "
+                                    "checkpoint is still good")
             history.examples += len(batch[-1])
             history.steps += 1
             history.losses.append(loss)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -165,3 +167,42 @@ def test_lines_where_there_is_no_terminal(capsys):
     tuner(show=True).fit()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and lines[0].startswith("epoch  1/2  loss ") and "held out: loss" in lines[1]
+
+
+def test_a_loss_that_is_no_number_ends_the_run():
+    run = ft.Tuner(td.nn.Linear(6, 3), (X * np.float32(np.inf), Y), show=False)
+    with pytest.raises(td.GradientError, match="the loss of step 1 is nan.*clip_norm"):
+        run.fit()
+
+
+def test_data_of_the_users_own():
+    class Noise:
+        def __len__(self):
+            return 3
+
+        def batch(self, epoch, index):
+            assert 0 <= epoch < 2 and 0 <= index < 3
+            made = np.random.default_rng([epoch, index])
+            return made.standard_normal((4, 6)).astype(np.float32), made.integers(0, 3, 4)
+
+    seen = []
+
+    def half(outputs, targets):
+        seen.append(outputs.shape)
+        return 0.5
+
+    td.random.seed(0)
+    run = ft.Tuner(td.nn.Linear(6, 3), Noise(), evaluation=Noise(), epochs=2, metrics=[half], show=False)
+    assert run.fit().steps == 6 and seen == [(12, 3)] * 2 and run.history.best["half"] == 0.5
+    augmented = ft.Arrays(X, Y, batch_size=8, augment=lambda rng, x, y: (x + rng.normal(), y))
+    first = augmented.batch(1, 2)[0]
+    np.testing.assert_array_equal(first, augmented.batch(1, 2)[0])
+    assert len({float(a[0, 0]) for a in (first, augmented.batch(0, 2)[0], augmented.batch(1, 3)[0])}) == 3
+    assert sorted(np.concatenate([ft.Arrays(X, Y, batch_size=10, drop_last=False).batch(0, i)[1]
+                                  for i in range(10)]).tolist()) == sorted(Y.tolist())
+
+
+def test_the_package_is_imported_when_it_is_used():
+    code = "import sys, treadle; assert 'treadle.frontend.finetune' not in sys.modules; treadle.finetune.Tuner; " \
+           "assert 'onnx' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
