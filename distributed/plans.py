@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..ir.builder import GraphBuilder
@@ -65,15 +65,19 @@ class Plan:
                 return Sharding(tuple(dims))
         return Sharding.whole(rank)
 
+    def alone(self) -> Plan:
+        """The plan of one process, on whatever mesh."""
+        return replace(self, shard={}, zero=0)
+
     def check(self, mesh: Mesh, names: Sequence[str]) -> None:
         """That the plan fits the mesh and the model.
 
         Raises:
             MeshError: it names an axis that is not there, or a pattern matches no parameter.
         """
-        for axis in (d for dims in self.shard.values() for d in dims if d):
+        for axis in (d for dims in self.shard.values() for d in dims if d and mesh.size > 1):
             mesh[axis]
-        if self.zero and (self.data is None or self.data not in mesh):
+        if self.zero and mesh.size > 1 and (self.data is None or self.data not in mesh):
             raise MeshError(f"ZeRO needs the batch's axis {self.data!r} in the mesh, which is {mesh}")
         for pattern in self.shard:
             if not fnmatch.filter(names, pattern):

@@ -97,12 +97,12 @@ def stages_of(chain: Chain, count: int, memory: float = float("inf"), kept: Sequ
         AttributeValueError: the graph has fewer layers, or no cut fits in memory.
     """
     if len(chain.layers) < count:
-        raise AttributeValueError(f"{chain.graph.name} can be cut into {len(chain.layers)} stages at most, not {count}: "
-                                  "only between layers that hand on a single tensor")
+        raise AttributeValueError(f"{chain.graph.name} can be cut into {len(chain.layers)} stages at most, not "
+                                  f"{count}: only between layers that hand on a single tensor")
     found = cut(chain.layers, count, memory, kept)
     ends = [*(b - 1 for b in found.bounds[1:]), len(chain.layers) - 1]
     handed: Value | None = None
-    stages = []
+    stages: list[Stage] = []
     for end in ends:
         out = chain.crossing[end]
         stages.append(_stage(chain.graph, handed, out, len(stages)))

@@ -119,6 +119,8 @@ class ParallelStep:
         self.names = {id(p): name for name, p in step.model.named_parameters()} \
             if hasattr(step.model, "named_parameters") else {}
         plan.check(mesh, list(self.names.values()))
+        if mesh.size == 1:
+            self.plan = plan.alone()
         self.job = Job(mesh) if mesh.size > 1 else None
         if self.job is None:
             mesh.check_world(world_size())

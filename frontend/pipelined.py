@@ -28,6 +28,7 @@ from ..distributed.pipeline import BACKWARD, FORWARD, Task, schedule, stash_boun
 from ..distributed.plans import Source, annotate
 from ..distributed.stages import Halves, Stage, chain_of, halves, stages_of
 from ..ir.builder import GraphBuilder, copy_into
+from ..ir.dtypes import as_dtype
 from ..ir.errors import ArgumentsError, AttributeValueError
 from ..ir.graph import Graph, Value
 from ..ir.location import user_location
@@ -140,7 +141,7 @@ class PipelineStep(ParallelStep):
         if array.ndim == 0 or array.shape[0] % self.micro:
             raise AttributeValueError(f"a tensor {array.dtype}{list(array.shape)} of the batch does not divide into "
                                       f"{self.micro} micro-batches along its first dimension", user_location())
-        return Spec(TensorType((array.shape[0] // self.micro, *array.shape[1:]), str(array.dtype)))
+        return Spec(TensorType((array.shape[0] // self.micro, *array.shape[1:]), as_dtype(array.dtype)))
 
     def _build_stages(self, batch: Sequence[Any],
                       numbers: dict[str, np.ndarray]) -> tuple[dict[int, _StageProgram], Any]:
@@ -243,7 +244,7 @@ class PipelineStep(ParallelStep):
         own = [p for p in self.inner.opt.params if id(p) in self.sums]
         specs = [Spec(p.type, f"grad{i}") for i, p in enumerate(own)]
         graph = record(lambda grads, given: self._updated(own, grads, given), (
-            specs, {k: Spec(TensorType((), str(v.dtype)), k) for k, v in numbers.items()}))
+            specs, {k: Spec(TensorType((), as_dtype(v.dtype)), k) for k, v in numbers.items()}))
         meta = graph.meta
         graph = Pipeline(list(TIDY)).run(graph)
         captures = meta["captures"]
@@ -324,8 +325,8 @@ class PipelineStep(ParallelStep):
             return np.full(self.micro, 1 / self.micro)
         counts = np.array([float(self.plan.weight(*(a[m] for a in cut))) for m in range(self.micro)])
         if not counts.sum() > 0:
-            raise ArgumentsError(f"the plan's weight gives {counts.tolist()} for the micro-batches; they have to add up "
-                                 "to more than 0", user_location())
+            raise ArgumentsError(f"the plan's weight gives {counts.tolist()} for the micro-batches; they have to "
+                                 "add up to more than 0", user_location())
         return counts / counts.sum()
 
     def _inputs(self, program: _StageProgram, task: Task, cut: list[np.ndarray], wanted: Sequence[int],

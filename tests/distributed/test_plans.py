@@ -1,5 +1,5 @@
-"""Whole training steps (forward, backward, clipping, AdamW) under plans, all ranks in one process, in f64; and the bytes
-that a step sends against the formulas."""
+"""Whole training steps (forward, backward, clipping, AdamW) under plans, all ranks in one process, in f64; and the
+bytes that a step sends against the formulas."""
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def arrays_of(made, batch):
 def traced(axes, plan, **options):
     """A step partitioned for a mesh, and its inputs."""
     step, batch = step_of(plan, **options)
-    step.mesh = Mesh(axes)
+    step.mesh, step.plan = Mesh(axes), plan
     if "tensor" in axes:
         object.__setattr__(plan, "shard", job.tensor_plan(step.inner.model))
     made = step.trace(*batch)
@@ -111,6 +111,7 @@ def test_plans_that_do_not_fit():
         td.distributed.Plan(zero=4)
     step, (tokens, labels) = step_of(td.distributed.Plan())
     step.mesh = Mesh({"data": 3})
+    step.plan = td.distributed.Plan()
     with pytest.raises(ShapeError, match="does not divide over the 3 ranks of 'data'; nothing is padded: make it 9"):
         step.trace(tokens, labels)
     with pytest.raises(MeshError, match="needs 2 ranks, but this job has 1"):
