@@ -1,9 +1,9 @@
 """What communication costs: the alpha-beta model.
 
-A message of B bytes takes `latency + B / bandwidth`. With n ranks in a ring (Thakur, Rabenseifner & Gropp,
-"Optimization of Collective Communication Operations in MPICH", 2005) gathering B bytes, or reducing and scattering
-them, takes n - 1 messages of B / n; an all-reduce both of these or, when it is short, log2 n messages of all of it;
-an all-to-all of parts that hold B / n each n - 1 messages of B / n^2.
+A message of B bytes takes `latency + B / bandwidth`. Of n ranks (Thakur, Rabenseifner & Gropp, "Optimization of
+Collective Communication Operations in MPICH", 2005): gathering B bytes, or reducing and scattering them, takes log2 n
+messages that hold B (n - 1) / n bytes together; an all-reduce both of these or, when it is short, log2 n messages of B
+bytes each; an all-to-all of parts that hold B / n each n - 1 messages of B / n^2.
 """
 
 from __future__ import annotations
@@ -39,30 +39,34 @@ class Cluster:
         """The link between the ranks of an axis."""
         return dict(self.links).get(axis, self.link)
 
-    def ring(self, axis: str, ranks: int, messages: int, nbytes: float) -> float:
-        """Seconds of `messages` rounds over the ring, `nbytes` in all per rank."""
+    def rounds(self, axis: str, ranks: int, messages: int, nbytes: float) -> float:
+        """Seconds of `messages` messages of each rank, `nbytes` in all."""
         link = self.along(axis)
         return 0.0 if ranks < 2 else messages * link.latency + nbytes / link.bandwidth
 
     def all_gather(self, axis: str, ranks: int, whole: float) -> float:
         """Seconds until every rank has the `whole` bytes of which it had its part."""
-        return self.ring(axis, ranks, ranks - 1, whole * (ranks - 1) / ranks)
+        return self.rounds(axis, ranks, doublings(ranks), whole * (ranks - 1) / ranks)
 
     reduce_scatter = all_gather
 
     def all_reduce(self, axis: str, ranks: int, nbytes: float) -> float:
         """Seconds to sum tensors of `nbytes` everywhere."""
-        doublings = math.ceil(math.log2(ranks)) if ranks > 1 else 0
-        return min(self.ring(axis, ranks, 2 * (ranks - 1), 2 * nbytes * (ranks - 1) / ranks),
-                   self.ring(axis, ranks, doublings, doublings * nbytes))
+        count = doublings(ranks)
+        return min(2 * self.all_gather(axis, ranks, nbytes), self.rounds(axis, ranks, count, count * nbytes))
 
     def all_to_all(self, axis: str, ranks: int, whole: float) -> float:
         """Seconds to split `whole` bytes along another dimension than before."""
-        return self.ring(axis, ranks, ranks - 1, whole / ranks * (ranks - 1) / ranks)
+        return self.rounds(axis, ranks, ranks - 1, whole / ranks * (ranks - 1) / ranks)
 
     def touch(self, nbytes: float) -> float:
         """Seconds to read or write bytes in memory."""
         return nbytes / self.memory
+
+
+def doublings(ranks: int) -> int:
+    """log2 of the ranks, rounded up: the rounds in which something reaches all."""
+    return math.ceil(math.log2(ranks)) if ranks > 1 else 0
 
 
 def sent_bytes(op: str, ranks: int, whole: float) -> float:
