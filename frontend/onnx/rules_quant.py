@@ -1,15 +1,16 @@
 """Quantized tensors: to and from integers, and exact products of them.
 
-Products of 8-bit integers are taken of the differences to their zero points, which fit 16 bits, and accumulate in 32
-bits: nothing is rounded before the result is scaled back.
+Products of 8-bit integers are exact: nothing is rounded before the result is scaled back.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
+from ...ir.dims import Dim
 from ...ir.dtypes import DType, as_dtype, float32, float64
 from .. import functions as F
 from ..dispatch import cast, constant
@@ -20,9 +21,9 @@ from .rules import onnx_rule
 from .rules_math import cast_to
 from .rules_nn import channel_column, convolved
 from .rules_shape import axis_of, slice_axis
-from .values import known, tensor
+from .values import known, size_tensor, tensor
 
-INT16, INT32, UINT8 = as_dtype("int16"), as_dtype("int32"), as_dtype("uint8")
+INT8, INT32, UINT8 = as_dtype("int8"), as_dtype("int32"), as_dtype("uint8")
 
 
 def integer_range(dtype: DType) -> tuple[int, int]:
@@ -109,35 +110,51 @@ def quantized_by_range(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 # Products --------------------------------------------------------------------------------------------------------
 
-def centered(x: Tensor, zero: Any, shape: Any = None) -> Tensor:
-    """x - zero in 16 bits; x itself where its zero point is known to be 0. `shape`: of the zero point, to broadcast."""
-    if zero is None or (known(zero) is not None and not np.any(known(zero))):
-        return x
-    zero = tensor(zero)
-    zero = F.reshape(zero, ()) if zero.size == 1 else zero if shape is None else F.reshape(zero, shape)
-    return cast(x, INT16) - cast(zero, INT16)
+def signed(x: Tensor) -> tuple[Tensor, int]:
+    """(x', c) with x = x' + c: 8-bit integers as int8, for which there are instructions."""
+    if x.dtype == "uint8":
+        return cast(F.bitwise_xor(x, 128), INT8), 128
+    return x, 0
 
 
-def integer_product(x: Tensor, y: Tensor) -> Tensor:
-    """The product of two matrices of integers of at most 16 bits, in 32."""
-    x, y = _alike(x, y)
-    return F.matmul(x, y, out_dtype=INT32)
-
-
-def _alike(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    return (x, y) if x.dtype == y.dtype else (cast(x, INT16), cast(y, INT16))
+def offset(zero: Any, shift: int, shape: Any = None) -> Tensor | int:
+    """shift - zero in int32, a number where the zero point is known to be one number."""
+    if zero is None:
+        return shift
+    value = known(zero)
+    if value is not None and value.size == 1:
+        return shift - int(value.reshape(()))
+    zero = cast(tensor(zero), INT32)
+    return shift - (F.reshape(zero, ()) if zero.size == 1 else zero if shape is None else F.reshape(zero, shape))
 
 
 def _row(zero: Any) -> Any:
-    """A zero point or scale of the rows of a matrix as a column."""
+    """The shape in which the zero points or scales of the rows of a matrix are a column; None: as they are."""
     if zero is None or tensor(zero).size == 1:
         return None
     return (*tensor(zero).shape, 1) if tensor(zero).ndim == 1 else None
 
 
 def matmul_integers(a: Any, b: Any, a_zero: Any, b_zero: Any) -> Tensor:
-    """(a - a_zero) (b - b_zero) in int32; zero points are single numbers, one per row of a, one per column of b."""
-    return integer_product(centered(tensor(a), a_zero, _row(a_zero)), centered(tensor(b), b_zero))
+    """(a - a_zero) (b - b_zero) in int32; zero points are single numbers, one per row of a, one per column of b.
+
+    As a product of int8, and what the zero points add to it: with a = a' + c and b = b' + d
+    sum a b = sum a' b' + d sum a' + c sum b' + size c d.
+    """
+    (left, shift_a), (right, shift_b) = signed(tensor(a)), signed(tensor(b))
+    c, d = offset(a_zero, shift_a, _row(a_zero)), offset(b_zero, shift_b)
+    total = F.matmul(left, right, out_dtype=INT32)
+    with_c, with_d = not (isinstance(c, int) and c == 0), not (isinstance(d, int) and d == 0)
+    if with_d:
+        rows = F.sum(cast(left, INT32), -1, keepdims=True, dtype=INT32)
+        total = total + rows * d
+    if with_c:
+        columns = F.sum(cast(right, INT32), -2, keepdims=right.ndim > 1 and left.ndim > 1, dtype=INT32)
+        total = total + columns * c
+    if with_c and with_d:
+        size = left.shape[-1]
+        total = total + c * d * (cast(size_tensor(size), INT32) if isinstance(size, Dim) else size)
+    return total
 
 
 @onnx_rule("MatMulInteger", since=10)
@@ -176,9 +193,34 @@ def flat(parameter: Any) -> Tensor:
 
 
 def conv_integers(node: OnnxNode, x: Tensor, w: Tensor, x_zero: Any, w_zero: Any) -> Tensor:
-    """The convolution of the differences to the zero points, in int32; padding stands for the zero point."""
+    """The convolution of the differences to the zero points, in int32; padding stands for the zero point.
+
+    Floats do it, exactly: differences of 8-bit integers have 9 bits, and as long as no sum can leave the integers that
+    the mantissa holds, nothing is rounded.
+    """
+    most = math.prod(w.shape[1:]) * _largest(x, x_zero) * _largest(w, w_zero)
+    inner = float32 if most < 1 << 24 else float64
     column = None if w_zero is None else (tensor(w_zero).size, *(1,) * (w.ndim - 1))
-    return convolved(node, *_alike(centered(x, x_zero), centered(w, w_zero, column)), None, INT32)
+    return cast(convolved(node, _difference_in(x, x_zero, inner), _difference_in(w, w_zero, inner, column)), INT32)
+
+
+def _largest(x: Tensor, zero: Any) -> int:
+    """The largest magnitude that x - zero can have."""
+    low, high = integer_range(x.dtype)
+    value = None if zero is None else known(zero)
+    if zero is None or value is not None:
+        points = [0] if value is None else value.reshape(-1).astype(int).tolist()
+        return max(max(high - z, z - low) for z in points)
+    return high - low
+
+
+def _difference_in(x: Tensor, zero: Any, dtype: DType, shape: Any = None) -> Tensor:
+    """x - zero, in a float dtype."""
+    if zero is None or (known(zero) is not None and not np.any(known(zero))):
+        return cast(x, dtype)
+    zero = tensor(zero)
+    zero = F.reshape(zero, ()) if zero.size == 1 or shape is None else F.reshape(zero, shape)
+    return cast(x, dtype) - cast(zero, dtype)
 
 
 @onnx_rule("ConvInteger", since=10)

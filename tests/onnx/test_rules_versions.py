@@ -189,6 +189,32 @@ def test_integers_are_exact():
     np.testing.assert_array_equal(fn(a, b, zero, columns).numpy(), expected.astype(np.int32))
 
 
+@pytest.mark.parametrize("channels", [4, 300])
+def test_integer_convolutions_are_exact(channels):
+    rng = np.random.default_rng(channels)
+    x, w = rng.integers(0, 256, (1, channels, 6, 5)).astype(np.uint8), rng.integers(0, 256, (3, channels, 3, 3))
+    zeros = [np.array(0, np.uint8), np.array([255, 3, 0], np.uint8)]
+    inputs = [x, w.astype(np.uint8), *zeros]
+    fn = td.compile(n.module("ConvInteger", inputs, opset=21, pads=[1, 1, 0, 1]))
+    padded = np.pad(x.astype(I64), ((0, 0), (0, 0), (1, 0), (1, 1)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (2, 3))
+    expected = np.einsum("nchwij,ocij->nohw", windows, w - zeros[1].astype(I64)[:, None, None, None])
+    np.testing.assert_array_equal(fn(*inputs).numpy(), expected.astype(np.int32))
+
+
+@pytest.mark.parametrize("left, right", [(np.uint8, np.int8), (np.int8, np.uint8), (np.int8, np.int8)])
+def test_integer_products_against_onnxruntime(left, right):
+    rng = np.random.default_rng(1)
+    a, b = (rng.integers(np.iinfo(t).min, np.iinfo(t).max + 1, s).astype(t) for t, s in
+            ((left, (2, 5, 70)), (right, (70, 9))))
+    if left == np.int8 and right == np.uint8:
+        a_zero, b_zero = np.array(7, left), np.array(9, right)
+        expected = (a.astype(I64) - 7) @ (b.astype(I64) - 9)
+        np.testing.assert_array_equal(n.run("MatMulInteger", [a, b, a_zero, b_zero], opset=21), expected)
+    else:
+        same("MatMulInteger", [a, b, np.array(7, left), rng.integers(-9, 9, 9).astype(right)], opset=17)
+
+
 def test_random_numbers():
     y = n.run("RandomNormal", [], opset=22, shape=[100, 100], mean=2.0, scale=3.0)
     assert abs(y.mean() - 2) < 0.1 and abs(y.std() - 3) < 0.1
