@@ -28,7 +28,7 @@ from .node import array_of, dense_of
 from .reader import MAX_ELEMENTS, opsets_of, read
 from .run import DATA_ERRORS, Context, Frame, concrete, eager_limit
 from .staged import Fixed, OnnxCompiled
-from .uses import Uses, names_used
+from .uses import Uses, inner_tensors, names_used
 
 SMALL = 64
 """Integer arrays of up to so many elements are known while tracing, wherever they are used."""
@@ -45,6 +45,7 @@ class OnnxModule(Module):
         static_inputs: the inputs that decide shapes: their elements are part of a compiled program.
         constants: known arrays by name.
         nodes: the nodes that are run.
+        hoisted: parameters that the file stores in branches and loop bodies.
         opsets: the version of each domain.
     """
 
@@ -70,6 +71,7 @@ class OnnxModule(Module):
         for name, array in _stored(graph):
             self._take(name, array)
         self.nodes = [n for n in graph.node if not self._is_weight(n)]
+        self.hoisted = frozenset(self._inner_weights(graph))
         self._wrappers: dict[str, list[Module]] = {}
         self.stored_names = {*self.constants, *self._parameters, *self._buffers}
         self.static_inputs = {n for n in (*self.input_names, *self._overridable) if n in self._uses.static}
@@ -104,10 +106,17 @@ class OnnxModule(Module):
         self._take(node.output[0], array)
         return True
 
+    def _inner_weights(self, graph: onnx.GraphProto) -> Iterable[str]:
+        """Takes the weights that branches and loop bodies hold as those of the module, under their names."""
+        for name, proto in inner_tensors(graph).items():
+            if len(proto.dims) and self._uses.kind(name, array := array_of(proto)) == "parameter":
+                self._take(name, array)
+                yield name
+
     # Running ----------------------------------------------------------------------------------------------------
 
     @property
-    def forward(self) -> Forward:  # type: ignore[override]
+    def forward(self) -> Forward:
         """Runs the model; see `Forward`. A property, as each model has parameters of its own names."""
         return Forward(self)
 
@@ -126,6 +135,7 @@ class OnnxModule(Module):
         frame.env.update({name: self.read(name) for name, p in self._parameters.items() if p is not None})
         frame.env.update(given)
         frame.nodes = self.nodes
+        frame.hoisted = self.hoisted
         return frame
 
     # Changing it ------------------------------------------------------------------------------------------------

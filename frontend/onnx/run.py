@@ -88,6 +88,7 @@ class Frame:
     Attributes:
         env: by name.
         nodes: those of the graph.
+        hoisted: names that the graphs inside store, but the module holds.
         parent: the frame around a subgraph's.
         opsets: the version of each domain.
         attributes: of the function call that this frame belongs to.
@@ -102,6 +103,7 @@ class Frame:
         self.attributes: Mapping[str, onnx.AttributeProto] | None = inherited if attributes is None else attributes
         self.env: dict[str, Any] = {}
         self.nodes: list[onnx.NodeProto] = []
+        self.hoisted: frozenset[str] = frozenset() if parent is None else parent.hoisted
 
     def lookup(self, name: str) -> Any:
         """The value of a name, here or around.
@@ -170,11 +172,12 @@ class Subgraph:
             raise self.node.fail(f"its subgraph {self.graph.name!r} takes {len(self.inputs)} values, not {len(values)}")
         frame = Frame(self.frame.context, self.frame.opsets, self.frame)
         for initializer in self.graph.initializer:
-            frame.env[initializer.name] = array_of(initializer)
+            if initializer.name not in frame.hoisted:
+                frame.env[initializer.name] = array_of(initializer)
         for sparse in self.graph.sparse_initializer:
             frame.env[sparse.values.name] = dense_of(sparse)
         frame.env.update(zip(self.inputs, values))
-        frame.run(self.graph.node)
+        frame.run(n for n in self.graph.node if not (n.op_type == "Constant" and n.output[0] in frame.hoisted))
         return [frame.lookup(name) for name in self.outputs]
 
 

