@@ -15,7 +15,7 @@ from ...ir.dtypes import DType
 from ...ir.graph import Graph, Node
 from ...ir.types import TensorType
 from .export_rules import exports, write_graph
-from .export_shape import filled, squeeze, take_slice
+from .export_shape import filled, scalar_size, take_slice
 from .export_writer import BOOL, FAR, INT64, Ref, Subgraph, Writer
 
 SCALAR_INT, SCALAR_BOOL = TensorType((), INT64), TensorType((), BOOL)
@@ -105,7 +105,7 @@ def counted_loop(out: Writer, node: Node, carries: Sequence[Ref], inside: Writer
     """A scan over nothing but a number of steps."""
     step, going = fresh(out, "step", SCALAR_INT), fresh(out, "going", SCALAR_BOOL)
     graph = subgraph(inside, "body", [step, going, *inputs], [(going[0], SCALAR_BOOL), *results])
-    trips = squeeze(out, out.size(node.attrs["length"]), [0])
+    trips = scalar_size(out, node.attrs["length"])
     yes = out.const(np.array(True))
     made = out.node_of("Loop", [trips, yes, *carries], dtypes([v.type for v in node.results]), {"body": graph})
     if not node.attrs["reverse"]:

@@ -19,15 +19,17 @@ from ...ir.graph import Node, Value
 from .export_math import both
 from .export_ranges import MOVES, wrapped
 from .export_rules import exports
-from .export_shape import counting, expand, filled, reshape, squeeze, take_slice, transpose, unsqueeze
+from .export_shape import (
+    counting,
+    expand,
+    filled,
+    reshape,
+    scalar_size,
+    take_slice,
+    transpose,
+    unsqueeze,
+)
 from .export_writer import INT64, Ref, Writer
-
-
-def scalar_size(out: Writer, size: Size) -> Ref:
-    """A size as an int64 scalar."""
-    if isinstance(size, Dim):
-        return squeeze(out, out.size(size), [0])
-    return out.const(np.int64(size))
 
 
 def trusted(out: Writer, index: Value, size: Size, negative: bool = False) -> bool:

@@ -6,14 +6,16 @@ Each is the ONNX op of its name where the opset has one, else what it is made of
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
+from ...ir.dims import Size
 from ...ir.graph import Node
 from .export_index import inside as clamped_index
 from .export_math import both
 from .export_rules import decomposed, exports, in_f32
-from .export_shape import filled, reshape, squeeze, swap_last, transpose, unsqueeze
+from .export_shape import counting, filled, reshape, squeeze, swap_last, transpose, unsqueeze
 from .export_writer import BOOL, F32, Ref, Writer
 
 ACCUMULATES = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
@@ -101,39 +103,58 @@ def group_norm(out: Writer, node: Node, x: Ref, scale: Ref, bias: Ref) -> Ref:
 
 # Attention -------------------------------------------------------------------------------------------------------
 
+def is_plain(out: Writer, node: Node) -> bool:
+    """Whether the op Attention (since opset 23) says it: heads of the same lead, and a triangle only of a square."""
+    q, k, v = (value.type for value in node.operands[:3])
+    lengths = q.shape[-2], k.shape[-2]
+    return (out.opset >= 23 and len(node.operands) == 3 and q.rank == 4 and q.shape[:2] == k.shape[:2] == v.shape[:2]
+            and q.dtype in ("float32", "float16") and (not node.attrs["causal"] or lengths[0] == lengths[1])
+            and 0 not in (*q.shape, *k.shape))
+
+
+def scale_of(node: Node) -> float:
+    """What the scores are multiplied by."""
+    scale = node.attrs["scale"]
+    return 1 / math.sqrt(int(node.operands[0].shape[-1])) if scale is None else float(scale)
+
+
 @exports("attention")
-@in_f32
 def attention(out: Writer, node: Node, q: Ref, k: Ref, v: Ref, *mask: Ref) -> Ref:
+    if is_plain(out, node):
+        return out.op("Attention", q, k, v, scale=scale_of(node), is_causal=1 if node.attrs["causal"] else None)
+    return attention_in_steps(out, node, q, k, v, *mask)
+
+
+@in_f32
+def attention_in_steps(out: Writer, node: Node, q: Ref, k: Ref, v: Ref, *mask: Ref) -> Ref:
     """softmax(q k^T * scale + mask) v. What is not visible gets a weight of exactly 0, also where nothing is."""
     types = [value.type for value in node.operands]
-    scale = node.attrs["scale"]
-    scale = 1 / math.sqrt(int(types[0].shape[-1])) if scale is None else float(scale)
-    scores = both(out, "Mul", out.op("MatMul", q, swap_last(out, k, types[1].rank)), scale)
-    visible = [m for m in mask if m.dtype == BOOL]
+    scores = both(out, "Mul", out.op("MatMul", q, swap_last(out, k, types[1].rank)), scale_of(node))
+    conditions: list[tuple[Ref, bool]] = []  # and whether what they hold for is visible
     for m in mask:
         if m.dtype != BOOL:
             scores = out.op("Add", scores, m)
-            visible.append(out.op("Less", out.like(-np.inf, scores), scores))
+        conditions.append((m if m.dtype == BOOL else out.op("Less", out.like(-np.inf, scores), scores), True))
     if node.attrs["causal"]:
-        visible.append(lower_triangle(out, types[0].shape[-2], types[1].shape[-2]))
+        conditions.append((later_keys(out, types[0].shape[-2], types[1].shape[-2]), False))
+    scores = covered(out, scores, conditions, np.finfo(scores.dtype.np).min)
     rank = node.result.rank
-    if not visible:
-        return out.op("MatMul", softmax_of(out, "Softmax", scores, rank - 1, rank), v)
-    seen = visible[0]
-    for more in visible[1:]:
-        seen = out.op("And", seen, more)
-    least = out.like(np.finfo(scores.dtype.np).min, scores)
-    weights = softmax_of(out, "Softmax", out.op("Where", seen, scores, least), rank - 1, rank)
-    made = out.op("MatMul", out.op("Where", seen, weights, out.like(0, weights)), v)
-    return made
+    weights = softmax_of(out, "Softmax", scores, rank - 1, rank)
+    return out.op("MatMul", covered(out, weights, conditions, 0), v)
 
 
-def lower_triangle(out: Writer, queries: object, keys: object) -> Ref:
-    """True where the key does not come after the query."""
-    from .export_shape import counting
-    rows = unsqueeze(out, counting(out, queries), [1])  # type: ignore[arg-type]
-    columns = unsqueeze(out, counting(out, keys), [0])  # type: ignore[arg-type]
-    return out.op("Not", out.op("Less", rows, columns))
+def covered(out: Writer, x: Ref, conditions: Sequence[tuple[Ref, bool]], number: float) -> Ref:
+    """x with a number where it is not visible."""
+    instead = out.like(number, x)
+    for condition, visible in conditions:
+        x = out.op("Where", condition, *((x, instead) if visible else (instead, x)))
+    return x
+
+
+def later_keys(out: Writer, queries: Size, keys: Size) -> Ref:
+    """True where the key comes after the query."""
+    rows, columns = unsqueeze(out, counting(out, queries), [1]), unsqueeze(out, counting(out, keys), [0])
+    return out.op("Less", rows, columns)
 
 
 # Cross-entropy ---------------------------------------------------------------------------------------------------

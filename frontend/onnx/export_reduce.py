@@ -15,7 +15,7 @@ from ...ir.ops_reduce import highest, lowest
 from ...ir.simplify_match import uniform
 from .export_control import loop_over
 from .export_rules import exports, in_f32
-from .export_shape import filled, squeeze
+from .export_shape import filled, scalar_size, squeeze
 from .export_writer import BOOL, INT64, Ref, Writer
 
 
@@ -60,7 +60,7 @@ def reduce_sum(out: Writer, node: Node, x: Ref) -> Ref:
     (operand,) = node.operands
     size = counted(operand, node.attrs["axes"])
     if size is not None and not node.result.rank and x.dtype == INT64:
-        return squeeze(out, out.size(size), [0])
+        return scalar_size(out, size)
     if over_nothing(node):
         return filled(out, 0, node.result.shape, x.dtype)
     return reduce(out, "ReduceSum", x, node.attrs["axes"], node.attrs["keepdims"])

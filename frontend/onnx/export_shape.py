@@ -94,10 +94,14 @@ def squeeze(out: Writer, x: Ref, axes: Sequence[int]) -> Ref:
 
 
 def transpose(out: Writer, x: Ref, perm: Sequence[int]) -> Ref:
-    """x with its axes in another order."""
-    if list(perm) == list(range(len(perm))):
-        return x
-    return out.op("Transpose", x, perm=list(perm))
+    """x with its axes in another order; two transpositions are one."""
+    source, before = out.model.turned.get(x.name, (x, tuple(range(len(perm)))))
+    order = [before[p] for p in perm]
+    if order == list(range(len(order))):
+        return source
+    made = out.op("Transpose", source, perm=order)
+    out.model.turned[made.name] = (source, tuple(order))
+    return made
 
 
 def swap_last(out: Writer, x: Ref, rank: int) -> Ref:
@@ -122,12 +126,21 @@ def take_slice(out: Writer, x: Ref, axes: Sequence[int], starts: Ref, ends: Ref,
     return out.op("Slice", x, starts, ends, out.ints(*axes), out.ints(*steps) if steps else None)
 
 
+def scalar_size(out: Writer, size: Size) -> Ref:
+    """A size as an int64 scalar."""
+    if not isinstance(size, Dim):
+        return out.const(np.int64(size))
+    return out.shared(("scalar", size), lambda first: squeeze(first, first.size(size), [0]))
+
+
 def counting(out: Writer, size: Size, dtype: Any = INT64) -> Ref:
     """The vector 0, 1, 2... of a dtype."""
     if not isinstance(size, Dim) and size <= LISTED:
         return out.const(np.arange(size).astype(as_dtype(dtype).np))
-    limit = out.const(np.int64(size)) if not isinstance(size, Dim) else squeeze(out, out.size(size), [0])
-    return out.cast(out.op("Range", out.const(np.int64(0)), limit, out.const(np.int64(1))), dtype)
+    limit = scalar_size(out, size)
+    numbers = out.shared(("range", size), lambda first: first.op(
+        "Range", first.const(np.int64(0)), limit, first.const(np.int64(1))))
+    return out.cast(numbers, dtype)
 
 
 # Rules -----------------------------------------------------------------------------------------------------------

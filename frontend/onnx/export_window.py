@@ -16,10 +16,9 @@ from ...ir.dims import Dim, Size
 from ...ir.graph import Node
 from ...ir.ops_layout import to_first
 from ...ir.ops_reduce import lowest
-from .export_index import scalar_size
 from .export_math import both
 from .export_rules import exports, in_f32
-from .export_shape import filled, pad_edges, reshape, take_slice, transpose
+from .export_shape import filled, pad_edges, reshape, scalar_size, take_slice, transpose
 from .export_writer import INT64, Ref, Writer
 
 Shape = tuple[Any, ...]

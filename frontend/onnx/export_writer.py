@@ -10,7 +10,7 @@ apart), each written once, in front of the main graph. So are symbolic sizes, wh
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -87,11 +87,12 @@ class Model:
         preamble: constants and sizes, in front of the main graph's nodes.
         initializers: constants that are too large for a node.
         constants: what stands for each, by its elements; arrays: the elements, by name.
-        sizes: what stands for each symbolic size or shape.
+        sizes: what stands for each symbolic size or shape, and what is made of sizes alone.
         sources: name of a size -> (input, axis, slope, offset) that it is read from.
         known: of indices.
         renamed: outputs of nodes that are outputs of the model -> their name there.
         unrunnable: (op, dtype) that ONNX allows and onnxruntime has no kernel for.
+        turned: results of Transpose -> what is transposed, and how.
     """
 
     opset: int
@@ -107,6 +108,7 @@ class Model:
     known: Known = field(default_factory=Known)
     renamed: dict[str, str] = field(default_factory=dict)
     unrunnable: set[tuple[str, str]] = field(default_factory=set)
+    turned: dict[str, tuple[Ref, tuple[int, ...]]] = field(default_factory=dict)
 
     def unique(self, stem: str) -> str:
         """A name that nothing else has: the stem, or the stem with a number."""
@@ -290,26 +292,25 @@ class Writer:
         """A size as an int64 vector of one element."""
         if not isinstance(size, Dim):
             return self.ints(int(size))
-        if size not in self.model.sizes:
-            self.model.sizes[size] = self._in_preamble(lambda out: out._compute(size))
-        return self.model.sizes[size]
+        return self.shared(size, lambda first: first._compute(size))
 
     def shape(self, sizes: Iterable[Size]) -> Ref:
         """A shape as an int64 vector."""
         listed = tuple(sizes)
         if not any(isinstance(s, Dim) for s in listed):
             return self.ints(*map(int, listed))
-        if listed not in self.model.sizes:
-            parts = [self.size(s) for s in listed]
-            self.model.sizes[listed] = parts[0] if len(parts) == 1 else \
-                self._in_preamble(lambda out: out.op("Concat", *parts, axis=0))
-        return self.model.sizes[listed]
+        parts = [self.size(s) for s in listed]
+        return parts[0] if len(parts) == 1 else self.shared(
+            ("shape", *listed), lambda first: first.op("Concat", *parts, axis=0))
 
-    def _in_preamble(self, write: Any) -> Ref:
-        outer = Writer(self.model)
-        outer.node = self.node
-        outer.records = self.model.preamble
-        return write(outer)
+    def shared(self, key: Any, write: Callable[[Writer], Ref]) -> Ref:
+        """What depends on nothing but sizes and constants: written once, in front of the main graph."""
+        if key not in self.model.sizes:
+            first = Writer(self.model)
+            first.node = self.node
+            first.records = self.model.preamble
+            self.model.sizes[key] = write(first)
+        return self.model.sizes[key]
 
     def _compute(self, dim: Dim) -> Ref:
         total: Ref | None = None

@@ -101,7 +101,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("opset", [13, 20, 22])
+@pytest.mark.parametrize("opset", [13, 20, 23])
 @pytest.mark.parametrize("name", MODELS)
 def test_models_with_dynamic_sizes(name, opset):
     make, shape, dtype, sizes = MODELS[name]
@@ -129,6 +129,8 @@ def test_ops_of_a_high_level():
     assert found["GroupNormalization"] == found["LeakyRelu"] == 1
     found = ops(td.onnx.to_model(Words(), td.spec(("n", "m"), "int64")))
     assert found["Gather"] == 1 and found["LayerNormalization"] == 3 and not found["Clip"]
+    found = ops(td.onnx.to_model(Words(), td.spec(("n", "m"), "int64"), opset=23))
+    assert found["Attention"] == 1 and not found["Softmax"]
 
 
 @pytest.mark.parametrize("activation", ["gelu", "elu", "selu", "leaky_relu", "hardsigmoid", "hardswish", "mish", "silu",

@@ -126,6 +126,23 @@ def test_own_models(opset, tmp_path):
     close([again(td.tensor(x)).numpy()], [model(td.tensor(x)).numpy()])
 
 
+@pytest.mark.parametrize("opset", [13, 20, 23])
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention(opset, causal, tmp_path):
+    def heads(q, k, v):
+        return nn.functional.scaled_dot_product_attention(q, k, v, causal=causal)
+
+    first, second = tmp_path / "first.onnx", tmp_path / "second.onnx"
+    td.onnx.save(heads, first, *[td.spec(("n", 2, "length", 4))] * 3, opset=opset)
+    again = td.onnx.load(first)
+    td.onnx.save(again, second)
+    assert first.read_bytes() == second.read_bytes()
+    arrays = [image(2, 2, 5, 4)[0] for _ in range(3)]
+    want = heads(*map(td.tensor, arrays)).numpy()
+    close(runtime(onnx.load(first), arrays), [want])
+    close([again(*map(td.tensor, arrays)).numpy()], [want])
+
+
 def test_sequences(tmp_path):
     class Net(nn.Module):
         def __init__(self):
