@@ -152,10 +152,11 @@ class GatherConv:
         if isinstance(width.count, int):
             count = tirx.const(width.count, "int64")
         low, high = width.reach
+        small = max(size // 3, 1)
 
         def tile(start, size: int) -> None:
-            if width.bounded:
-                self.emit_tile(source, packed, sink, place, width, start, size, None)
+            if width.bounded or size <= small:  # for short rows and rests: less code, not the fastest
+                self.emit_tile(source, packed, sink, place, width, start, size, None if width.bounded else "mask")
                 return
             first = start * width.in_stride + low
             last = (start + (size - 1)) * width.in_stride + high
@@ -170,7 +171,6 @@ class GatherConv:
             with serial(tirx.truncdiv(left + (size - 1), tirx.const(size, "int64"))) as i:
                 tile(T.bind(first + T.min(i * size, left - size)), size)
 
-        small = max(size // 3, 1)
         if self.again and size > 1:
             with T.If(count >= size):
                 with T.Then():
