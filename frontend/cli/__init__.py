@@ -43,8 +43,8 @@ def _options(
 @demo_app.callback(invoke_without_command=True)
 def run_demo(
     context: typer.Context,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the passages.")] = 2,
-    passages: Annotated[int, typer.Option(min=32, help="Passages of each kind to learn from.")] = 2000,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the passages.")] = 1,
+    passages: Annotated[int, typer.Option(min=32, help="Passages of each kind to learn from.")] = 4500,
     out: Annotated[Path, typer.Option(help="Folder for the export.")] = Path("out"),
     threads: Annotated[int, typer.Option(min=0, help="Threads of a kernel; 0: all cores of this process.")] = 0,
     seed: Annotated[int, typer.Option(help="Of the choice of passages, the head and the order.")] = 0,
