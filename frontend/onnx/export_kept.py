@@ -41,12 +41,30 @@ def weights(model: OnnxModule, merge: bool) -> dict[str, np.ndarray]:
     return {n: t.numpy(copy=False) for table in tables for n, t in table.items() if t is not None}
 
 
+def _without(node: onnx.NodeProto, hoisted: frozenset[str]) -> onnx.NodeProto:
+    """The node without what its subgraphs store of the module's weights: they stand in the main graph."""
+    if not hoisted or not any(a.HasField("g") for a in node.attribute):
+        return node
+    clean = onnx.NodeProto()
+    clean.CopyFrom(node)
+    for attr in clean.attribute:
+        if attr.HasField("g"):
+            graph = attr.g
+            stored = [t for t in graph.initializer if t.name not in hoisted]
+            inner = [_without(n, hoisted) for n in graph.node if not hoisted & set(n.output)]
+            del graph.initializer[:]
+            del graph.node[:]
+            graph.initializer.extend(stored)
+            graph.node.extend(inner)
+    return clean
+
+
 def kept(model: OnnxModule, merge: bool, storage: Storage | None) -> onnx.ModelProto:
     """The ModelProto with the present weights."""
     arrays = weights(model, merge)
     source = model.model
     graph = source.graph
-    nodes = list(model.nodes)
+    nodes = [_without(n, model.hoisted) for n in model.nodes]
     made = {o for n in nodes for o in n.output}
     inputs = [v for v in graph.input if v.name in model.input_names or v.name in model._overridable]
     infos = {v.name: v for v in (*graph.output, *graph.value_info)}

@@ -248,6 +248,29 @@ def test_shapes_that_depend_on_data(tmp_path, caplog):
         td.onnx.to_model(module, keep=True, opset=18)
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_weights_inside_branches(keep):
+    """They are the module's, and are written as they are now."""
+    def branch(name, factor):
+        nodes = [helper.make_node("Mul", ["x", f"{name}.w"], [f"{name}.y"])]
+        weight = helper.make_tensor(f"{name}.w", 1, [2], [factor, factor])
+        return helper.make_graph(nodes, name, [], [helper.make_tensor_value_info(f"{name}.y", 1, ["n", 2])], [weight])
+
+    node = helper.make_node("If", ["yes"], ["y"], then_branch=branch("then", 2.0), else_branch=branch("else", 3.0))
+    graph = helper.make_graph([node], "g", [helper.make_tensor_value_info("yes", TensorProto.BOOL, []),
+                                            helper.make_tensor_value_info("x", 1, ["n", 2])],
+                              [helper.make_tensor_value_info("y", 1, ["n", 2])])
+    module = td.onnx.load(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+    parameters = dict(module.named_parameters())
+    assert set(parameters) == {"then.w", "else.w"}
+    parameters["else.w"].assign(td.tensor([5.0, 7.0]))
+    model = td.onnx.to_model(module, keep=keep)
+    for yes, factors in ((True, [2, 2]), (False, [5, 7])):
+        (got,) = runtime(model, [np.array(yes), np.ones((3, 2), np.float32)])
+        np.testing.assert_array_equal(got, np.tile(np.float32(factors), (3, 1)))
+    assert {n for n, _ in td.onnx.load(model).named_parameters()} == set(parameters)
+
+
 def test_adapters_on_a_graph_that_is_kept():
     module = td.onnx.load(find(REAL["detection"][0]))
     known = td.finetune.add_lora(module, "*", rank=1) if module.product_weights() else []
