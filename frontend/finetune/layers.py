@@ -97,13 +97,19 @@ def gradual(model: Module, epochs: int = 1, last: int | None = None,
             patterns: Sequence[Patterns] | None = None) -> list[Stage]:
     """Stages of gradual unfreezing (Howard & Ruder 2018): the top layer first, one more from above in each stage.
 
+    What is frozen when this is called (tables of embeddings, weights that have adapters) stays so in every stage.
+
     Args:
         model: whose layers are meant.
         epochs: of each stage.
         last: epochs of the last stage, in which all trains; default: as the others.
         patterns: see `layers`.
     """
-    found = layers(model, patterns)
+    known = parameters(model)
+    trains = [[n for n in layer if known[n].requires_grad] for layer in layers(model, patterns)]
+    found = [layer for layer in trains if layer]
+    if not found:
+        raise ArgumentsError("every parameter is frozen; unfreeze what is to be trained in the end")
     chosen = [[n for layer in found[-k:] for n in layer] for k in range(1, len(found) + 1)]
     return [Stage(tuple(map(literal, names)), last if last and k == len(chosen) else epochs)
             for k, names in enumerate(chosen, 1)]

@@ -53,6 +53,8 @@ def test_layers_are_found_by_numbered_names():
     assert by_hand[0] == ["body.embeddings.word.weight"] and len(by_hand[1]) == 10 and len(by_hand) == 3
     stages = ft.gradual(net, epochs=2, last=5)
     assert [s.epochs for s in stages] == [2, 2, 2, 2, 5] and len(ft.select(net, stages[1].train)) == 12
+    ft.freeze(net, "*word*, *norm*, *Norm*, *layer.0.*")
+    assert [len(s.train) for s in ft.gradual(net)] == [2, 10, 18], "what is frozen stays frozen"
     plain = td.nn.Sequential(td.nn.Linear(2, 2), td.nn.ReLU(), td.nn.Linear(2, 2))
     assert ft.layers(plain) == [["0.weight", "0.bias"], ["2.weight", "2.bias"]]
     named = models.load(models.classifier())
