@@ -138,6 +138,25 @@ def run_launch(
     raise typer.Exit(launch(ranks, script, threads or None, logs, hosts or None))
 
 
+@app.command("plan")
+def run_plan(
+    what: Annotated[str, typer.Argument(metavar="FILE.py:NAME", help="A loss function, or an nn.Module.")],
+    inputs: Annotated[list[str], typer.Argument(metavar="TYPE...", help="Types of a whole batch: i64[64,1024].")],
+    devices: Annotated[int, typer.Option(min=1, help="Devices of the cluster.")] = 8,
+    memory: Annotated[str, typer.Option(help="Of a device.")] = "24GB",
+    bandwidth: Annotated[str, typer.Option(help="Between two devices.")] = "12GB/s",
+    latency: Annotated[str, typer.Option(help="Of a message.")] = "10us",
+    flops: Annotated[str, typer.Option(help="That a device reaches, not its peak.")] = "1TFLOPS",
+    memory_bandwidth: Annotated[str, typer.Option(help="Of a device's memory.")] = "100GB/s",
+    most: Annotated[int, typer.Option(min=1, help="Layouts to list.")] = 5,
+    gantt: Annotated[Path | None, typer.Option(help="Draw the best pipeline into this PNG file.")] = None,
+) -> None:
+    """Search data x tensor x pipeline x micro-batches for a model on a described cluster, offline."""
+    from .plan import show
+
+    show(Console(), what, inputs, devices, memory, bandwidth, latency, flops, memory_bandwidth, most, gantt)
+
+
 @app.command("doctor")
 def run_doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
