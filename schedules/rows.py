@@ -413,6 +413,8 @@ class RowKernel:
         done: Size = 0
         for width in dict.fromkeys((self.tile, *narrowing(self.lanes))):
             tiles = (extent - done) // width
+            if tiles == 0:  # an even number of columns leaves nothing to single ones
+                continue
             plans.append((tiles, done, width))
             done = done + tiles * width
         return plans
