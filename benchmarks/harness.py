@@ -98,6 +98,7 @@ def environment(contender: Contender, threads: int, caches: Path) -> dict[str, s
         "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TREADLE_NUM_THREADS": str(threads),
         "TREADLE_CACHE_DIR": str(caches / "treadle"), "TORCHINDUCTOR_CACHE_DIR": str(caches / "torch"),
         "JAX_COMPILATION_CACHE_DIR": str(caches / "jax"),
+        "PYTHONPYCACHEPREFIX": str(caches / "python"), "PYTHONDONTWRITEBYTECODE": "",
         "XLA_FLAGS": f"--xla_cpu_multi_thread_eigen=true intra_op_parallelism_threads={threads}",
         # On some machines these name an older kernel for NumPy's sake; no contender should inherit that.
         "PYTHONWARNINGS": "ignore",

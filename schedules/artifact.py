@@ -4,7 +4,7 @@ The file is an uncompressed zip archive:
 
     manifest.json           format version, signature, versions, SHA-256 of every other member
     code/program.so         machine code (or code/*.o where there was no linker)
-    constants.safetensors   constant tensors, if any
+    constants.bin           constant tensors, if any: in the signature's order, each at a multiple of 64 bytes
     tensors.safetensors     values for inputs that the caller keeps bound (parameters, state), if any
 
 The archive's comment holds the SHA-256 of the manifest, so every byte that matters is covered. Nothing
@@ -18,24 +18,29 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import secrets
+import threading
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..ir.errors import ArtifactError, TreadleError
-from .executable import Executable, Signature, TensorInfo
+from .executable import Executable, Signature, TensorInfo, empty_aligned
 from .link import Library
+from .plan import ALIGNMENT
 from .program import numpy_dtype
 
 log = logging.getLogger("treadle.artifact")
 
-FORMAT = 1
-_MANIFEST, _CONSTANTS, _CODE = "manifest.json", "constants.safetensors", "code/"
+FORMAT = 2
+_MANIFEST, _CONSTANTS, _CODE = "manifest.json", "constants.bin", "code/"
 _TENSORS = "tensors.safetensors"
+_FORMAT_1_CONSTANTS = "constants.safetensors"
 _COMMENT = "treadle "
 _LIMIT = 64 << 20  # of the manifest
 
@@ -51,12 +56,13 @@ def save(executable: Executable, path: Any, tensors: dict[str, np.ndarray] | Non
     path = Path(path)
     members = {_CODE + name: data for name, data in executable.library.files.items()}
     if executable.constants:
-        members[_CONSTANTS] = write_tensors(executable.constants)
+        members[_CONSTANTS] = _write_constants(executable.constants, executable.signature.constants)
     if tensors:
         members[_TENSORS] = write_tensors(tensors)
     manifest = {
         "format": FORMAT,
         "signature": executable.signature.to_json(),
+        "constant_bytes": sum(c.nbytes for c in executable.constants.values()),
         "tensors": sorted(tensors or ()),
         "versions": _versions(),
         "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in members.items()},
@@ -122,34 +128,98 @@ def _read(archive: zipfile.ZipFile, path: Path) -> Executable:
             f"{path} has format {manifest['format']}, this version reads up to {FORMAT} (it was written by "
             f"treadle {manifest['versions'].get('treadle')}): install a newer treadle"
         )
-    members = {}
-    for name, expected in manifest["sha256"].items():
+    members, hashes = {}, manifest["sha256"]
+    for name in hashes:
         _check_name(name, path)
         if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
             raise ArtifactError(f"{path} is damaged: member {name!r} is compressed")
-        members[name] = archive.read(name)
-        if hashlib.sha256(members[name]).hexdigest() != expected:
-            raise ArtifactError(
-                f"{path} is damaged: the checksum of {name} does not match; save the program again"
-            )
+        members[name] = _contents(archive, name, path)
+        if name != _CONSTANTS:
+            _check_hash(name, members[name], hashes, path)
+    # The hash of many constants takes longer than all else: another thread computes it meanwhile.
+    failed: list[ArtifactError] = []
+    hashing = threading.Thread(target=_collect, args=(failed, _CONSTANTS, members.get(_CONSTANTS, b""), hashes, path))
+    hashing.start()
+    try:
+        executable = _executable(manifest, members)
+    finally:
+        hashing.join()
+    if failed:
+        raise failed[0]
+    log.info("%s: %s, written by %s", path, executable.signature.name, manifest["versions"])
+    return executable
+
+
+def _check_hash(name: str, data: Any, hashes: dict[str, str], path: Path) -> None:
+    if name in hashes and hashlib.sha256(data).hexdigest() != hashes[name]:
+        raise ArtifactError(f"{path} is damaged: the checksum of {name} does not match; save the program again")
+
+
+def _collect(failed: list[ArtifactError], *check: Any) -> None:
+    try:
+        _check_hash(*check)
+    except ArtifactError as error:
+        failed.append(error)
+
+
+def _contents(archive: zipfile.ZipFile, name: str, path: Path) -> memoryview:
+    """The bytes of a stored member, on an aligned place; `zipfile` itself would copy them, and check them by a CRC."""
+    info, file = archive.getinfo(name), archive.fp
+    assert file is not None
+    file.seek(info.header_offset)
+    header = file.read(30)
+    if header[:4] != b"PK\3\4" or info.file_size > os.fstat(file.fileno()).st_size:
+        raise ArtifactError(f"{path} is damaged: no member {name!r}")
+    file.seek(int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little"), os.SEEK_CUR)
+    data = memoryview(empty_aligned((info.file_size,), np.uint8))  # type: ignore[arg-type]
+    if info.file_size and file.readinto(data) != info.file_size:  # type: ignore[attr-defined]
+        raise ArtifactError(f"{path} is damaged: member {name!r} is cut off")
+    return data
+
+
+def _executable(manifest: dict[str, Any], members: dict[str, memoryview]) -> Executable:
     signature = Signature.from_json(manifest["signature"])
-    code = {name[len(_CODE) :]: data for name, data in members.items() if name.startswith(_CODE)}
-    values = read_tensors(members.get(_CONSTANTS), signature.constants)
+    code = {name[len(_CODE) :]: bytes(data) for name, data in members.items() if name.startswith(_CODE)}
+    if _FORMAT_1_CONSTANTS in members:
+        values = read_tensors(bytes(members[_FORMAT_1_CONSTANTS]), signature.constants)
+    else:
+        values = _read_constants(members.get(_CONSTANTS), signature.constants, manifest["constant_bytes"])
     bound = [info for info in signature.inputs if info.name in manifest.get("tensors", ())]
-    log.info("%s: %s, written by %s", path, signature.name, manifest["versions"])
-    executable = Executable(signature, Library(code), values)
+    executable = Executable(signature, Library(code), values, own_constants=True)
     executable.prepare()
-    executable.tensors = read_tensors(members.get(_TENSORS), bound)
+    tensors = members.get(_TENSORS)
+    executable.tensors = read_tensors(None if tensors is None else bytes(tensors), bound)
     return executable
 
 
 def _check_name(name: str, path: Path) -> None:
     """Members are looked up by these names only, and never become paths; still, nothing odd gets further."""
     base = name[len(_CODE) :] if name.startswith(_CODE) else ""
-    if name not in (_CONSTANTS, _TENSORS) and not (
+    if name not in (_CONSTANTS, _FORMAT_1_CONSTANTS, _TENSORS) and not (
         base.endswith((".so", ".o")) and base.replace("_", "").replace(".", "").isalnum()
     ):
         raise ArtifactError(f"{path} is no saved program: it names a member {name!r}")
+
+
+def _write_constants(constants: dict[str, np.ndarray], infos: Sequence[TensorInfo]) -> bytes:
+    parts = []
+    for info in infos:
+        data = np.ascontiguousarray(constants[info.name]).tobytes()
+        parts.append(data + bytes(-len(data) % ALIGNMENT))
+    return b"".join(parts)
+
+
+def _read_constants(data: memoryview | None, infos: Sequence[TensorInfo], nbytes: int) -> dict[str, np.ndarray]:
+    """What `_write_constants` wrote, where it lies: `nbytes` without what stands between."""
+    found, first = {}, 0
+    for info in infos if data is not None else ():
+        dtype = numpy_dtype(info.dtype)
+        count = math.prod(info.shape)
+        found[info.name] = np.frombuffer(data, dtype, count, first).reshape(info.shape)  # type: ignore[arg-type]
+        first += -(-count * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+    if data is not None and (first != len(data) or sum(a.nbytes for a in found.values()) != nbytes):
+        raise ArtifactError("the saved constants are not those of the program")
+    return found
 
 
 def write_tensors(constants: dict[str, np.ndarray]) -> bytes:

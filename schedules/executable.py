@@ -181,6 +181,7 @@ class Executable:
         library: Library,
         constants: dict[str, np.ndarray],
         plan: MemoryPlan | None = None,
+        own_constants: bool = False,
     ):
         self.signature, self.library, self.plan = signature, library, plan
         self.stats: BuildStats | None = None
@@ -195,7 +196,7 @@ class Executable:
             i for i, info in enumerate(signature.inputs) if info.role in ("data", "scalar", "")
         ]
         self.constants = {
-            info.name: _aligned_copy(constants[info.name], numpy_dtype(info.dtype))
+            info.name: _aligned(constants[info.name], numpy_dtype(info.dtype), own_constants)
             for info in signature.constants
         }
         self._layouts = Layouts(signature) if signature.sizes else None
@@ -441,6 +442,12 @@ def _fits(shape: Sequence[int], declared: Sequence[Any]) -> bool:
 
 def _type(array: np.ndarray) -> str:
     return f"{array.dtype.name}[{','.join(map(str, array.shape))}]"
+
+
+def _aligned(array: np.ndarray, dtype: np.dtype, own: bool) -> np.ndarray:
+    """The array where kernels can read it: itself if it is nobody else's and lies well, or a copy."""
+    lies_well = array.dtype == dtype and array.flags.c_contiguous and array.ctypes.data % ALIGNMENT == 0
+    return array if own and lies_well else _aligned_copy(array, dtype)
 
 
 def _aligned_copy(array: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -231,7 +231,7 @@ def wrong_manifests():
         "no signature": lambda m, _: m.pop("signature"),
         "unknown field": lambda m, _: m["signature"].update(extra=1),
         "member that is not there": lambda m, _: m["sha256"].update({"code/k_1.o": "00"}),
-        "constants gone": lambda m, members: [d.pop("constants.safetensors") for d in (members, m["sha256"])],
+        "constants gone": lambda m, members: [d.pop("constants.bin") for d in (members, m["sha256"])],
         "constant of another shape": lambda m, _: m["signature"]["constants"][0].update(shape=[9]),
         "no list": lambda m, _: m.update(signature=[]),
     }
