@@ -195,3 +195,11 @@ def test_the_backend_runs_single_nodes():
     close(y, a @ b.T)
     assert td.onnx.backend.supports_device("CPU") and not td.onnx.backend.supports_device("CUDA")
     assert td.onnx.backend.is_compatible(mlp())
+
+
+def test_importing_treadle_imports_no_onnx():
+    import subprocess
+    import sys
+
+    code = "import sys, treadle as td; assert 'onnx' not in sys.modules; td.onnx.load; assert 'onnx' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
