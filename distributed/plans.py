@@ -52,7 +52,7 @@ class Plan:
     pipe: str | None = "pipe"
     schedule: str = "1f1b"
     chunks: int = 1
-    weight: Callable[..., Any] | None = None
+    weight: Callable[..., Any] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.zero not in (0, 1, 2, 3):
