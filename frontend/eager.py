@@ -108,7 +108,7 @@ class EagerBuilder(Builder):
         """Runs the node's reference kernel; keeps the node if an operand is tracked."""
         if self.max_elements is not None:
             for value in node.results:
-                if value.type.is_static and value.type.size > self.max_elements:  # type: ignore[operator]
+                if value.type.is_static and value.type.size > self.max_elements:
                     raise ShapeError(f"{node.op.name} would make {value.type}, more than {self.max_elements:,} elements",
                                      node.loc)
         arrays = [_array(v, node) for v in node.operands]
