@@ -287,6 +287,7 @@ class Compiled:
         fn = with_sizes(self.fn, sizes) if isinstance(self.fn, Graph) and sizes else self.fn
         made = type(self)(fn, self.target, self.amp, self.memory_budget)
         made.dynamic = self.dynamic.fixing(sizes) if sizes and self.dynamic is not None else None
+        made.freeze = self.freeze
         return made
 
     def _make(self, found: Scanned, args: Sequence[Any], keywords: dict[str, Any]) -> Program:
