@@ -8,21 +8,23 @@ each sent as soon as it is full.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import itertools
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..ir.builder import make_node
 from ..ir.graph import Graph, Node, Value
-from ..ir.ops_collective import COLLECTIVES
+from ..ir.opdef import op
+from ..ir.ops_collective import COLLECTIVES, STARTED
 from ..ir.rewrite import with_operands
 
 JOINED = ("all_reduce", "all_gather", "reduce_scatter")
 
 
-def updates_last(graph: Graph) -> list[Node]:
+def updates_last(graph: Graph) -> tuple[list[Node], set[Node]]:
     """The nodes, those that read a collective's result and that no heavy op needs at the end, by how many collectives
-    they wait for."""
+    they wait for; and those that a heavy op needs."""
     readers, leads = graph.uses(), set()
     for node in reversed(graph.nodes):
         if _heavy(node) or any(n in leads for v in node.results for n in readers.get(v, ())):
@@ -34,7 +36,7 @@ def updates_last(graph: Graph) -> list[Node]:
             continue
         sources = [v.producer for v in node.operands if v.producer is not None]
         depth[node] = max((depth[n] + (n.op.name in COLLECTIVES and n not in leads) for n in sources), default=0)
-    return sorted(graph.nodes, key=depth.__getitem__)
+    return sorted(graph.nodes, key=depth.__getitem__), leads
 
 
 def _heavy(node: Node) -> bool:
@@ -55,26 +57,43 @@ def _key(node: Node) -> tuple[Any, ...]:
     return (node.op.name, node.attrs["axis"], node.attrs.get("reduce"), str(node.operands[0].dtype))
 
 
-def bucket(graph: Graph, most_bytes: int, keep: Collection[str] = ()) -> Graph:
+def bucket(graph: Graph, most_bytes: int, keep: Collection[str] = (), overlap: bool = False) -> Graph:
     """The graph with collectives joined, each message at most `most_bytes` (a single tensor may be larger).
 
     Only operations that are next to each other in need are joined: a collective is delayed no further than to the first
     reader of any result of its bucket, so nothing that waits for it waits longer. Along the axes `keep` ranks run other
-    programs: there nothing is joined.
+    programs: there nothing is joined. With `overlap` sums that nothing heavy waits for are only started where they
+    stand, and waited for by their first reader.
     """
     made: list[Node] = []
     mapping: dict[Value, Value] = {}
     open_buckets: dict[tuple[Any, ...], _Bucket] = {}
 
-    def close(key: tuple[Any, ...]) -> None:
-        made.append(_join(open_buckets.pop(key).nodes, mapping))
+    tags = itertools.count()
+    started: dict[Value, Node] = {}  # a result that is on its way -> its start
+    order, leads = updates_last(graph)
 
-    for node in updates_last(graph):
+    def close(key: tuple[Any, ...]) -> None:
+        early = overlap and key[0] in STARTED and key[2] in ("sum", None) and key[-1]
+        joined = _join(open_buckets.pop(key).nodes, mapping, next(tags) if early else None)
+        made.append(joined[0])
+        started.update(dict.fromkeys(joined[1], joined[0]))
+
+    def arrive(values: Sequence[Value]) -> None:
+        for v in values:
+            if v in started:
+                together = [x for x, n in started.items() if n is started[v]]
+                made.append(_wait(started[v], together, mapping))
+                for x in together:
+                    del started[x]
+
+    for node in order:
         for key, waiting in list(open_buckets.items()):
             if not waiting.results.isdisjoint(node.operands):
                 close(key)
         if node.op.name in JOINED and node.operands and node.attrs["axis"] not in keep:
-            key, size = _key(node), sum(int(max(a.type.nbytes, b.type.nbytes))
+            arrive(node.operands)
+            key, size = (*_key(node), node not in leads), sum(int(max(a.type.nbytes, b.type.nbytes))
                                         for a, b in zip(node.operands, node.results))
             if key in open_buckets and open_buckets[key].nbytes + size > most_bytes:
                 close(key)
@@ -82,24 +101,41 @@ def bucket(graph: Graph, most_bytes: int, keep: Collection[str] = ()) -> Graph:
             waiting.nodes.append(node)
             waiting.nbytes += size
             continue
+        arrive(node.operands)
         fresh = with_operands(node, [mapping.get(v, v) for v in node.operands])
         mapping.update(zip(node.results, fresh.results))
         made.append(fresh)
     for key in list(open_buckets):
         close(key)
+    arrive(graph.outputs)
     outputs = [mapping.get(v, v) for v in graph.outputs]
     return Graph(graph.name, graph.inputs, graph.roles, made, outputs, graph.aliases, graph.meta)
 
 
-def _join(nodes: list[Node], mapping: dict[Value, Value]) -> Node:
-    """One node for all, in the order in which they stood."""
+def _join(nodes: list[Node], mapping: dict[Value, Value], tag: int | None) -> tuple[Node, list[Value]]:
+    """One node for all, in the order in which they stood; and the values that it only starts on their way."""
     attrs = dict(nodes[0].attrs)
     if "dims" in attrs:
         attrs["dims"] = tuple(d for node in nodes for d in node.attrs["dims"])
     operands = [mapping.get(v, v) for node in nodes for v in node.operands]
-    joined = make_node(nodes[0].op, operands, attrs, (), nodes[0].loc)
     old = [v for node in nodes for v in node.results]
+    if tag is not None:
+        own = {"kind": nodes[0].op.name, "axis": attrs["axis"], "size": attrs["size"], "dims": attrs.get("dims", ()),
+               "tag": tag}
+        return make_node(op("start"), operands, own, (), nodes[0].loc), old
+    joined = make_node(nodes[0].op, operands, attrs, (), nodes[0].loc)
     for v, fresh in zip(old, joined.results):
         fresh.name = v.name
     mapping.update(zip(old, joined.results))
-    return joined
+    return joined, []
+
+
+def _wait(start: Node, values: Sequence[Value], mapping: dict[Value, Value]) -> Node:
+    """The node that takes in what was started."""
+    attrs = {"axis": start.attrs["axis"], "size": start.attrs["size"], "tag": start.attrs["tag"],
+             "shapes": tuple(v.shape for v in values), "dtype": values[0].dtype}
+    made = make_node(op("wait"), start.results, attrs, (), start.loc)
+    for v, fresh in zip(values, made.results):
+        fresh.name = v.name
+    mapping.update(zip(values, made.results))
+    return made

@@ -122,6 +122,7 @@ class Job:
         self.calls: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
         self.error: BaseException | None = None
+        self.started: dict[int, tuple[Any, np.ndarray, np.ndarray]] = {}
         _State.job = self
 
     def _color(self, axis: str) -> int:
@@ -168,6 +169,28 @@ class Job:
         self.watch.wait(self.groups[axis].Iallreduce(send, into, op))
         if not direct:
             buffers.deal(into, outs)
+
+    def start(self, arrays: Sequence[np.ndarray], kind: str, axis: str, size: int, dims: tuple[int, ...],
+              tag: int) -> None:
+        """Operands, token. What is sent is a copy: the program may use the operands' memory again."""
+        xs, group = arrays[:-1], self.groups[axis]
+        if kind == "all_reduce":
+            send = buffers.join(xs)
+            send = send.copy() if len(xs) == 1 else send
+            into = np.empty_like(send)
+            request = group.Iallreduce(send, into, self.mpi.SUM)
+        else:
+            send = np.ascontiguousarray(buffers.cut_for(xs, dims, size))
+            into = np.empty(send.shape[1], send.dtype)
+            request = group.Ireduce_scatter_block(send, into)
+        self.started[tag] = (request, send, into)
+        arrays[-1][...] = 0
+
+    def wait(self, arrays: Sequence[np.ndarray], axis: str, size: int, tag: int) -> None:
+        """Token, results."""
+        request, _, into = self.started.pop(tag)
+        self.watch.wait(request)
+        buffers.deal(into, arrays[1:])
 
     def all_gather(self, arrays: Sequence[np.ndarray], axis: str, size: int, dims: tuple[int, ...]) -> None:
         """Operands, then results."""

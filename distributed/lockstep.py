@@ -26,7 +26,7 @@ def run(graph: Graph, mesh: Mesh, arrays: Sequence[Sequence[Any]]) -> list[Array
     for own in inputs:
         interp.bind_sizes(graph, own)
     envs: list[dict[Value, np.ndarray]] = [dict(zip(graph.inputs, own, strict=True)) for own in inputs]
-    boxes: dict[tuple[int, int, int], list[np.ndarray]] = {}
+    boxes: dict[Any, Any] = {}  # what was sent or started, until it is asked for
     for node in graph.nodes:
         given = [[env[v] for v in node.operands] for env in envs]
         for env, results in zip(envs, _run_node(node, mesh, given, boxes)):
@@ -59,18 +59,29 @@ def _run_node(node: Node, mesh: Mesh, given: list[Arrays], boxes: dict[Any, Any]
     name = node.op.name
     if name == "axis_index":
         return [[np.asarray(mesh.coordinates(rank)[node.attrs["axis"]], np.int64)] for rank in range(mesh.size)]
+    if name == "start":
+        boxes[node.attrs["tag"],] = _together(TOGETHER[node.attrs["kind"]], node, mesh, given)
+        return [[np.zeros((), np.int64)] for _ in given]
+    if name == "wait":
+        return boxes.pop((node.attrs["tag"],))
     if name in ("send", "recv"):
         return [_post(node, mesh, rank, own, boxes) for rank, own in enumerate(given)]
     if name not in TOGETHER:
         return [interp.run_node(node, own) for own in given]
+    return _together(TOGETHER[name], node, mesh, given)
+
+
+def _together(collective: Callable[[Arrays, int, dict[str, Any]], Arrays], node: Node, mesh: Mesh,
+              given: list[Arrays]) -> list[Arrays]:
+    """What each rank gets, group by group."""
     results: list[Arrays] = [[] for _ in given]
     for rank in range(mesh.size):
         group = mesh.group(rank, node.attrs["axis"])
         if group[0] != rank:
             continue
         for k in range(len(node.operands)):
-            for other, made in zip(group, TOGETHER[name]([given[r][k] for r in group], k, node.attrs)):
-                results[other].append(np.asarray(made, node.results[k].dtype.np))
+            for other, made in zip(group, collective([given[r][k] for r in group], k, node.attrs)):
+                results[other].append(np.asarray(made, node.operands[k].dtype.np))
     return results
 
 
@@ -96,7 +107,8 @@ def _sum(parts: Arrays) -> np.ndarray:
 
 
 def _all_reduce(parts: Arrays, k: int, attrs: dict[str, Any]) -> Arrays:
-    fold = {"sum": _sum, "max": lambda p: np.maximum.reduce(p), "min": lambda p: np.minimum.reduce(p)}[attrs["reduce"]]
+    fold = {"sum": _sum, "max": lambda p: np.maximum.reduce(p), "min": lambda p: np.minimum.reduce(p)}[
+        attrs.get("reduce", "sum")]
     return [fold(parts)] * len(parts)
 
 

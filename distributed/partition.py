@@ -47,19 +47,25 @@ class Partitioned:
 
     def collectives(self) -> Counter[str]:
         """How often a step calls each collective, by `op:axis`."""
-        return Counter(f"{n.op.name}:{n.attrs['axis']}" for n in self.graph.walk() if n.op.name in COLLECTIVES)
+        return Counter(f"{kind_of(n)}:{n.attrs['axis']}" for n in self.graph.walk() if kind_of(n))
 
     def traffic(self) -> Counter[str]:
         """Bytes that each rank sends in a step, by `op:axis` (ring algorithms)."""
         found: Counter[str] = Counter()
         for node in self.graph.walk():
-            if node.op.name in COLLECTIVES:
-                whole = sum(max(a.type.nbytes, b.type.nbytes) for a, b in zip(node.operands, node.results))
-                size = node.attrs["size"]
-                if node.op.name == "all_to_all":
+            if kind := kind_of(node):
+                size, whole = node.attrs["size"], sum(float(v.type.nbytes) for v in node.operands)
+                if kind in ("all_gather", "all_to_all"):
                     whole *= size
-                found[f"{node.op.name}:{node.attrs['axis']}"] += int(sent_bytes(node.op.name, size, float(whole)))
+                found[f"{kind}:{node.attrs['axis']}"] += int(sent_bytes(kind, size, whole))
         return found
+
+
+def kind_of(node: Node) -> str | None:
+    """The collective that a node is, or starts; None for others."""
+    if node.op.name == "start":
+        return str(node.attrs["kind"])
+    return node.op.name if node.op.name in COLLECTIVES else None
 
 
 def partition(graph: Graph, mesh: Mesh, inputs: Mapping[int, Sharding], outputs: Mapping[int, Sharding] | None = None,

@@ -40,6 +40,7 @@ class Plan:
         pipe: the mesh axis along which the model is cut into stages; None, or an axis that the mesh lacks: it is not.
             `accumulate` of the training step is the number of micro-batches.
         schedule: "gpipe", "1f1b" or "interleaved", with `chunks` stages on each device.
+        overlap: gradients are sent while the backward pass still runs, and waited for by the update.
         weight: what a micro-batch of a pipeline counts in the loss, from its arrays: `lambda x, y: (y != -100).sum()`
             makes a mean over tokens that of the whole batch, however they are spread. None: all count the same.
         bucket_bytes: collectives of one kind that may go together are joined into messages of at most so many bytes.
@@ -49,6 +50,7 @@ class Plan:
     shard: Mapping[str, Dims] = field(default_factory=dict)
     zero: int = 0
     bucket_bytes: int = 25 << 20
+    overlap: bool = True
     pipe: str | None = "pipe"
     schedule: str = "1f1b"
     chunks: int = 1

@@ -76,5 +76,5 @@ for _name in ("max_pool", "max_pool_grad", "avg_pool", "avg_pool_grad"):
 # A collective in a graph that is partitioned again, and loops and branches (whose bodies run whole on every rank, on
 # whole operands): correct, and no faster than one rank.
 for _name in ("cond", "while_loop", "scan", "remat", "all_reduce", "all_gather", "reduce_scatter", "all_to_all",
-              "axis_index", "send", "recv"):
+              "axis_index", "send", "recv", "start", "wait"):
     fill("shard", _name, Shard(whole))

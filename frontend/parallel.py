@@ -170,7 +170,8 @@ class ParallelStep:
             if id(tensor) in self._placed:
                 shardings[i] = self._placed[id(tensor)]
         made = partition(annotated, self.mesh, shardings)
-        made.graph = bucket(made.graph, self.plan.bucket_bytes)
+        made.graph = bucket(made.graph, self.plan.bucket_bytes,
+                            overlap=self.plan.overlap and self.inner._compiled.amp is None)
         made.graph.meta.update(meta)
         return made
 
@@ -278,7 +279,8 @@ def register(graph: Graph, job: Job) -> None:
     """Lets the programs of this process call the job's collectives."""
     from ..schedules.host import register_host_function
 
-    names = {host_name(n) for n in graph.walk() if n.op.name in (*COLLECTIVES, "axis_index", "send", "recv")}
+    called = (*COLLECTIVES, "axis_index", "send", "recv", "start", "wait")
+    names = {host_name(n) for n in graph.walk() if n.op.name in called}
     for name in sorted(names):
         register_host_function(name, job.host_function(name))
 

@@ -37,7 +37,8 @@ from .ops_common import (
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 REDUCTIONS = ("sum", "max", "min")
-OPS = (*COLLECTIVES, "axis_index", "send", "recv", "annotate")
+STARTED = ("all_reduce", "reduce_scatter")
+OPS = (*COLLECTIVES, "axis_index", "send", "recv", "start", "wait", "annotate")
 """All ops of this module. Their tests need several ranks: tests/distributed."""
 
 
@@ -122,6 +123,43 @@ define("axis_index", "", axis_index_infer, lambda axis, size: _alone(np.zeros(()
        undifferentiable="integer result")
 
 
+def _nobody(*xs: Any, **attrs: Any) -> Any:
+    raise ArgumentsError("messages need another rank: interpret all ranks (distributed.lockstep), or use MPI")
+
+
+# While something else is computed ----------------------------------------------------------------------------------
+
+
+def start_infer(*xs: TensorType, kind: str, axis: str, size: int, dims: tuple[int, ...], tag: int) -> TensorType:
+    if kind not in STARTED:
+        fail_attr(f"kind is {kind!r}; expected one of {', '.join(STARTED)}")
+    started_types(xs, kind, axis, size, dims)
+    return TensorType((), int64)
+
+
+def started_types(xs: tuple[TensorType, ...], kind: str, axis: str, size: int,
+                  dims: tuple[int, ...]) -> tuple[TensorType, ...]:
+    """The types of what a `start` brings."""
+    if kind == "all_reduce":
+        return all_reduce_infer(*xs, axis=axis, size=size, reduce="sum")
+    return reduce_scatter_infer(*xs, axis=axis, size=size, dims=dims)
+
+
+def wait_infer(token: TensorType, axis: str, size: int, tag: int, shapes: tuple[tuple[int, ...], ...],
+               dtype: Any) -> tuple[TensorType, ...]:
+    _check_group(axis, size)
+    return tuple(TensorType(shape, dtype) for shape in shapes)
+
+
+define("start", "*xs", start_infer, lambda *xs, **attrs: _nobody(),
+       "Starts a collective (`kind`, a sum) on a copy of its operands; gives a token, 0. `wait` with the same tag "
+       "gives its results.", attrs={"kind": REQUIRED, "axis": REQUIRED, "size": REQUIRED, "dims": (), "tag": REQUIRED},
+       traits=["effect"], undifferentiable="its result is a token; differentiate before collectives are started early")
+define("wait", "token", wait_infer, lambda token, **attrs: _nobody(), "The results of what `start` started.",
+       attrs={"axis": REQUIRED, "size": REQUIRED, "tag": REQUIRED, "shapes": REQUIRED, "dtype": REQUIRED},
+       traits=["effect"], undifferentiable="its operand is a token; differentiate before collectives are started early")
+
+
 # From one rank to another ------------------------------------------------------------------------------------------
 
 
@@ -133,10 +171,6 @@ def send_infer(x: TensorType, axis: str, size: int, shift: int, tag: int) -> Ten
 def recv_infer(axis: str, size: int, shift: int, tag: int, shape: tuple[int, ...], dtype: Any) -> TensorType:
     _check_group(axis, size)
     return TensorType(check_shape_attr(shape), dtype)
-
-
-def _nobody(*xs: Any, **attrs: Any) -> Any:
-    raise ArgumentsError("send and recv need another rank: interpret all ranks (distributed.lockstep), or use MPI")
 
 
 define("send", "x", send_infer, _nobody, "Hands a tensor to the rank `shift` further along the axis; gives a token, 0.",
@@ -177,7 +211,7 @@ def host_name(node: Node) -> str:
     """
     parts = [node.op.name]
     for name, value in node.attrs.items():
-        if name not in ("shape", "dtype"):
+        if name not in ("shape", "shapes", "dtype"):
             parts.append(f"{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}")
     return ";".join(parts)
 

@@ -6,5 +6,5 @@ from ..ir.opdef import fill
 from ..ir.ops_collective import host_name
 from .lower_slots import Host
 
-for _name in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "axis_index", "send", "recv"):
+for _name in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "axis_index", "send", "recv", "start", "wait"):
     fill("lower", _name, Host(host_name))

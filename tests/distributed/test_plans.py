@@ -9,6 +9,7 @@ from treadle.distributed import Mesh, MeshError, lockstep
 from treadle.distributed.buckets import bucket
 from treadle.ir import interp
 from treadle.ir.errors import AttributeValueError, ShapeError
+from treadle.ir.parse import parse
 from treadle.ir.verify import verify
 
 from . import job
@@ -49,6 +50,7 @@ def traced(axes, plan, **options):
 
 def check(made, arrays):
     verify(made.graph)
+    assert parse(str(made.graph)) == made.graph
     want = interp.run(made.whole, arrays)
     for got, expected in zip(lockstep.run_whole(made, arrays), want, strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-9)
@@ -102,6 +104,17 @@ def test_gradients_go_in_buckets():
     made.graph = few
     check(made, arrays)
     check(many, arrays)
+
+
+def test_gradients_leave_while_the_backward_pass_runs():
+    made, arrays, _ = traced({"data": 2}, td.distributed.Plan(bucket_bytes=2000))
+    names = [n.op.name for n in made.graph.nodes]
+    first, last = names.index("start"), max(i for i, n in enumerate(names) if n == "matmul")
+    assert first < last < names.index("wait")
+    assert names.count("start") == names.count("wait") > 2
+    check(made, arrays)
+    plain = traced({"data": 2}, td.distributed.Plan(bucket_bytes=2000, overlap=False))[0]
+    assert plain.collectives() == made.collectives() and plain.traffic() == made.traffic()
 
 
 def test_plans_that_do_not_fit():
