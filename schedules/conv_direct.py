@@ -3,6 +3,9 @@
 Weights are packed [groups, blocks, taps, reduction, tile] so that a step of the reduction loads `vectors` registers of
 weights, broadcasts one input element per pixel and issues `pixels * vectors` FMAs.  The loops over rows, columns and
 phases are in `conv_gather`.
+
+Several groups of few channels that fill a vector together are reduced by the vector: step j multiplies every output
+channel with the j-th input channel of its own group, which a shuffle of the pixel's channels brings there.
 """
 
 from __future__ import annotations
@@ -10,10 +13,11 @@ from __future__ import annotations
 import math
 from contextlib import ExitStack
 
+from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from .conv_gather import ChannelsLast, GatherConv, Row
-from .conv_problem import FORWARD, AxisTaps, ConvConfig, ConvProblem
+from .conv_problem import FORWARD, AxisTaps, ConvConfig, ConvProblem, reduces_by_vector
 from .conv_tir import Transpose, WeightPack, accumulators, each_task, serial, unroll, when, widen, within
 
 UNROLLED_TAPS = 5  # longer kernel rows are a loop, except at the borders
@@ -22,14 +26,20 @@ UNROLLED_TAPS = 5  # longer kernel rows are a loop, except at the borders
 class DirectConv(GatherConv):
     """Forward convolution or input gradient with a reduction over the channels of a group."""
 
+    shuffles = True  # whether groups may be reduced by the vector
+
     def __init__(self, problem: ConvProblem, config: ConvConfig, target, op: str):
         super().__init__(problem, config, target, op)
         self.red = self.channels_in // self.groups
         self.group_channels = self.red  # in memory
         self.steps, self.step = self.red, 1  # of the reduction, and the channels that one covers
         outer, inner, taps = problem.w_shape[0] // problem.groups, problem.w_shape[1], math.prod(self.kernel)
+        self.by_vector = (self.shuffles and self.tile == self.wide
+                          and reduces_by_vector(problem, config.fold, self.wide, op))
+        if self.by_vector:
+            self.steps = inner
         self.pack = WeightPack(self.groups, outer, inner, taps, self.tile, self.wide, op != FORWARD, problem.dtype,
-                               self.acc_dtype, config.fold)
+                               self.acc_dtype, config.fold, self.by_vector)
         if config.flatten:
             self._flatten()
 
@@ -95,7 +105,8 @@ class DirectConv(GatherConv):
             merged = taps is None and self._merges(width)
             if merged:
                 extent = width.taps * self.steps
-            reduce = _Reduction(self, source, packed, acc, place, width, extent, outer * block, size)
+            reduction = _VectorReduction if self.by_vector else _Reduction
+            reduce = reduction(self, source, packed, acc, place, width, extent, outer * block, size)
             if merged:
                 reduce.emit(base, tap_base * self.kernel[2], start, width.offset(0), (0, size), False)
             elif taps == "mask" or (taps is None and width.taps > UNROLLED_TAPS):
@@ -112,7 +123,7 @@ class DirectConv(GatherConv):
     def _merges(self, width: AxisTaps) -> bool:
         """Whether taps of a kernel row and input channels are one contiguous run, in x and in the packed weights."""
         contiguous = (self.in_layout == "NHWC" and self.groups == 1 and self.red <= self.config.block
-                      and self.group_channels == self.steps * self.step)
+                      and not self.by_vector and self.group_channels == self.steps * self.step)
         return contiguous and width.offset_step == width.k_step == 1 and width.k0 == 0
 
     def weight_at(self, group, block, tap, step):
@@ -149,3 +160,20 @@ class _Reduction:
                 with when(within(column, self.width.in_extent) if masked else None), unroll(vectors) as v:
                     weight = self.packed[T.ramp(weights + v * wide, 1, wide)]
                     self.acc[i].set(v, conv.multiply_add(self.acc[i].get(v), self.source, at, weight))
+
+
+class _VectorReduction(_Reduction):
+    """One tap for all channels of several groups that share a vector."""
+
+    def emit(self, base, tap, start, offset, pixels: tuple[int, int], masked: bool) -> None:
+        conv, channels = self.conv, self.conv.steps
+        wide = conv.wide
+        for i in range(*pixels):
+            column = (start + i) * self.width.in_stride + offset
+            with when(within(column, self.width.in_extent) if masked else None):
+                for j in range(channels):
+                    own = [lane // channels * channels + j for lane in range(wide)]
+                    at = T.ramp(base + column * conv.strides[3], 1, wide)
+                    x = tirx.Shuffle([T.cast(self.source[at], f"{conv.acc_dtype}x{wide}")], own)
+                    weights = T.ramp(conv.weight_at(self.place.group, self.place.block, tap, j), 1, wide)
+                    self.acc[i].set(0, self.acc[i].get(0) + x * self.packed[weights])

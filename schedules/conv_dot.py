@@ -26,6 +26,8 @@ def supports_dot(problem: ConvProblem, target, op: str) -> bool:
 class DotConv(DirectConv):
     """Forward convolution or input gradient over pairs of channels."""
 
+    shuffles = False
+
     def __init__(self, problem: ConvProblem, config: ConvConfig, target, op: str):
         super().__init__(problem, config, target, op)
         self.steps, self.step = -(-self.red // 2), 2

@@ -275,8 +275,20 @@ def propose(problem: ConvProblem, target, op: str = FORWARD) -> ConvConfig:
             best = (cost, vectors, limit)
     assert best is not None
     pointwise = math.prod(problem.kernel) == 1
-    return ConvConfig("direct", best[2], best[1], min(256 if pointwise else 64, red), flatten, not pointwise,
-                      fold)
+    pixels = min(best[2], 8) if best[1] == 1 and reduces_by_vector(problem, fold, wide, op) else best[2]
+    scattered = problem.groups > 1 and out <= wide  # a block of channels is a vector of each pixel
+    return ConvConfig("direct", pixels, best[1], min(256 if pointwise else 64, red), flatten,
+                      not pointwise and not scattered, fold)
+
+
+def reduces_by_vector(problem: ConvProblem, fold: int, wide: int, op: str) -> bool:
+    """Whether `fold` groups of at most 4 channels are reduced with a shuffle per channel, and not as one dense block.
+
+    Wider groups take more shuffles than the zeros of a dense block cost."""
+    channels = problem.in_channels // problem.groups
+    layout = problem.layout if op == FORWARD else problem.out_layout
+    return (1 < fold and channels <= 4 and fold * channels == wide and problem.in_channels == problem.out_channels
+            and layout == "NHWC")
 
 
 def can_flatten(problem: ConvProblem) -> bool:

@@ -239,7 +239,8 @@ class WeightPack:
     For the input gradient the taps stand in reverse order (see `input_grad_phases`).
 
     With `fold` > 1, `groups` counts folds of so many groups of W, which share a tile: their weights stand on the
-    diagonal of an otherwise zero block, so that groups of few channels fill a vector.
+    diagonal of an otherwise zero block, so that groups of few channels fill a vector. `compact`: only the diagonal is
+    kept, so that the reduction has the length of one group's.
     """
 
     groups: int
@@ -252,6 +253,7 @@ class WeightPack:
     dtype: str
     packed_dtype: str
     fold: int = 1
+    compact: bool = False
 
     @property
     def out(self) -> int:
@@ -259,7 +261,7 @@ class WeightPack:
 
     @property
     def red(self) -> int:
-        return self.fold * (self.outer if self.swap else self.inner)
+        return (1 if self.compact else self.fold) * (self.outer if self.swap else self.inner)
 
     @property
     def blocks(self) -> int:
@@ -284,9 +286,10 @@ class WeightPack:
         out, red = (self.inner, self.outer) if self.swap else (self.outer, self.inner)
         packed = np.zeros((self.groups, self.blocks * self.tile, self.taps, self.red), self.packed_dtype)
         for f in range(self.fold):
+            at = 0 if self.compact else f * red
             part = np.transpose(dense[:, f], (0, 2, 3, 1) if self.swap else (0, 1, 3, 2))  # group, out, tap, red
             part = part[:, :, ::-1] if self.swap else part
-            packed[:, f * out:(f + 1) * out, :, f * red:(f + 1) * red] = part
+            packed[:, f * out:(f + 1) * out, :, at:at + red] = part
         tiled = packed.reshape(self.groups, self.blocks, self.tile, self.taps, self.red)
         return np.ascontiguousarray(np.transpose(tiled, (0, 1, 3, 4, 2))).reshape(-1)
 
@@ -311,10 +314,12 @@ class WeightPack:
         """Element by element: grouped weights are few."""
         with parallel(self.groups * self.taps) as t, serial(self.red) as r, serial(self.blocks * self.tile) as lane:
             group, tap = t // self.taps, t % self.taps
+            if self.compact:
+                r = lane * self.fold // self.out * self.red + r  # of the group that the lane belongs to
             o, i = (r, lane) if self.swap else (lane, r)
             inside = T.And(o // self.outer == i // self.inner, lane < self.out)
             src = ((group * self.fold * self.outer + o) * self.inner + i % self.inner) * self.taps + tap
-            dst = self.at(group, lane // self.tile, tap, r) + lane % self.tile
+            dst = self.at(group, lane // self.tile, tap, r % self.red) + lane % self.tile
             self._element(packed, dst, inside, w, src)
 
     def _rows(self, w, packed, group, vector, start) -> None:

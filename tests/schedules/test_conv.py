@@ -43,6 +43,8 @@ CASES = [
     case(2, 32, 32, (11, 12), (5, 3), padding=((2, 2), (0, 3)), stride=(2, 2), dilation=(1, 2), groups=32),
     case(1, 16, 16, (3, 4, 5), (3, 2, 2), padding=((1, 1), (1, 0), (0, 1)), groups=16),
     case(2, 16, 32, (6, 9), (3, 3), padding=((1, 1), (0, 1)), groups=8),  # groups fold into shared tiles
+    case(2, 32, 32, (5, 19), (3, 3), padding=((1, 1), (2, 1)), groups=8),  # and are reduced by the vector
+    case(1, 32, 32, (9, 10), (3, 2), padding=((1, 0), (1, 1)), stride=(2, 2), groups=16),
 ]
 
 
