@@ -190,6 +190,10 @@ class Index:
             low, high = rest.lo, rest.hi
         if at_least(low, 0) and at_least(divisor - 1, high):
             return whole, rest
+        if isinstance(divisor, int):  # TVM 0.27 simplifies (3 - v) % 4 to -(v % -4): it gets no falling numerators
+            falling = {a: c for a, c in rest.terms.items() if isinstance(c, int) and c < 0}
+            rest = rest + Index({a: c % divisor - c for a, c in falling.items()}, 0)
+            whole = whole + Index({a: c // divisor for a, c in falling.items()}, 0)
         return (whole + Index({Division(rest, divisor, False): 1}), Index({Division(rest, divisor, True): 1}))
 
     def __floordiv__(self, divisor: int) -> Index:

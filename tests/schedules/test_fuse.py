@@ -163,6 +163,17 @@ def test_a_view_that_is_an_output_and_read_inside():
     check(graph, [data(graph)[0], np.arange(6).reshape(6, 1) % 5])
 
 
+@pytest.mark.parametrize("shape", [(2, 4), (2, 3), (3, 8), (4, 5), (2, 3, 7)])
+def test_repeated_elements_read_backwards(shape):
+    """TVM takes (3 - v) % 4 for -(v % -4), unless it is written with a rising numerator."""
+    def fn(x):
+        y = emit("reshape", emit("broadcast_to", x, shape=shape), shape=(1, int(np.prod(shape))))
+        whole = emit("reshape", y, shape=shape)
+        return [emit("reverse", y, axes=(1,)), emit("reverse", whole, axes=(0, len(shape) - 1))]
+
+    check(graph_of(fn, shape[-1:]))
+
+
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (1, 40, 7), (5, 16, 3), (33, 31, 20), (64, 64, 64), (130, 97, 30),
                                            (3, 200, 0), (1, 300, 256), (257, 1, 12)])
 def test_heavy_epilogues_of_products_of_any_size(m, n, k):
