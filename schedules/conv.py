@@ -27,7 +27,8 @@ Store = Callable[[Any, Any, tuple, Any], None]
 
 
 def conv_primfunc(problem: ConvProblem, config: ConvConfig | None, target, name: str, store: Store | None = None,
-                  extra_buffers: Sequence[Any] = (), packed: np.ndarray | None = None, again: bool = False):
+                  extra_buffers: Sequence[Any] = (), packed: np.ndarray | None = None, again: bool = False,
+                  operands: Sequence[Any] = (None, None)):
     """`y = conv(x, w)` as a PrimFunc with parameters (x, w, *extra_buffers), and y last if `store` is None.
 
     Shapes are `problem.x_shape`, `problem.w_shape`, `problem.y_shape`; dtype `problem.dtype`.  `config` None means
@@ -42,9 +43,10 @@ def conv_primfunc(problem: ConvProblem, config: ConvConfig | None, target, name:
     Buffers must be aligned to the vector size.  No two of them may overlap.
 
     `packed` is what `packed_weights` made of constant weights: w is then that array. `again`: an element may be
-    stored twice (no store reads what it wrote); rows of unknown length are then cut into whole tiles.
+    stored twice (no store reads what it wrote); rows of unknown length are then cut into whole tiles. `operands`: the
+    buffers of x and w where the epilogue reads them as well.
     """
-    return _gather_primfunc(problem, config, target, name, store, extra_buffers, FORWARD, packed, again)
+    return _gather_primfunc(problem, config, target, name, store, extra_buffers, FORWARD, packed, again, operands)
 
 
 def packed_weights(problem: ConvProblem, config: ConvConfig | None, target, weights: np.ndarray,
@@ -55,18 +57,20 @@ def packed_weights(problem: ConvProblem, config: ConvConfig | None, target, weig
 
 def conv_input_grad_primfunc(problem: ConvProblem, config: ConvConfig | None, target, name: str,
                              store: Store | None = None, extra_buffers: Sequence[Any] = (),
-                             packed: np.ndarray | None = None, again: bool = False):
+                             packed: np.ndarray | None = None, again: bool = False,
+                             operands: Sequence[Any] = (None, None)):
     """`dx`, the gradient of `conv(x, w)` to x; also transposed convolution.
 
     Parameters (dy, w, *extra_buffers), and dx last if `store` is None: dy as `problem.y_shape`, dx as
     `problem.x_shape`.  `store` as in `conv_primfunc`, with `c` an input channel and `spatial` an input position
     (lanes follow `problem.layout`).
     """
-    return _gather_primfunc(problem, config, target, name, store, extra_buffers, INPUT_GRAD, packed, again)
+    return _gather_primfunc(problem, config, target, name, store, extra_buffers, INPUT_GRAD, packed, again, operands)
 
 
 def conv_weight_grad_primfunc(problem: ConvProblem, config: ConvConfig | None, target, name: str,
-                              store: Store | None = None, extra_buffers: Sequence[Any] = ()):
+                              store: Store | None = None, extra_buffers: Sequence[Any] = (),
+                              operands: Sequence[Any] = (None, None)):
     """`dw`, the gradient of `conv(x, w)` to w.
 
     Parameters (x, dy, *extra_buffers), and dw last if `store` is None; dw as `problem.w_shape`.  The epilogue is
@@ -75,7 +79,8 @@ def conv_weight_grad_primfunc(problem: ConvProblem, config: ConvConfig | None, t
     config = config or propose(problem, target, WEIGHT_GRAD)
     grad = (DepthwiseWeightGrad if config.algorithm == "depthwise" else WeightGrad)(problem, config, target)
     with IRBuilder() as builder, T.prim_func(s_tir=True):
-        x, dy = _parameters(name, {"x": problem.x_shape, "dy": problem.y_shape}, problem.dtype, extra_buffers)
+        shapes = {"x": problem.x_shape, "dy": problem.y_shape}
+        x, dy = _parameters(name, shapes, problem.dtype, extra_buffers, operands)
         if store is None:
             store = plain_store(T.arg("dw", tirx.decl_buffer(problem.w_shape, problem.dtype)), "NCHW")
         with import_llvm(*grad.transposes()):
@@ -83,11 +88,13 @@ def conv_weight_grad_primfunc(problem: ConvProblem, config: ConvConfig | None, t
     return builder.get()
 
 
-def _parameters(name: str, shapes: dict[str, tuple[int, ...]], dtype: str, extra_buffers: Sequence[Any]) -> list:
+def _parameters(name: str, shapes: dict[str, tuple[int, ...]], dtype: str, extra_buffers: Sequence[Any],
+                operands: Sequence[Any]) -> list:
     """Open the function: its name, the op's own inputs, then the caller's buffers."""
     T.func_name(name)
     T.func_attr({"global_symbol": name, "tirx.noalias": True})
-    inputs = [T.arg(label, tirx.decl_buffer(expressions(shape), dtype)) for label, shape in shapes.items()]
+    inputs = [T.arg(label, tirx.decl_buffer(expressions(shape), dtype) if given is None else given)
+              for (label, shape), given in zip(shapes.items(), operands)]
     for i, buffer in enumerate(extra_buffers):
         T.arg(f"extra{i}", buffer)
     return inputs
@@ -100,7 +107,8 @@ def _gather(problem, config, target, op):
     return kind(problem, config, target, op)
 
 
-def _gather_primfunc(problem, config, target, name, store, extra_buffers, op, packed=None, again=False):
+def _gather_primfunc(problem, config, target, name, store, extra_buffers, op, packed=None, again=False,
+                     operands=(None, None)):
     config = config or propose(problem, target, op)
     forward = op == FORWARD
     source_shape, out_shape = ((problem.x_shape, problem.y_shape) if forward else (problem.y_shape, problem.x_shape))
@@ -110,7 +118,7 @@ def _gather_primfunc(problem, config, target, name, store, extra_buffers, op, pa
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         label, result = ("x", "y") if forward else ("dy", "dx")
         shapes = {label: source_shape, "w": problem.w_shape if packed is None else packed.shape}
-        source, weights = _parameters(name, shapes, problem.dtype, extra_buffers)
+        source, weights = _parameters(name, shapes, problem.dtype, extra_buffers, operands)
         if store is None:
             store = plain_store(T.arg(result, tirx.decl_buffer(out_shape, problem.dtype)), layout)
         with import_llvm(*conv.transposes()):

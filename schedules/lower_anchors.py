@@ -87,6 +87,7 @@ class Epilogue:
         self.axes = anchor_axes(self.result)
         self.given = Given()
         self.outputs = signature.outputs
+        self.shared = {v for v in anchor.operands if any(v in n.operands for n in nodes if n is not anchor)}
         rest = [n for n in nodes if n is not anchor]
         self.is_heavy = sum(map(cost_of, rest)) >= EXPENSIVE
         loads = {v: p for v, p in self.places.items() if v not in self.outputs}
@@ -211,6 +212,11 @@ def _extra(node: Node, epilogue: Epilogue) -> list[Any]:
     return [epilogue.buffer(v) for v in epilogue.signature.params if v not in node.operands]
 
 
+def _operands(node: Node, epilogue: Epilogue) -> list[Any]:
+    """The buffers of the operands that the epilogue reads as well; None for the others, which the kernel declares."""
+    return [epilogue.buffer(v) if v in epilogue.shared else None for v in node.operands]
+
+
 def _activation_store(node: Node, epilogue: Epilogue) -> Any:
     last = node.attrs["channels_last"]
     image = (node.result if node.op.name == "conv_input_grad" else node.operands[0]).shape
@@ -232,7 +238,8 @@ def conv(node: Node, epilogue: Epilogue, target: Any, name: str) -> Any:
     if problem.is_dynamic and can_flatten(problem) and problem.groups == 1:
         return _pixels_product(node, epilogue, target, name, problem.out_channels, transpose=True)
     return conv_primfunc(problem, None, target, name, _activation_store(node, epilogue), _extra(node, epilogue),
-                         _packed(problem, w, epilogue, target, FORWARD), not epilogue.signature.inplace)
+                         _packed(problem, w, epilogue, target, FORWARD), not epilogue.signature.inplace,
+                         _operands(node, epilogue))
 
 
 def _pixels_product(node: Node, epilogue: Epilogue, target: Any, name: str, n: int, transpose: bool) -> Any:
@@ -264,7 +271,7 @@ def conv_input_grad(node: Node, epilogue: Epilogue, target: Any, name: str) -> A
         return _pixels_product(node, epilogue, target, name, problem.in_channels, transpose=False)
     return conv_input_grad_primfunc(problem, None, target, name, _activation_store(node, epilogue),
                                     _extra(node, epilogue), _packed(problem, w, epilogue, target, INPUT_GRAD),
-                                    not epilogue.signature.inplace)
+                                    not epilogue.signature.inplace, _operands(node, epilogue))
 
 
 def conv_weight_grad(node: Node, epilogue: Epilogue, target: Any, name: str) -> Any:
@@ -276,7 +283,8 @@ def conv_weight_grad(node: Node, epilogue: Epilogue, target: Any, name: str) -> 
     def store(o: Any, i: Any, at: Sequence[Any], acc: Any) -> None:
         epilogue.store((o, i, *_all_axes(kept, len(w) - 2, at)), acc)
 
-    return conv_weight_grad_primfunc(conv_problem(node, x, w), None, target, name, store, _extra(node, epilogue))
+    return conv_weight_grad_primfunc(conv_problem(node, x, w), None, target, name, store, _extra(node, epilogue),
+                                     _operands(node, epilogue))
 
 
 fill("lower", "matmul", Anchor(matmul))

@@ -9,6 +9,7 @@ import tvm
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+import treadle as td
 from treadle.ir.errors import AttributeValueError, DTypeError, ShapeError
 from treadle.schedules.conv import conv_input_grad_primfunc, conv_primfunc, conv_weight_grad_primfunc
 from treadle.schedules.conv_problem import ConvConfig, ConvProblem, input_grad_phases, propose, split_row
@@ -245,3 +246,17 @@ def test_what_does_not_fit_is_refused(error, change):
     fields = {"batch": 1, "in_channels": 4, "out_channels": 8, "spatial": (8, 8), "kernel": (3, 3)}
     with pytest.raises(error):
         ConvProblem(**{**fields, **change})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("groups", [1, 8])
+def test_an_epilogue_that_reads_what_is_convolved(dtype, groups):
+    """conv(x) + x, forward and transposed: one buffer is both the operand and the residual."""
+    rng = np.random.default_rng(0)
+    x = td.asarray(rng.standard_normal((2, 8, 9, 7)).astype(np.float32)).astype(dtype)
+    w = td.asarray(rng.standard_normal((8, 8 // groups, 3, 3)).astype(np.float32) * 0.2).astype(dtype)
+    for conv in (td.conv, td.conv_transpose):
+        def residual(x, w, conv=conv):
+            return td.relu(conv(x, w, padding=1, groups=groups) + x)
+        got, expected = (f(x, w).astype("float32").numpy() for f in (td.compile(residual), residual))
+        np.testing.assert_allclose(got, expected, rtol=2e-2 if dtype == "bfloat16" else 1e-4, atol=2e-2)
