@@ -55,15 +55,17 @@ class SizedAttention(AttentionEmitter):
         self.serial, self.vector = self.pv.serial, self.pv.vector
 
     def fits(self) -> Any:
-        """The condition under which this version may run (None: always)."""
+        """The condition under which this version may run; True or False where it is known."""
         cols, p = self.qk.cols, self.p
         conditions = [expression(p.queries) >= self.rows] if self.rows > 1 else []
         if not self.narrow:
             conditions.append(expression(p.keys) >= cols)
         if not self.many and not self.narrow:
             conditions.append(expression(p.keys) <= self.keys)
-        conditions = [c for c in conditions if not isinstance(c, bool)]
-        return None if not conditions else conditions[0] if len(conditions) == 1 else tirx.all(*conditions)
+        if any(c is False for c in conditions):
+            return False
+        conditions = [c for c in conditions if c is not True]
+        return True if not conditions else conditions[0] if len(conditions) == 1 else tirx.all(*conditions)
 
     def run(self) -> None:
         for part in (self.qk, self.pv):
@@ -91,9 +93,14 @@ def emit_sized(problem: AttentionProblem, config: AttentionConfig, target: Any, 
     versions = [version(large, False), version(large, True), version(few, True), version(one, True),
                 version(one, False, True)]
     with T.attr(0, "pragma_import_llvm", imports([v.qk for v in versions])), ExitStack() as nest:
-        for chosen in versions[:-1]:
-            nest.enter_context(T.If(chosen.fits()))
+        for chosen in versions:
+            condition = chosen.fits()
+            if condition is True:
+                chosen.run()
+                return
+            if condition is False:
+                continue
+            nest.enter_context(T.If(condition))
             with T.Then():
                 chosen.run()
             nest.enter_context(T.Else())
-        versions[-1].run()

@@ -18,6 +18,7 @@ from ..ir.graph import Node, Value
 from ..ir.ops_layout import spatial_sizes
 from .conv_problem import DTYPES
 from .lower_slots import cast, compute_dtype, const, let, read
+from .sizes import is_dynamic
 
 Reader = Callable[[Value, Sequence[Any]], Any]
 
@@ -25,6 +26,10 @@ Reader = Callable[[Value, Sequence[Any]], Any]
 def needs_plain(node: Node) -> bool:
     """Whether the tiled kernels decline a convolution."""
     values = (*node.operands, node.result)
+    weights = node.result if node.op.name == "conv_weight_grad" else node.operands[1]
+    images = [v for v in values if v is not weights]
+    if is_dynamic(*weights.shape, *(v.shape[-1 if node.attrs["channels_last"] else 1] for v in images)):
+        return True
     return any(v.type.size == 0 for v in values) or not 3 <= node.result.rank <= 5 \
         or any(v.dtype not in DTYPES or v.dtype != node.result.dtype for v in values)
 

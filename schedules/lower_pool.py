@@ -35,7 +35,7 @@ from .lower_kernel import (
     write_kernel,
 )
 from .lower_slots import NARROW_FLOATS, Kernel, cast, compute_dtype, const, is_nan, let
-from .sizes import expression
+from .sizes import expression, is_dynamic
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,8 @@ def _max_pool_grad(node: Node, target: Any, name: str) -> Any:
     given, result = Images.of(node.operands[0].shape, last), Images.of(node.results[0].shape, last)
     plane, windows = math.prod(result.spatial), math.prod(given.spatial)
     dtype = compute_dtype(node.results[0].dtype)
-    width = at_most(64, given.channels) if last else 1  # channels that one thread scatters at a time
+    # Channels that one thread scatters at a time.
+    width = min(given.channels, 64) if last and not is_dynamic(given.channels) else 1
     narrow = str(node.results[0].dtype) in NARROW_FLOATS
 
     def put(sums: Any, dx: Row, at: Any, element: Any) -> None:

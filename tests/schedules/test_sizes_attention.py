@@ -25,6 +25,8 @@ CASES = {
     "a mask": (attention, CROSS, (B, 2, N, 32), (B, 2, M, 32), (B, 2, M, 40), ((B, 1, N, M), "bool")),
     "an additive mask": (attention, CROSS, (B, 2, N, 32), (B, 2, M, 32), (B, 2, M, 8), (B, 1, 1, M)),
     "static batch": (attention, combinations(n=(1, 30, 65)), *3 * [(3, 2, N, 16)]),
+    "batches": (attention, combinations(b=(0, 1, 5)), (B, 2, 9, 16), (B, 2, 40, 16), (B, 2, 40, 16)),
+    "batches of short ones": (attention, combinations(b=(0, 1, 5)), (B, 2, 5, 4), (B, 2, 7, 4), (B, 2, 7, 6)),
     "bfloat16": (attention, combinations(n=(1, 30, 65)), *3 * [((3, 2, N, 32), "bfloat16")]),
     "one query": (attention, combinations(m=(1, 30, 1700)), (2, 2, 1, 16), (2, 2, M, 16), (2, 2, M, 16)),
 }

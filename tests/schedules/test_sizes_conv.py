@@ -49,6 +49,7 @@ CASES = {
     "transposed": (transposed((H, W), padding=1), IMAGES, (B, 16, H, W), (16, 8, 3, 3)),
     "transposed, stride 2": (transposed((H * 2, W * 2), stride=2), IMAGES, (B, 16, H, W), (16, 8, 2, 2)),
     "transposed, 1x1": (transposed((H, W)), IMAGES, (B, 16, H, W), (16, 8, 1, 1)),
+    "weights of any size": (conv(), combinations(b=(1, 2), h=(1, 3), w=(1, 4)), (B, H, W + 3, 9), (5, H, W, 3)),
     "bfloat16": (conv(padding=1), BATCHES, ((B, 8, 9, 14), "bfloat16"), ((40, 8, 3, 3), "bfloat16")),
     "integers": (conv(padding=1), BATCHES, ((B, 2, 5, 6), "int32"), ((4, 2, 3, 3), "int32")),
 }
