@@ -40,14 +40,14 @@ class SizedAttention(AttentionEmitter):
         cols = config.score_vectors * self.lanes
         scores = GemmConfig(tile_rows=config.tile_rows, tile_cols=cols, col_panels=config.key_panels,
                             pack_a=problem.dtype != self.dtype, dot_bf16=config.dot_bf16)
-        self.qk = SizedTiles(problem.scores(), scores, GemmHooks((), a=q, b=k), self.lanes, narrow)
+        self.qk: Any = SizedTiles(problem.scores(), scores, GemmHooks((), a=q, b=k), self.lanes, narrow)
         self.qk.col_panels = 1 if narrow else config.key_panels
         self.keys = self.qk.col_panels * cols
         self.key_blocks: Any = (problem.keys + (self.keys - 1)) // self.keys if many else 1
         self.pad = cols if many else 0
         product, tiles = self.value_product()
         hooks = GemmHooks((), b=v, load_a=self.load_score, store=self.store)
-        self.pv = SizedValueTiles(product, tiles, hooks, self.lanes, problem.values < tiles.tile_cols)
+        self.pv: Any = SizedValueTiles(product, tiles, hooks, self.lanes, problem.values < tiles.tile_cols)
         self.pv.owned = self.owned
         self.blocks: Any = (problem.queries + (self.rows - 1)) // self.rows
         self.group = max(1, min(GROUP_ROWS // self.rows, hint(self.blocks)))

@@ -95,7 +95,8 @@ class Sized(Emitter):
             return
         owned = self.p.m % self.rows == 0
         with maybe(owned or at.row + r >= at.tile * self.rows), self.serial(high - low) as c:
-            store(self.hooks, at.batch, at.row + r, at.col + expression(low) + c, tile[(*prefix, expression(low) + c)])
+            index = (*prefix, expression(low) + c)
+            store(self.hooks, at.batch, at.row + r, at.col + index[-1], tile[index])
 
 
 def bound(value: Any) -> Any:

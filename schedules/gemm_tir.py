@@ -332,7 +332,8 @@ class TileEmitter(Emitter):
         """Ask for the tile's sums of earlier blocks, which have left the near caches; they are there when K is done."""
         line = 64 // (dtype_bits(self.acc_dtype) // 8)
         with self.unroll(self.rows) as r, self.unroll(max(1, self.cols // line)) as v:
-            address = T.address_of(part[(*at, r, v * line)])
+            place = (*at, r, v * line)
+            address = T.address_of(part[place])
             T.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", address, *(T.int32(i) for i in (1, 3, 1))))
 
     def count(self, total: int, block: int, first: Index) -> Index:
