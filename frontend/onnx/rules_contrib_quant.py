@@ -13,7 +13,15 @@ from ..tensor import Tensor
 from .node import OnnxNode
 from .rules import CONTRIB, onnx_rule
 from .rules_nn import average_pool
-from .rules_quant import dequantize, flat, matmul_integers, quantize, quantized_by_range, to_integers
+from .rules_quant import (
+    dequantize,
+    flat,
+    matmul_integers,
+    quantize,
+    quantized_by_range,
+    requantized,
+    to_integers,
+)
 from .values import tensor
 
 
@@ -67,6 +75,26 @@ def qlinear_concat(node: OnnxNode, scale: Any, zero: Any, *parts: Any) -> Tensor
     """(x, its scale, its zero point) of each part."""
     numbers = [real(*parts[i:i + 3]) for i in range(0, len(parts), 3)]
     return quantized(F.concatenate(numbers, int(node.require("axis"))), scale, zero, parts[0])
+
+
+@onnx_rule("QLinearWhere", domain=CONTRIB)
+def qlinear_where(node: OnnxNode, condition: Any, x: Any, x_scale: Any, x_zero: Any, y: Any, y_scale: Any, y_zero: Any,
+                  scale: Any, zero: Any) -> Tensor:
+    return quantized(F.where(tensor(condition), real(x, x_scale, x_zero), real(y, y_scale, y_zero)), scale, zero, x)
+
+
+@onnx_rule("QGemm", domain=CONTRIB)
+def qgemm(node: OnnxNode, a: Any, a_scale: Any, a_zero: Any, b: Any, b_scale: Any, b_zero: Any, c: Any = None,
+          scale: Any = None, zero: Any = None) -> Tensor:
+    """alpha * (a' b' + c), c quantized like the product; floats where no scale of the result is given."""
+    left, right = (F.matrix_transpose(tensor(x)) if node.attr(f"trans{side}", 0) else tensor(x)
+                   for x, side in ((a, "A"), (b, "B")))
+    total = matmul_integers(left, right, a_zero, b_zero)
+    total = total if c is None else total + tensor(c)
+    factor = flat(a_scale) * flat(b_scale) * node.attr("alpha", 1.0)
+    if scale is None:
+        return cast(total, float32) * factor
+    return requantized(total, factor / flat(scale), zero, tensor(a).dtype)
 
 
 @onnx_rule("MatMulIntegerToFloat", domain=CONTRIB)
