@@ -89,11 +89,11 @@ def conv_weight_grad_primfunc(problem: ConvProblem, config: ConvConfig | None, t
 
 
 def _parameters(name: str, shapes: dict[str, tuple[int, ...]], dtype: str, extra_buffers: Sequence[Any],
-                operands: Sequence[Any]) -> list:
-    """Open the function: its name, the op's own inputs, then the caller's buffers."""
+                operands: Sequence[Any], **dtypes: str) -> list:
+    """Open the function: its name, the op's own inputs (of `dtype`, or of another by label), the caller's buffers."""
     T.func_name(name)
     T.func_attr({"global_symbol": name, "tirx.noalias": True})
-    inputs = [T.arg(label, tirx.decl_buffer(expressions(shape), dtype) if given is None else given)
+    inputs = [T.arg(label, tirx.decl_buffer(expressions(shape), dtypes.get(label, dtype)) if given is None else given)
               for (label, shape), given in zip(shapes.items(), operands)]
     for i, buffer in enumerate(extra_buffers):
         T.arg(f"extra{i}", buffer)
@@ -118,7 +118,8 @@ def _gather_primfunc(problem, config, target, name, store, extra_buffers, op, pa
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         label, result = ("x", "y") if forward else ("dy", "dx")
         shapes = {label: source_shape, "w": problem.w_shape if packed is None else packed.shape}
-        source, weights = _parameters(name, shapes, problem.dtype, extra_buffers, operands)
+        w_dtype = problem.dtype if packed is None else str(packed.dtype)
+        source, weights = _parameters(name, shapes, problem.dtype, extra_buffers, operands, w=w_dtype)
         if store is None:
             store = plain_store(T.arg(result, tirx.decl_buffer(out_shape, problem.dtype)), layout)
         with import_llvm(*conv.transposes()):
