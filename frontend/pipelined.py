@@ -278,7 +278,7 @@ class PipelineStep(ParallelStep):
             mine = [g for p, g in zip(own, (found[id(p)] for p in own))
                     if min(self.holders[id(p)]) % self.devices == self.here]
             square = F.square(global_norm(mine)).astype("float64" if self.inner._wide == np.float64 else "float32")
-            norm = F.sqrt(apply("all_reduce", square, **group))
+            norm = F.sqrt(apply("all_reduce", square, **group) if self.devices > 1 else square)
             scale = F.minimum(numbers[CLIP].astype("float32").astype(norm.dtype) / (norm + 1e-6), 1.0)
             found = {k: g * scale.astype(g.dtype) for k, g in found.items()}
         flags = [numbers.get(f"{FLAG}{i}") for i in range(len(params))]
