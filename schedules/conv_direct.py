@@ -76,22 +76,24 @@ class DirectConv(GatherConv):
         return packed
 
     def _emit_flat(self, source, packed, store, blocks: int) -> None:
-        """One endless row: tiles are the tasks."""
+        """One endless row: even tiles are the tasks. The last one is moved back until it fits, or is smaller."""
         depth, height, width = (axis[0] for axis in self.phases)
-        full, rest = divmod(width.count, self.config.pixels)
-        with each_task(blocks * (full + bool(rest)), self.threads) as task:
-            tiles = full + bool(rest)
+        tiles = -(-width.count // self.config.pixels)
+        size = -(-width.count // tiles)
+        tiles, rest = -(-width.count // size), width.count % size
+        with each_task(blocks * tiles, self.threads) as task:
             outer = self.config.channels_outer
             block, tile = (task // tiles, task % tiles) if outer else (task % blocks, task // blocks)
             place = Row(depth, height, 0, 0, 0, block // self.blocks, block % self.blocks)
             sink = ChannelsLast(self, store, place)
-            start = tile * self.config.pixels
-            with when(tile < full if rest else None):
-                if full:
-                    self.emit_tile(source, packed, sink, place, width, start, self.config.pixels, None)
-            if rest:
-                with when(tile >= full):
-                    self.emit_tile(source, packed, sink, place, width, start, rest, None)
+            if not rest or self.again:
+                start = T.min(tile * size, width.count - size) if rest else tile * size
+                self.emit_tile(source, packed, sink, place, width, start, size, None)
+                return
+            with when(tile < tiles - 1):
+                self.emit_tile(source, packed, sink, place, width, tile * size, size, None)
+            with when(tile == tiles - 1):
+                self.emit_tile(source, packed, sink, place, width, (tiles - 1) * size, rest, None)
 
     def emit_tile(self, source, packed, sink, place: Row, width: AxisTaps, start, size: int, taps) -> None:
         acc = accumulators(size, self.config.vectors, self.wide, self.acc_dtype)
