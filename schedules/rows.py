@@ -175,13 +175,20 @@ class RowKernel:
                 if v in seen or node is None or node not in self.evaluator.nodes or is_reduction(node):
                     continue
                 seen.add(v)
-                if cost_of(node) >= EXPENSIVE and self.domain.is_full(v):
+                if cost_of(node) >= EXPENSIVE and self.domain.is_full(v) and self.in_its_row(v):
                     if v in first:
                         again.add(v)
                         continue
                     first[v] = stage
                 stack.extend(node.operands)
         return {v: first[v] for v in again}
+
+    def in_its_row(self, v: Value) -> bool:
+        """Whether each row reads a full value in that row alone: through a transposition it may be another's."""
+        domain = self.domain
+        full = domain.full_index(v)
+        return all(i == f or (bool(f.axes) and f.axes <= domain.reduced) for w, idx in domain.recorder.memo if w is v
+                   for i, f in zip(idx, full))
 
     def row_values(self, level: int) -> list[Value]:
         """Row values that are computed once, after the pass `level`, since later passes or results need them."""

@@ -163,6 +163,18 @@ def test_a_view_that_is_an_output_and_read_inside():
     check(graph, [data(graph)[0], np.arange(6).reshape(6, 1) % 5])
 
 
+@pytest.mark.parametrize(("shape", "perm"), [((2, 3, 4), (1, 0, 2)), ((5, 5), (1, 0)), ((3, 4, 5), (2, 1, 0)),
+                                             ((6, 3, 32), (1, 0, 2))])
+@pytest.mark.parametrize("axis", [-1, 0])
+def test_rows_of_something_costly_that_was_transposed(shape, perm, axis):
+    """What a row puts aside has to be of that row."""
+    def fn(x):
+        y = emit("transpose", emit("exp", x), perm=perm)
+        return [emit("softmax", y, axis=axis % len(shape)), emit("tanh", y)]
+
+    check(graph_of(fn, shape))
+
+
 @pytest.mark.parametrize("shape", [(2, 4), (2, 3), (3, 8), (4, 5), (2, 3, 7)])
 def test_repeated_elements_read_backwards(shape):
     """TVM takes (3 - v) % 4 for -(v % -4), unless it is written with a rising numerator."""
