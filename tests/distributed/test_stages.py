@@ -57,7 +57,8 @@ def test_halves_are_the_whole():
 
 @pytest.mark.parametrize("chunks", [1, 3])
 def test_one_process_runs_all_stages(chunks):
-    options = {"accumulate": 4, "clip": 0.05, "optimizer": "adamw", "schedule": "interleaved", "chunks": chunks, "stop": 2}
+    options = {"accumulate": 4, "clip": 0.05, "optimizer": "adamw", "stop": 2, "schedule": "interleaved",
+               "chunks": chunks}
     losses, state, _ = job.run("whole", {}, options)
     got, other, step = job.run("pipe", {"pipe": 1}, options)
     np.testing.assert_allclose(got, losses, rtol=1e-9)
