@@ -18,6 +18,7 @@ from tvm.tirx.script import builder as T
 from . import gemm_llvm
 from .gemm import GemmConfig, GemmHooks, GemmProblem, GemmTarget, dtype_bits
 from .gemm_dot import DotEmitter
+from .gemm_propose import SERIAL_FLOPS
 from .gemm_tir import Emitter, Index, TileEmitter, Where, fold_hooks, maybe, store, swap_hooks
 from .lower_slots import hide
 from .sizes import expression, hint, hinted, is_dynamic, trunc_div
@@ -169,11 +170,15 @@ def rows_below(problem: GemmProblem, main: GemmConfig) -> list[int]:
 
 def few_rows(problem: GemmProblem, main: GemmConfig, rows: int, lanes: int) -> GemmConfig:
     """The schedule of a tile with few rows: B is read where it lies."""
+    batch: Any = 1
+    for n in problem.batch:
+        batch = batch * n
+    parallel = hint(batch * problem.n * problem.k) * rows * 2 > SERIAL_FLOPS
     if problem.transpose_b and not problem.transpose_a:
-        return GemmConfig(kind="dot", tile_rows=rows, tile_cols=lanes, parallel=main.parallel)
+        return GemmConfig(kind="dot", tile_rows=rows, tile_cols=lanes, parallel=parallel)
     vectors = max(1, min(4, hint(problem.n) // lanes))
     return GemmConfig(tile_rows=rows, tile_cols=vectors * lanes, k_block=main.k_block, pack_b=problem.transpose_b,
-                      dot_bf16=main.dot_bf16, parallel=main.parallel)
+                      dot_bf16=main.dot_bf16, parallel=parallel)
 
 
 def versions(problem: GemmProblem, config: GemmConfig, hooks: GemmHooks, lanes: int, full: bool) -> list[Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -275,7 +275,8 @@ class ElementwiseKernel:
             self.lanes = 1
         self.domain = domain_of(refine([v.shape for v in outputs]), nodes, outputs)
         self.joints = self.find_joints(nodes) if self.domain.loops else {}
-        self.parallel = target.threads > 1 and hint(outputs[0].type.size) * work_per_element(nodes) > SERIAL_WORK
+        self.work = work_per_element(nodes)
+        self.parallel = target.threads > 1 and hint(outputs[0].type.size) * self.work > SERIAL_WORK
 
     def element(self) -> None:
         """Computes every output at the current indices, then stores them."""
@@ -291,6 +292,14 @@ class ElementwiseKernel:
             self.element()
 
     def emit(self) -> None:
+        size = self.outputs[0].type.size
+        turned = self.lanes > 1 and find_turn(self.domain.loops, self.domain.accesses, self.lanes) is not None
+        if self.parallel and isinstance(size, Dim) and not turned:
+            alone_if_small(self, size, self.work, self.emit_loops)
+        else:
+            self.emit_loops()
+
+    def emit_loops(self) -> None:
         loops = self.domain.loops
         if not loops:
             self.element()
@@ -373,6 +382,16 @@ class ElementwiseKernel:
                 meet.update(itertools.accumulate(parts))
         return {axis: sorted(m for m in meet if 0 < m < axis.extent) for axis, meet in found.items()
                 if isinstance(axis.extent, int)}
+
+
+def alone_if_small(kernel: Any, size: Size, work: float, emit: Callable[[], None]) -> None:
+    """The code of a kernel twice: in parallel, and for sizes at which waking other threads would take longer."""
+    with T.If(expression(size) > tirx.const(int(SERIAL_WORK / work), "int64")):
+        with T.Then():
+            emit()
+        with T.Else():
+            kernel.parallel = False
+            emit()
 
 
 def bind_flat(axes: Sequence[Axis], position: Any) -> None:

@@ -26,6 +26,7 @@ from .loops import (
     SERIAL_WORK,
     KernelFrame,
     Signature,
+    alone_if_small,
     bind_flat,
     each_vector,
     lanes_for,
@@ -432,6 +433,9 @@ class RowKernel:
         steps = rows * (-(-self.vector.extent // self.tile) if self.columns else 1)
         if hint(steps) < 2 * self.threads and self.can_split():
             emit_split(self, steps)
+        elif self.parallel and isinstance(self.domain.size, Dim):
+            alone_if_small(self, self.domain.size, work_per_element(self.domain.nodes),
+                           lambda: self.over_tiles(lambda step: self.passes()))
         else:
             self.over_tiles(lambda step: self.passes())
 
