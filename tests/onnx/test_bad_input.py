@@ -16,12 +16,12 @@ HUGE = 10**11
 
 def refused(source, *parts, run=True):
     """The error of loading (and tracing) it, which comes within seconds and has all parts in its text."""
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(td.OnnxError) as caught:
         module = td.onnx.load(source if isinstance(source, (bytes, str, os.PathLike)) else source.SerializeToString())
         if run:
             td.trace(module, *module.inputs)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
     for part in parts:
         assert part in str(caught.value), str(caught.value)
 

@@ -15,7 +15,7 @@ import treadle as td
 
 MUTANTS = 250
 SECONDS = 5
-"""That no mutant may take longer than."""
+"""Of this process, that no mutant may take longer than."""
 
 
 def convolutions():
@@ -112,7 +112,7 @@ def test_mutants(seed, mutation):
     use(data)
     refused = 0
     for number in range(MUTANTS):
-        started = time.perf_counter()
+        started = time.process_time()
         mutant = mutation(data, rng)
         try:
             with warnings.catch_warnings():
@@ -121,7 +121,7 @@ def test_mutants(seed, mutation):
         except td.TreadleError as error:
             assert str(error)
             refused += 1
-        took = time.perf_counter() - started
+        took = time.process_time() - started
         assert took < SECONDS, f"mutant {number} took {took:.1f} s"
     assert MUTANTS // 10 < refused < MUTANTS
 
@@ -217,7 +217,7 @@ class Grower:
         return model(self.nodes, [("x", F32, ["a", 3, 4]), ("z", F32, [4])], outputs, self.arrays)
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(36))
 def test_random_graphs(seed):
     grower = Grower(seed)
     proto = grower.model(14)
