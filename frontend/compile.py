@@ -66,9 +66,8 @@ def passes(amp: Any = None, memory_budget: int | None = None, freeze: bool = Fal
         memory_budget: bytes; values are recomputed until the estimated peak of what waits between kernels is below it.
         freeze: fold what depends on constants only, and scales into weights.
     """
-    steps = list(TIDY)
     frozen_steps = [FREEZE, *TIDY] if freeze else []
-    steps += frozen_steps
+    steps = [*TIDY, *frozen_steps]
     if amp is not None:
         steps += [amp_pass(amp), *TIDY, *frozen_steps]
     steps.append(SAVE_LESS)
@@ -245,8 +244,7 @@ class Compiled:
             try:
                 graph = self.fn if arguments is None else self._trace_under(pattern, arguments)
                 sizes = bind_sizes(graph, opened.types_of((args, keywords))) if graph.dims else {}
-                sizes = opened.expected(graph, sizes)
-                program = self._compile_graph(graph, sizes)
+                program = self._compile_graph(graph, opened.expected(graph, sizes))
             except TreadleError as error:
                 if not implied:
                     raise
@@ -282,8 +280,7 @@ class Compiled:
             self._programs.pop(next(iter(self._programs)))
 
     def specialize(self, **sizes: int) -> Compiled:
-        """The same function with some of its open sizes fixed; all of them, if none is named: then each combination
-        is a program of its own."""
+        """The same function with some open sizes fixed; without any, each combination is a program of its own."""
         fn = with_sizes(self.fn, sizes) if isinstance(self.fn, Graph) and sizes else self.fn
         made = type(self)(fn, self.target, self.amp, self.memory_budget)
         made.dynamic = self.dynamic.fixing(sizes) if sizes and self.dynamic is not None else None
