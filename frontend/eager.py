@@ -109,8 +109,8 @@ class EagerBuilder(Builder):
         if self.max_elements is not None:
             for value in node.results:
                 if value.type.is_static and value.type.size > self.max_elements:
-                    raise ShapeError(f"{node.op.name} would make {value.type}, more than {self.max_elements:,} elements",
-                                     node.loc)
+                    raise ShapeError(f"{node.op.name} would make {value.type}, more than {self.max_elements:,} "
+                                     "elements", node.loc)
         arrays = [_array(v, node) for v in node.operands]
         results = run_node(node, arrays)
         keep = (grad_mode.is_grad_enabled() and node.op.undifferentiable is None

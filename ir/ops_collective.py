@@ -38,7 +38,9 @@ from .ops_common import (
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 REDUCTIONS = ("sum", "max", "min")
 STARTED = ("all_reduce", "reduce_scatter")
-OPS = (*COLLECTIVES, "axis_index", "send", "recv", "start", "wait", "annotate")
+COMMUNICATION = (*COLLECTIVES, "axis_index", "send", "recv", "start", "wait")
+"""Ops that need other processes."""
+OPS = (*COMMUNICATION, "annotate")
 """All ops of this module. Their tests need several ranks: tests/distributed."""
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..ir.opdef import fill
-from ..ir.ops_collective import host_name
+from ..ir.ops_collective import COMMUNICATION, host_name
 from .lower_slots import Host
 
-for _name in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "axis_index", "send", "recv", "start", "wait"):
+for _name in COMMUNICATION:
     fill("lower", _name, Host(host_name))

@@ -21,13 +21,13 @@ from ...ir.builder import GraphBuilder
 from ...ir.dtypes import as_dtype
 from ...ir.graph import Graph, Node, Value
 from ...ir.opdef import fill
+from ...ir.ops_collective import COMMUNICATION
 from .export_writer import Ref, Writer
 
 Rule = Callable[..., Any]
 FILES = ("shape", "math", "integers", "reduce", "nn", "window", "index", "control", "random")
 F32 = as_dtype("float32")
-BEYOND = dict.fromkeys(("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "axis_index", "send", "recv"),
-                       "ONNX knows no other processes: export the graph as it was before it was partitioned")
+BEYOND = dict.fromkeys(COMMUNICATION, "ONNX knows no other processes: export the graph as it was before it was partitioned")
 """Ops that ONNX cannot say, with the reason."""
 
 
