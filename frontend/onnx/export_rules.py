@@ -27,7 +27,8 @@ from .export_writer import Ref, Writer
 Rule = Callable[..., Any]
 FILES = ("shape", "math", "integers", "reduce", "nn", "window", "index", "control", "random")
 F32 = as_dtype("float32")
-BEYOND = dict.fromkeys(COMMUNICATION, "ONNX knows no other processes: export the graph as it was before it was partitioned")
+BEYOND = dict.fromkeys(
+    COMMUNICATION, "ONNX knows no other processes: export the graph as it was before it was partitioned")
 """Ops that ONNX cannot say, with the reason."""
 
 
