@@ -81,21 +81,22 @@ def _load_shared(ffi: Any, data: bytes) -> Any:
     A file that others can reach is never mapped: truncating it would kill this process. And the name has to be
     new each time, since the dynamic loader takes a known name for a known library.
     """
-    folders = [tempfile.gettempdir(), str(default_directory())]  # the first may be mounted noexec
-    for folder in folders:
-        try:
-            handle, path = tempfile.mkstemp(prefix="treadle-", suffix=".so", dir=folder)
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    file.write(data)
-                return ffi.load_module(path)
-            finally:
-                os.unlink(path)
-        except (RuntimeError, OSError) as error:
-            if folder == folders[-1]:
-                raise
-            log.info("cannot load a library from %s (%s), trying %s", folder, error, folders[-1])
-    raise AssertionError("unreachable")
+    try:
+        return _load_through(ffi, data, tempfile.gettempdir())
+    except (RuntimeError, OSError) as error:  # mounted noexec, or full
+        folder = str(default_directory())
+        log.info("cannot load a library from %s (%s), trying %s", tempfile.gettempdir(), error, folder)
+        return _load_through(ffi, data, folder)
+
+
+def _load_through(ffi: Any, data: bytes, folder: str) -> Any:
+    handle, path = tempfile.mkstemp(prefix="treadle-", suffix=".so", dir=folder)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        return ffi.load_module(path)
+    finally:
+        os.unlink(path)
 
 
 @functools.cache

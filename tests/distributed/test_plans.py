@@ -127,6 +127,7 @@ def test_plans_that_do_not_fit():
     step.plan = td.distributed.Plan()
     with pytest.raises(ShapeError, match="does not divide over the 3 ranks of 'data'; nothing is padded: make it 9"):
         step.trace(tokens, labels)
+    pytest.importorskip("mpi4py", reason="needs the extra `mpi`")
     with pytest.raises(MeshError, match="needs 2 ranks, but this job has 1"):
         td.distributed.parallelize(step.inner, Mesh({"data": 2}))
     with pytest.raises(MeshError, match="only one mesh axis may be -1"):
