@@ -33,6 +33,12 @@ def pictures(tmp_path):
     return tmp_path
 
 
+def pictured(folder):
+    """The images and labels of `pictures`."""
+    with np.load(folder / "data.npz") as found:
+        return found["image"], found["labels"]
+
+
 def run_exported(path, *inputs):
     ort = pytest.importorskip("onnxruntime")
     session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -45,11 +51,11 @@ def test_arrays_in_a_model_out(pictures):
                   "--lr", 0.02, "--head-lr", 2)
     assert "dropout that passes on" in text and "batch norm with fixed statistics" in text
     assert "stage 1: 8 epochs" in text and "held out: loss" in text and (out / "best.safetensors").exists()
-    found = np.load(pictures / "data.npz")
-    logits = run_exported(out / "model.onnx", found["image"])
-    assert logits.shape == (64, 2) and np.mean(logits.argmax(1) == found["labels"]) > 0.8
+    images, labels = pictured(pictures)
+    logits = run_exported(out / "model.onnx", images)
+    assert logits.shape == (64, 2) and np.mean(logits.argmax(1) == labels) > 0.8
     again = td.onnx.load(out / "model.onnx")
-    np.testing.assert_allclose(again(found["image"]).numpy(), logits, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(again(images).numpy(), logits, rtol=1e-4, atol=1e-4)
     assert str(again.inputs[0].type) == "f32[batch,1,height,width]"
 
 
@@ -89,8 +95,8 @@ def test_text_in_a_model_out(tmp_path):
 
 
 def test_numbers_as_targets(pictures):
-    found = np.load(pictures / "data.npz")
-    np.savez(pictures / "values.npz", image=found["image"], labels=found["image"].mean((1, 2, 3)))
+    images, _ = pictured(pictures)
+    np.savez(pictures / "values.npz", image=images, labels=images.mean((1, 2, 3)))
     text = invoke(pictures / "model.onnx", pictures / "values.npz", "--out", pictures / "out", "--objective", "mse",
                   "--batch", 8, "--epochs", 2)
     assert "mse" in text
