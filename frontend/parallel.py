@@ -13,7 +13,7 @@ The same script runs without mpiexec on a mesh of one rank.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -128,8 +128,7 @@ class ParallelStep:
         self.partitioned: Partitioned | None = None
         self.parts: dict[int, tuple[Tensor, Sharding, np.ndarray]] = {}  # tensors of which this rank has a part
         self._placed: dict[int, Sharding] = {}
-        self._programs: dict[Any, _Bound] = {}
-        self._seen: tuple[Any, ...] | None = None
+        self._programs: dict[Any, Callable[[Sequence[Any], Mapping[str, np.ndarray]], Any]] = {}
 
     def __call__(self, *batch: Any) -> Any:
         """One step on the whole batch (every rank gives the same); the loss of one process, on every rank.
@@ -142,12 +141,11 @@ class ParallelStep:
         found = scan(batch, {})
         key = (found.key, structure, tuple(numbers))
         if key not in self._programs:
-            self._programs[key] = self._build(batch)
+            self._programs[key] = self._build(batch, numbers)
         if self.job is not None:
             self.job.step = step.opt.steps
-        bound = self._programs[key]
         try:
-            result = bound([*found.arrays, *numbers.values()])
+            result = self._programs[key](found.arrays, numbers)
         except RuntimeError:
             if self.job is not None and self.job.error is not None:
                 raise self.job.error from None
@@ -191,7 +189,9 @@ class ParallelStep:
                 found.append(Source("other"))
         return found
 
-    def _build(self, batch: Sequence[Any]) -> _Bound:
+    def _build(self, batch: Sequence[Any],
+               numbers: Mapping[str, np.ndarray]) -> Callable[[Sequence[Any], Mapping[str, np.ndarray]], Any]:
+        """What runs steps on batches like this one: a function of the arrays and this step's numbers."""
         made = self.partitioned = self.trace(*batch)
         if self.job is not None:
             self.job.agree_on_program(made.graph)
@@ -268,8 +268,8 @@ class _Bound:
         self.executable, self.shardings, self.shapes, self.arrays = executable, list(shardings), list(shapes), arrays
         self.structure, self.results = meta["out_structure"], len(executable.signature.outputs) - len(meta["assigns"])
 
-    def __call__(self, given: Sequence[Any]) -> Any:
-        whole = [np.asarray(a).reshape(shape) for a, shape in zip(given, self.shapes)]
+    def __call__(self, given: Sequence[Any], numbers: Mapping[str, np.ndarray]) -> Any:
+        whole = [np.asarray(a).reshape(shape) for a, shape in zip([*given, *numbers.values()], self.shapes)]
         parts = [a if s.is_whole else s.cut(a, self.mesh, self.rank) for a, s in zip(whole, self.shardings)]
         outputs = self.executable.run([*parts, *self.arrays])
         return tree.unflatten(self.structure, [Tensor(np.array(a)) for a in outputs[:self.results]])

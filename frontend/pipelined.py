@@ -12,7 +12,7 @@ Micro-batches are those of `train_step(accumulate=)`: the result is that of one 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,7 +41,6 @@ from .compile import build_executable
 from .dispatch import apply
 from .optim.clip import global_norm
 from .parallel import ParallelStep, Plan, aligned, register
-from .signature import scan
 from .tensor import Tensor
 from .trace import Spec, record
 from .train import CLIP, FLAG, TrainStep, _replace
@@ -98,28 +97,6 @@ class PipelineStep(ParallelStep):
         self.sum_types: dict[int, Sharding] = {}
         self._pending: list[Any] = []
         self._local: dict[tuple[Any, ...], np.ndarray] = {}
-        self._pipelines: dict[Any, tuple[dict[int, _StageProgram], Any]] = {}
-
-    def __call__(self, *batch: Any) -> Any:
-        """One step on the whole batch, cut into `accumulate` micro-batches; the loss, on every rank."""
-        step = self.inner
-        numbers, structure = step._scalars(), step._structure()
-        found = scan(batch, {})
-        key = (found.key, structure, tuple(numbers))
-        if key not in self._pipelines:
-            self._pipelines[key] = self._build_stages(batch, numbers)
-        if self.job is not None:
-            self.job.step = step.opt.steps
-        try:
-            loss = self._run([np.asarray(a) for a in found.arrays], numbers, *self._pipelines[key])
-        except RuntimeError:
-            if self.job is not None and self.job.error is not None:
-                raise self.job.error from None
-            raise
-        step.opt.steps += 1
-        if step._any_frozen:
-            step.opt.skip(step._trainable)
-        return Tensor(loss)
 
     # Building ---------------------------------------------------------------------------------------------------
 
@@ -143,8 +120,8 @@ class PipelineStep(ParallelStep):
                                       f"{self.micro} micro-batches along its first dimension", user_location())
         return Spec(TensorType((array.shape[0] // self.micro, *array.shape[1:]), as_dtype(array.dtype)))
 
-    def _build_stages(self, batch: Sequence[Any],
-                      numbers: dict[str, np.ndarray]) -> tuple[dict[int, _StageProgram], Any]:
+    def _build(self, batch: Sequence[Any],
+               numbers: Mapping[str, np.ndarray]) -> Callable[[Sequence[Any], Mapping[str, np.ndarray]], Any]:
         graph, leaves = self._loss_graph(batch)
         captures: dict[int, Tensor] = graph.meta["captures"]
         chain = chain_of(graph, range(leaves))
@@ -161,7 +138,8 @@ class PipelineStep(ParallelStep):
                     self.holders.setdefault(id(captures[i]), []).append(s)
         own = {s: self._stage(stage, captures, s == self.count - 1)
                for s, stage in enumerate(stages) if s % self.devices == self.here}
-        return own, self._update(numbers)
+        update = self._update(numbers)
+        return lambda arrays, given: Tensor(self._run([np.asarray(a) for a in arrays], given, own, update))
 
     def _boundary(self, v: Value) -> Sharding:
         """How what stages hand each other lies: split along its first dimension where that is the batch's."""
@@ -239,7 +217,7 @@ class PipelineStep(ParallelStep):
         """Parameters that stages of several devices hold (tied weights), in the order of the optimizer's."""
         return [p for p in self.inner.opt.params if len({s % self.devices for s in self.holders.get(id(p), ())}) > 1]
 
-    def _update(self, numbers: dict[str, np.ndarray]) -> Any:
+    def _update(self, numbers: Mapping[str, np.ndarray]) -> Any:
         """The compiled update of this device's parameters: a function of the numbers."""
         own = [p for p in self.inner.opt.params if id(p) in self.sums]
         specs = [Spec(p.type, f"grad{i}") for i, p in enumerate(own)]
@@ -294,7 +272,7 @@ class PipelineStep(ParallelStep):
 
     # Running ----------------------------------------------------------------------------------------------------
 
-    def _run(self, arrays: list[np.ndarray], numbers: dict[str, np.ndarray], own: dict[int, _StageProgram],
+    def _run(self, arrays: list[np.ndarray], numbers: Mapping[str, np.ndarray], own: dict[int, _StageProgram],
              update: Any) -> np.ndarray:
         for total in self.sums.values():
             total.fill(0)
