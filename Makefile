@@ -21,19 +21,19 @@ demo:  ## Fine-tune an ONNX encoder on Shakespeare and export it again (ARGS=mni
 	@$(PY) -m treadle demo $(ARGS)
 
 test:  ## The whole suite, without the live comparison with torch.
-	$(call ready,test demo)
+	$(call ready,test mpi demo)
 	@$(PY) -m pytest -m "not oracle" $(ARGS)
 
 quick:  ## The tests that take a few seconds each at most.
-	$(call ready,test)
+	$(call ready,test mpi)
 	@$(PY) -m pytest -m "not oracle and not slow" $(ARGS)
 
 test-all:  ## The whole suite, torch as a live second oracle included (installs torch).
-	$(call ready,test demo oracle)
+	$(call ready,test mpi demo oracle)
 	@$(PY) -m pytest $(ARGS)
 
 lint:  ## ruff, and mypy over the package.
-	$(call ready,test)
+	$(call ready,test mpi)
 	@$(PY) -m ruff check .
 	@cd .venv/names && ../bin/python -m mypy --config-file ../../pyproject.toml \
 	  -m treadle -p treadle.ir -p treadle.autodiff -p treadle.schedules -p treadle.distributed -p treadle.frontend
