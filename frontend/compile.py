@@ -84,17 +84,24 @@ def build_executable(graph: Graph, target: str, amp: Any = None, meta: dict[str,
     Raises:
         CompileError: the memory budget is out of reach, or a kernel cannot be compiled.
     """
+    from ..schedules.cache import cache
     from ..schedules.program_cache import fetch, keep, program_key
 
     options = (amp, memory_budget, freeze, *([sorted(sizes.items())] if sizes else []))
+
+    def made() -> Any:
+        return _build(graph, target, amp, memory_budget, sizes, freeze)
+
     key = program_key(graph, target, *options)
-    executable = fetch(key) if key is not None else None
+    executable = fetch(key) if key is not None else made()
     if executable is None:
-        executable = _build(graph, target, amp, memory_budget, sizes, freeze)
-        if key is not None:
-            keep(key, executable)
-    else:
-        executable.profile_builder = lambda: _build(graph, target, amp, memory_budget, sizes, freeze).profile_builder()
+        with cache().alone(key):
+            executable = fetch(key)  # another rank of the job may just have kept it
+            if executable is None:
+                executable = made()
+                keep(key, executable)
+    if executable.profile_builder is None:
+        executable.profile_builder = lambda: made().profile_builder()
     executable.signature.meta.update(meta or {})
     return executable
 

@@ -15,6 +15,7 @@ process are then kept in memory only.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import logging
@@ -114,6 +115,21 @@ class Cache:
             due, self._written = (True, 0) if self._written >= self.limit // 16 else (False, self._written)
         if due:
             self.prune()
+
+    @contextlib.contextmanager
+    def alone(self, name: str) -> Iterator[None]:
+        """Holds up other processes that are about to make the same entry: the ranks of a job compile one program once.
+
+        A process that dies lets go; where files cannot be locked nobody waits, and an entry may be made twice.
+        """
+        path = self.path(name).with_name(f".tmp-lock-{name}")
+        with contextlib.ExitStack() as held:
+            with contextlib.suppress(OSError):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                file = held.enter_context(open(path, "wb"))
+                fcntl.flock(file, fcntl.LOCK_EX)
+                held.callback(path.unlink, missing_ok=True)
+            yield
 
     def discard(self, name: str) -> None:
         """Forget an entry."""

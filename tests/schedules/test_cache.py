@@ -247,6 +247,25 @@ def finish(process: subprocess.Popen) -> None:
     assert process.returncode == 0, err
 
 
+def test_who_is_first_makes_an_entry_and_the_others_wait(tmp_path):
+    """Another process comes while the entry is made: it finds it made, and leaves no file behind."""
+    ours, script = Cache(tmp_path, 1 << 20), """
+import sys
+from treadle.schedules.cache import Cache
+theirs = Cache(sys.argv[1], 1 << 20)
+print("asking", flush=True)
+with theirs.alone("ab1.o"):
+    print(theirs.get("ab1.o"), flush=True)
+"""
+    with ours.alone("ab1.o"):
+        other = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        assert other.stdout.readline() == "asking\n"
+        time.sleep(0.2)
+        ours.put("ab1.o", b"made")
+    assert other.communicate(timeout=60)[0] == "b'made'\n"
+    assert [p.name for p in (ours.directory / "ab").iterdir()] == ["ab1.o"]
+
+
 def test_two_processes_compile_at_once(folder):
     for process in [start(folder), start(folder)]:
         finish(process)
