@@ -30,10 +30,10 @@ from typing import Any
 import numpy as np
 
 from ..ir.errors import ArtifactError, TreadleError
-from .executable import Executable, Signature, TensorInfo, empty_aligned
+from .abi import ALIGNMENT, numpy_dtype
+from .executable import Executable, empty_aligned
 from .link import Library
-from .plan import ALIGNMENT
-from .program import numpy_dtype
+from .signature import Signature, TensorInfo
 
 log = logging.getLogger("treadle.artifact")
 

@@ -13,15 +13,16 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import Any
 
+from .abi import ENTRY
 from .cache import Cache, cache, digest
 from .check import check_program
-from .executable import BuildStats, Executable, KernelInfo, Signature, TensorInfo
+from .executable import BuildStats, Executable
 from .ffi import import_tvm
 from .link import SHARED, Library, link, linker, load
 from .plan import MemoryPlan, Slots, live_intervals, plan_memory
-from .program import ENTRY, HostCall, Program, Step, walk
+from .program import HostCall, Program, Step, walk
 from .runtime import available_cpus
-from .sized import TempInfo
+from .signature import KernelInfo, Signature, TempInfo, TensorInfo
 from .target import Target
 
 import_tvm()  # this module is imported to compile

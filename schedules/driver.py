@@ -25,11 +25,10 @@ from tvm.script import tirx as T
 from tvm.tirx import stmt as tir_stmt
 
 from . import host
+from .abi import ENTRY, PROFILE_HEADER
 from .codegen import on_cpu
 from .plan import MemoryPlan, Slots
 from .program import (
-    ENTRY,
-    PROFILE_HEADER,
     Arg,
     Branch,
     Buffer,
@@ -196,7 +195,7 @@ class _Emitter:
         numbers = [
             v if isinstance(a, LoopVar) else T.reinterpret("int64", v) for a, v in zip(step.args, values)
         ]
-        call = T.call_packed(host.PREFIX + step.function, host.describe(step), *numbers)
+        call = T.call_packed(host.PREFIX + step.function, _described(step), *numbers)
         return self.timing(step, tir_stmt.Evaluate(call))
 
     def emit_Copy(self, step: Copy) -> Any:
@@ -260,3 +259,14 @@ class _Emitter:
                 tir_stmt.BufferStore(times, times[cell + 1] + _int64(1), [cell + 1]),
             ]
         )
+
+
+def _described(call: HostCall) -> str:
+    """The arguments of a host call, as `host.py` reads them."""
+    parts = []
+    for i, arg in enumerate(call.args):
+        if isinstance(arg, (LoopVar, SizeArg)):
+            parts.append("i")
+        else:
+            parts.append(f"{'w' if i in call.writes else 'r'}:{arg.dtype}[{','.join(map(str, arg.shape))}]")
+    return ";".join(parts)

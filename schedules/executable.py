@@ -14,45 +14,24 @@ import ctypes
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from ..ir.errors import ArgumentsError, CompileError, DTypeError, ShapeError, TargetError
+from .abi import ALIGNMENT, ENTRY, PROFILE_HEADER, numpy_dtype
 from .host import check_registered
 from .link import Library, load
-from .plan import ALIGNMENT, MemoryPlan
-from .program import ENTRY, PROFILE_HEADER, numpy_dtype
 from .runtime import prepare_thread
-from .sized import Layouts, TempInfo, shape_from_json, shape_to_json
-from .target import Target, host_features
+from .signature import Signature, TensorInfo
+from .sized import Layouts
+from .target import host_arch, host_features
+
+if TYPE_CHECKING:
+    from .plan import MemoryPlan
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """One input, output or constant. `alias`: the input whose storage an output takes over."""
-
-    name: str
-    shape: tuple[Any, ...]
-    dtype: str
-    role: str = ""
-    alias: int | None = None
-
-    def __str__(self) -> str:
-        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
-
-
-@dataclass(frozen=True)
-class KernelInfo:
-    """One kernel call of a program: its label and its cost in floating-point operations (0 if unknown)."""
-
-    label: str
-    flops: float
-
-
-@dataclass(frozen=True)
-class BuildStats:
+class BuildStats(NamedTuple):
     """What a build did: distinct kernels, how many of them were compiled now, whether the linked library was cached.
 
     `library` is the name under which the cache keeps it (None: it does not).
@@ -64,8 +43,7 @@ class BuildStats:
     library: str | None = None
 
 
-@dataclass(frozen=True)
-class KernelTime:
+class KernelTime(NamedTuple):
     """Time that one call site took in one run: how often it ran, and seconds in total."""
 
     label: str
@@ -77,43 +55,6 @@ class KernelTime:
     def gflops(self) -> float:
         """Billions of floating-point operations a second (0 if the kernel has no known cost)."""
         return self.flops * self.calls / self.seconds / 1e9 if self.seconds else 0.0
-
-
-@dataclass(frozen=True)
-class Signature:
-    """What is known about a compiled program without its code: plain data, saved as JSON."""
-
-    name: str
-    target: str
-    arch: str
-    features: list[str]
-    inputs: list[TensorInfo]
-    outputs: list[TensorInfo]
-    constants: list[TensorInfo]
-    arena_bytes: int
-    slots: int
-    host_functions: list[str] = field(default_factory=list)
-    kernels: list[KernelInfo] = field(default_factory=list)
-    meta: dict[str, Any] = field(default_factory=dict)
-    sizes: list[str] = field(default_factory=list)  # the symbolic ones, in the order of their cells in the table
-    temps: list[TempInfo] = field(default_factory=list)  # of a program with symbolic sizes
-
-    def to_json(self) -> dict[str, Any]:
-        """As JSON-ready data; `from_json` takes it back."""
-        data = {f.name: getattr(self, f.name) for f in fields(self)}
-        for key in ("inputs", "outputs", "constants", "temps"):
-            data[key] = [{**vars(t), "shape": shape_to_json(t.shape)} for t in data[key]]
-        return {**data, "kernels": [asdict(k) for k in self.kernels]}
-
-    @staticmethod
-    def from_json(data: dict[str, Any]) -> Signature:
-        """The signature that `to_json` wrote. Raises TypeError or KeyError for anything else."""
-        tensors: dict[str, Any] = {
-            key: [TensorInfo(**{**t, "shape": shape_from_json(t["shape"])}) for t in data[key]]
-            for key in ("inputs", "outputs", "constants")
-        }
-        tensors["temps"] = [TempInfo(**{**t, "shape": shape_from_json(t["shape"])}) for t in data.get("temps", ())]
-        return Signature(**{**data, **tensors, "kernels": [KernelInfo(**k) for k in data["kernels"]]})
 
 
 def empty_aligned(shape: Sequence[int], dtype: Any) -> np.ndarray:
@@ -409,7 +350,7 @@ class Executable:
 def _check_machine(signature: Signature) -> None:
     """Refuse code that this processor would trap on."""
     lacking = sorted(set(signature.features) - host_features())
-    if signature.arch != Target.parse("cpu").arch:
+    if signature.arch != host_arch():
         lacking = [f"an {signature.arch} processor"]
     if lacking:
         raise TargetError(

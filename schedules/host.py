@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..ir.errors import RegistryError
-from .program import HostCall, LoopVar, SizeArg, numpy_dtype
+from .abi import numpy_dtype
 from .runtime import load_runtime
 
 PREFIX = "treadle.host."
@@ -37,24 +37,12 @@ def register_host_function(name: str, function: Callable[..., Any]) -> None:
 
 def check_registered(names: list[str]) -> None:
     """Raise RegistryError if a program needs host functions that this process has not registered."""
-    ffi = load_runtime()
-    missing = [name for name in names if ffi.get_global_func(PREFIX + name, allow_missing=True) is None]
+    missing = [name for name in names if load_runtime().get_global_func(PREFIX + name, allow_missing=True) is None]
     if missing:
         raise RegistryError(
             f"the program calls host functions that are not registered here: {', '.join(missing)}; import what defines "
             "them, or call register_host_function, before it is built or loaded"
         )
-
-
-def describe(call: HostCall) -> str:
-    """The description of a call's arguments."""
-    parts = []
-    for i, arg in enumerate(call.args):
-        if isinstance(arg, (LoopVar, SizeArg)):
-            parts.append("i")
-        else:
-            parts.append(f"{'w' if i in call.writes else 'r'}:{arg.dtype}[{','.join(map(str, arg.shape))}]")
-    return ";".join(parts)
 
 
 @functools.lru_cache(maxsize=1024)

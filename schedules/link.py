@@ -13,9 +13,8 @@ import os
 import shutil
 import subprocess
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..ir.errors import CompileError
 from .cache import default_directory
@@ -28,8 +27,7 @@ _OPTIONS = ("-shared", "-Bsymbolic", "-S", "-z", "noexecstack", "-z", "relro", "
 SHARED = "program.so"
 
 
-@dataclass(frozen=True)
-class Library:
+class Library(NamedTuple):
     """Machine code as named files: one "program.so", or objects."""
 
     files: dict[str, bytes]

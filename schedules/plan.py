@@ -7,22 +7,19 @@ both included; two temps may share bytes only if those intervals do not meet. A 
 * any other temp touched in a loop (a carry, a stack filled element by element, something that was made before
   the loop) is live throughout the loop, and so on outwards for nested loops.
 
-Offsets are found greedily, the largest temp first, each in the smallest gap that holds it (Pisarchyk and Lee,
-"Efficient Memory Management for Deep Neural Net Inference", 2020, "greedy by size"), and once more in order of
-birth; the smaller arena wins.
-No plan can be below the largest sum of live temps (`lower_bound`).
+Offsets are then found by `arena.py`. No plan can be below the largest sum of live temps (`lower_bound`).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from ..ir.dims import evaluate
+from .abi import aligned
+from .arena import lower_bound, place
 from .program import (
     Buffer,
     Copy,
@@ -38,14 +35,6 @@ from .program import (
     storage,
     written,
 )
-
-ALIGNMENT = 64
-_NO_GAP = np.iinfo(np.int64).max
-
-
-def aligned(nbytes: Any) -> Any:
-    """`nbytes` rounded up to a whole number of cache lines."""
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass
@@ -125,44 +114,6 @@ def plan_memory(program: Program, sizes: Mapping[str, int] | None = None) -> Mem
     return MemoryPlan(offsets, intervals, arena, lower_bound(lives), *owned)
 
 
-Life = tuple[int, int, int]
-"""Of a temp: bytes, first and last position."""
-
-
-def place(lives: Sequence[Life]) -> tuple[list[int], int]:
-    """(offset of each temp, bytes of the arena)."""
-    best: tuple[int, list[int]] | None = None
-    for order in (_by_size, _by_birth):
-        offsets = _pack(lives, sorted(range(len(lives)), key=lambda i: order(lives[i])))
-        size = max((offset + life[0] for offset, life in zip(offsets, lives)), default=0)
-        if best is None or size < best[0]:
-            best = size, offsets
-    assert best is not None
-    return best[1], best[0]
-
-
-def _by_size(life: Life) -> tuple[int, ...]:
-    nbytes, first, last = life
-    return (-nbytes, first - last, first)
-
-
-def _by_birth(life: Life) -> tuple[int, ...]:
-    return (life[1], -life[0])
-
-
-def lower_bound(lives: Sequence[Life]) -> int:
-    """The largest sum of bytes that are live at one position."""
-    change: dict[int, int] = {}
-    for nbytes, first, last in lives:
-        change[first] = change.get(first, 0) + nbytes
-        change[last + 1] = change.get(last + 1, 0) - nbytes
-    live = peak = 0
-    for position in sorted(change):
-        live += change[position]
-        peak = max(peak, live)
-    return peak
-
-
 def live_intervals(program: Program) -> list[Interval]:
     """The life of every temp that has bytes, in order of birth."""
     intervals = []
@@ -227,27 +178,6 @@ def _covers(step: Step, root: Buffer) -> bool:
     else:
         return False
     return any(storage(arg).root is root and arg.nbytes == root.nbytes for arg in targets)
-
-
-def _pack(lives: Sequence[Life], order: Sequence[int]) -> list[int]:
-    """Offsets of temps, placed in the given order: each goes into the smallest gap among those it meets, or on top."""
-    placed = np.zeros((4, len(lives)), np.int64)  # rows: offset, end, first, last; columns sorted by offset
-    offsets = [0] * len(lives)
-    for count, number in enumerate(order):
-        nbytes, first, last = lives[number]
-        begins, ends, firsts, lasts = placed[:, :count]
-        meeting = (firsts <= last) & (lasts >= first)
-        # Free from where everything before has ended to where the next one begins.
-        free = np.concatenate(([0], np.maximum.accumulate(ends[meeting])))
-        gaps = begins[meeting] - free[:-1]
-        gaps[gaps < nbytes] = _NO_GAP
-        best = int(gaps.argmin()) if len(gaps) else 0
-        offset = int(free[best] if len(gaps) and gaps[best] < _NO_GAP else free[-1])
-        offsets[number] = offset
-        column = int(np.searchsorted(begins, offset, side="right"))
-        placed[:, column + 1 : count + 1] = placed[:, column:count]
-        placed[:, column] = offset, offset + nbytes, first, last
-    return offsets
 
 
 @dataclass(frozen=True)

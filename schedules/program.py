@@ -29,27 +29,17 @@ What holds everywhere:
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from ..ir.dims import Dim
+from .abi import numpy_dtype
 
 KINDS = ("input", "output", "temp", "constant")
-ENTRY = "treadle_main"  # the function that a compiled program exports
-PROFILE_HEADER = 4  # int64 words at the head of the profile slot: two timespecs
-
-
-@functools.cache
-def numpy_dtype(name: str) -> np.dtype:
-    """The NumPy dtype of a canonical dtype name, with ml_dtypes for what NumPy lacks (bfloat16, float8_*, int4...)."""
-    extended = getattr(ml_dtypes, name, None)
-    return np.dtype(name if extended is None else extended)
 
 
 @dataclass(eq=False)

@@ -24,8 +24,9 @@ from ..ir.graph import Graph, Node
 from ..ir.hashing import graph_hash
 from .artifact import read_tensors, write_tensors
 from .cache import cache, digest
-from .executable import BuildStats, Executable, Signature
+from .executable import BuildStats, Executable
 from .link import SHARED, Library
+from .signature import Signature
 from .target import Target, host_model
 
 log = logging.getLogger("treadle.cache")

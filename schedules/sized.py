@@ -10,38 +10,18 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
 from ..ir.dims import Dim, Size, evaluate, solve
 from ..ir.errors import ArgumentsError, ShapeError
-from ..ir.parse import parse_size
-from .plan import aligned, place
+from .abi import aligned
+from .arena import place
+from .signature import Signature
 
 KEPT = 1024
 """Combinations of sizes of which the plan is kept."""
-
-
-@dataclass(frozen=True)
-class TempInfo:
-    """A temporary of a program with symbolic sizes, and its life (`plan.Interval`)."""
-
-    shape: tuple[Size, ...]
-    itemsize: int
-    first: int
-    last: int
-
-
-def shape_to_json(shape: Sequence[Size]) -> list[Any]:
-    """Numbers as they are, symbolic sizes as text."""
-    return [str(n) if isinstance(n, Dim) else n for n in shape]
-
-
-def shape_from_json(shape: Sequence[Any]) -> tuple[Size, ...]:
-    """What `shape_to_json` wrote."""
-    return tuple(parse_size(n) if isinstance(n, str) else int(n) for n in shape)
 
 
 def padded(shape: Sequence[Size], sizes: Mapping[str, int]) -> int:
@@ -49,8 +29,7 @@ def padded(shape: Sequence[Size], sizes: Mapping[str, int]) -> int:
     return math.prod(max(evaluate(n, sizes), 1) for n in shape)
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """The numbers of one combination of sizes: the cells of the table that depend on it (sizes, then offsets of
     temporaries), the bytes of the arena, and the shapes of inputs and outputs."""
 
@@ -61,9 +40,9 @@ class Layout:
 
 
 class Layouts:
-    """The layouts of one program (`signature`: an `executable.Signature`)."""
+    """The layouts of one program."""
 
-    def __init__(self, signature: Any):
+    def __init__(self, signature: Signature):
         self.signature = signature
         self.kept: OrderedDict[tuple[int, ...], Layout] = OrderedDict()
         self.axes = [(i, k, n) for i, info in enumerate(signature.inputs) for k, n in enumerate(info.shape)

@@ -9,7 +9,7 @@ for, so LLVM gets the CPU's name for its cost model AND an explicit "off" for ev
 from __future__ import annotations
 
 import functools
-import platform
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,9 +70,9 @@ def _size(text: str) -> int:
 def host_features() -> frozenset[str]:
     """Features that the operating system reports for every CPU of this machine, spelled without separators."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = set(Path("/proc/cpuinfo").read_text().splitlines())
     except OSError:
-        lines = []
+        lines = set()
     found: frozenset[str] | None = None
     for line in lines:
         key, _, value = line.partition(":")
@@ -112,8 +112,10 @@ def _host_cpu_name() -> str:
     return str(codegen.llvm_get_system_cpu())
 
 
-def _arch() -> str:
-    return {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+def host_arch() -> str:
+    """This processor's architecture, as LLVM calls it."""
+    machine = os.uname().machine  # `platform.machine()` looks at much else first
+    return {"AMD64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
 
 
 @dataclass(frozen=True)
@@ -158,10 +160,10 @@ class Target:
             features = frozenset(known.features)
             return Target(f"cpu:{isa}", "cpu", known.arch, features, known.vector_bits, *rest)
         if spec == "cpu":
-            wanted = _X86_FEATURES if _arch() == "x86_64" else frozenset(("neon", "sve", "bf16", "i8mm"))
+            wanted = _X86_FEATURES if host_arch() == "x86_64" else frozenset(("neon", "sve", "bf16", "i8mm"))
             features = host_features() & wanted
             bits = 512 if {"avx512f", "avx512vl"} <= features else 256 if "avx2" in features else 128
-            return Target("cpu", "cpu", _arch(), features, bits, *rest)
+            return Target("cpu", "cpu", host_arch(), features, bits, *rest)
         raise TargetError(
             f"unknown target {spec!r}: choose one of {', '.join(Target.choices())} (or another sm_<nn>)"
         )
@@ -175,7 +177,7 @@ class Target:
         """What this machine lacks to run the target's code; empty if it runs here."""
         if self.kind == "cuda":
             return ["a CUDA device"]
-        if self.arch != _arch():
+        if self.arch != host_arch():
             return [f"an {self.arch} processor"]
         return sorted(self.features - host_features())
 

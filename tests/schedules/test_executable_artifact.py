@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from program_kernels import add, add_one, buffer, call, elementwise
 
+import treadle as td
 from treadle.ir.errors import ArtifactError, CompileError, TargetError
 from treadle.schedules import artifact, link
 from treadle.schedules import executable as executable_module
@@ -112,6 +113,34 @@ def test_a_fresh_process_needs_no_compiler(saved, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), X + 1 + C)
+
+
+LEAN = """
+import dataclasses, sys
+import numpy as np
+import treadle as td
+before = set(sys.modules)
+f = td.load(sys.argv[1])
+f(np.arange(8, dtype=np.float32))
+added = sorted(set(sys.modules) - before)
+print(*(name for name in added if name.startswith("treadle.")))
+heavy = ("tvm", "torch", "onnx", "safetensors", "platformdirs", "rich")
+print(*(name for name in added if name.split(".")[0] in heavy))
+print(*(f"{m}.{n}" for m in added for n, c in vars(sys.modules[m]).items()
+        if isinstance(c, type) and dataclasses.is_dataclass(c) and c.__module__ == m))
+"""
+
+
+def test_a_start_from_a_file_imports_little(tmp_path):
+    """It is a matter of milliseconds, of which the definition of one frozen dataclass takes half of one."""
+    f = td.compile(lambda x: td.sin(x) + 1)
+    f(X)
+    f.save(tmp_path / "f.treadle")
+    done = subprocess.run([sys.executable, "-c", LEAN, str(tmp_path / "f.treadle")], capture_output=True, text=True,
+                          check=True)
+    ours, heavy, dataclasses = (line.split() for line in done.stdout.splitlines())
+    needed = "abi arena artifact cache executable host link signature sized".split()
+    assert set(ours) <= {f"treadle.schedules.{name}" for name in needed} and not heavy and not dataclasses
 
 
 def test_a_program_is_compiled_and_saved_for_another_architecture(tmp_path):

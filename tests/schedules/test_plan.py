@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from program_kernels import buffer, chain
 
-from treadle.schedules.plan import ALIGNMENT, aligned, plan_memory
+from treadle.schedules.abi import ALIGNMENT, aligned
+from treadle.schedules.plan import plan_memory
 from treadle.schedules.program import (
     Branch,
     Buffer,
