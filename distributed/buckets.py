@@ -57,13 +57,17 @@ def _key(node: Node) -> tuple[Any, ...]:
     return (node.op.name, node.attrs["axis"], node.attrs.get("reduce"), str(node.operands[0].dtype))
 
 
-def bucket(graph: Graph, most_bytes: int, keep: Collection[str] = (), overlap: bool = False) -> Graph:
+UNDER_WAY = 2  # messages on their way at a time: each holds a copy of what it sends
+
+
+def bucket(graph: Graph, most_bytes: int, keep: Collection[str] = (), overlap: bool = False,
+           under_way: int = UNDER_WAY) -> Graph:
     """The graph with collectives joined, each message at most `most_bytes` (a single tensor may be larger).
 
     Only operations that are next to each other in need are joined: a collective is delayed no further than to the first
     reader of any result of its bucket, so nothing that waits for it waits longer. Along the axes `keep` ranks run other
     programs: there nothing is joined. With `overlap` sums that nothing heavy waits for are only started where they
-    stand, and waited for by their first reader.
+    stand, and waited for by their first reader, or before the next but `under_way` is started.
     """
     made: list[Node] = []
     mapping: dict[Value, Value] = {}
@@ -75,6 +79,8 @@ def bucket(graph: Graph, most_bytes: int, keep: Collection[str] = (), overlap: b
 
     def close(key: tuple[Any, ...]) -> None:
         early = overlap and key[0] in STARTED and key[2] in ("sum", None) and key[-1]
+        if early and len(set(started.values())) >= under_way:
+            arrive([next(iter(started))])
         joined = _join(open_buckets.pop(key).nodes, mapping, next(tags) if early else None)
         made.append(joined[0])
         started.update(dict.fromkeys(joined[1], joined[0]))
@@ -100,6 +106,8 @@ def bucket(graph: Graph, most_bytes: int, keep: Collection[str] = (), overlap: b
             waiting = open_buckets.setdefault(key, _Bucket())
             waiting.nodes.append(node)
             waiting.nbytes += size
+            if waiting.nbytes >= most_bytes:
+                close(key)
             continue
         arrive(node.operands)
         fresh = with_operands(node, [mapping.get(v, v) for v in node.operands])

@@ -18,14 +18,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..ir.builder import GraphBuilder
 from ..ir.errors import AttributeValueError
-from ..ir.graph import Graph, Node, Value
-from ..ir.rewrite import with_operands
+from ..ir.graph import Graph, Value
 from .mesh import Mesh, MeshError
+from .regather import gather_at_use
 from .sharding import Sharding
 
 Dims = tuple["str | None", ...]
+PIECES = 64  # under ZeRO-2 and 3 joined messages are at most this part of the parameters
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,13 @@ class Plan:
     def alone(self) -> Plan:
         """The plan of one process, on whatever mesh."""
         return replace(self, shard={}, zero=0)
+
+    def message_bytes(self, parameters: int) -> int:
+        """How large a joined message may become, of a model with so many bytes of parameters.
+
+        Tensors that wait for their message are whole on every rank, which is what stages 2 and 3 promise to avoid.
+        """
+        return min(self.bucket_bytes, parameters // PIECES) if self.zero >= 2 else self.bucket_bytes
 
     def check(self, mesh: Mesh, names: Sequence[str]) -> None:
         """That the plan fits the mesh and the model.
@@ -134,39 +141,7 @@ def annotate(graph: Graph, mesh: Mesh, plan: Plan, sources: Sequence[Source],
                     gathered.append(v)
         elif source.kind == "state":
             found[i] = Sharding.whole(v.rank)
-    return (gather_at_use(graph, gathered, plan.data) if gathered else graph), found
-
-
-def gather_at_use(graph: Graph, parameters: Sequence[Value], axis: str | None) -> Graph:
-    """Annotates that forward and backward read these inputs whole along an axis; their update reads the parts."""
-    assert axis is not None
-    wanted = set(parameters)
-    nodes: list[Node | tuple[Node, list[Value]]] = []
-    with GraphBuilder("uses") as builder:
-        for node in graph.nodes:
-            whole: dict[Value, Value] = {}  # of this reader alone: what it gathers is free again after it
-            for v in () if _updates(node) else node.operands:
-                if v in wanted and v not in whole:
-                    (whole[v],) = builder.emit("annotate", [v], {"dims": ("",) * v.rank, "whole": (axis,)})
-                    made = whole[v].producer
-                    assert made is not None
-                    nodes.append(made)
-            nodes.append((node, [whole.get(v, v) for v in node.operands]) if whole else node)
-    return _rebuilt(graph, nodes)
-
-
-def _updates(node: Node) -> bool:
-    """Whether a node computes with a parameter element by element, as its update and its decay do."""
-    return node.op.has("elementwise") and all(v.shape in ((), node.result.shape) for v in node.operands)
-
-
-def _rebuilt(graph: Graph, nodes: Sequence[Node | tuple[Node, list[Value]]]) -> Graph:
-    mapping: dict[Value, Value] = {}
-    made: list[Node] = []
-    for entry in nodes:
-        node, operands = entry if isinstance(entry, tuple) else (entry, list(entry.operands))
-        fresh = with_operands(node, [mapping.get(v, v) for v in operands])
-        mapping.update(zip(node.results, fresh.results))
-        made.append(fresh)
-    outputs = [mapping.get(v, v) for v in graph.outputs]
-    return Graph(graph.name, graph.inputs, graph.roles, made, outputs, graph.aliases, graph.meta)
+    if gathered:
+        assert plan.data is not None
+        graph = gather_at_use(graph, gathered, plan.data)
+    return graph, found

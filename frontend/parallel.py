@@ -24,6 +24,7 @@ from ..distributed.comm import Job, load_mpi, mpi_available
 from ..distributed.errors import DistributedError, LaunchError
 from ..distributed.partition import Partitioned, partition
 from ..distributed.plans import Plan, Source, annotate
+from ..distributed.regather import in_groups
 from ..distributed.unroll import micro_batches, unroll
 from ..ir.errors import ArgumentsError
 from ..ir.graph import Graph
@@ -168,8 +169,9 @@ class ParallelStep:
             if id(tensor) in self._placed:
                 shardings[i] = self._placed[id(tensor)]
         made = partition(annotated, self.mesh, shardings)
-        made.graph = bucket(made.graph, self.plan.bucket_bytes,
-                            overlap=self.plan.overlap and self.inner._compiled.amp is None)
+        most = self.plan.message_bytes(sum(int(p.type.nbytes) for p in self.inner.opt.params))
+        overlap = self.plan.overlap and self.inner._compiled.amp is None
+        made.graph = bucket(in_groups(made.graph, most), most, overlap=overlap)
         made.graph.meta.update(meta)
         return made
 
@@ -236,17 +238,23 @@ class ParallelStep:
         """Whether this rank keeps the present value (or part) of a tensor."""
         return True
 
-    def save(self, path: Any, metadata: Mapping[str, str] | None = None) -> None:
+    def save(self, path: Any, metadata: Mapping[str, str] | None = None, data: Any = None) -> None:
         """Writes a checkpoint that any mesh can load: see `parallel_checkpoint.save`."""
         from .parallel_checkpoint import save
 
-        save(path, self, metadata)
+        save(path, self, metadata, data)
 
-    def load(self, path: Any) -> dict[str, str]:
+    def load(self, path: Any, data: Any = None) -> dict[str, str]:
         """Restores a checkpoint that any mesh wrote: see `parallel_checkpoint.load`."""
         from .parallel_checkpoint import load
 
-        return load(path, self)
+        return load(path, self, data)
+
+    def resume(self, folder: Any, data: Any = None) -> dict[str, str] | None:
+        """Restores the newest checkpoint in a folder; None if there is none: see `parallel_checkpoint.resume`."""
+        from .parallel_checkpoint import resume
+
+        return resume(folder, self, data)
 
     @property
     def local_bytes(self) -> dict[str, int]:
