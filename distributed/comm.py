@@ -103,6 +103,8 @@ class Job:
         rank: its number; `here`: its coordinates.
         step: counted by whoever runs steps; errors name it.
         calls, seconds: what was communicated so far, by `op:axis`.
+        timeline: None, or a list: every communication appends (op:axis, when it began, when it ended), on the clock
+            `time.monotonic`, which the processes of a host share.
         error: what ended a collective; a compiled program can only pass on its text.
 
     Raises:
@@ -121,6 +123,7 @@ class Job:
         self.watch = Watch(mpi, self.world, timeout or config.get("TREADLE_COMM_TIMEOUT"))
         self.calls: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
+        self.timeline: list[tuple[str, float, float]] | None = None
         self.error: BaseException | None = None
         self.started: dict[int, tuple[Any, np.ndarray, np.ndarray]] = {}
         _State.job = self
@@ -146,7 +149,7 @@ class Job:
         label = f"{op}:{attrs['axis']}"
 
         def call(*arrays: np.ndarray) -> None:
-            started = time.perf_counter()
+            started = time.monotonic()
             self.watch.enter(label)
             try:
                 method(arrays, **attrs)
@@ -155,10 +158,17 @@ class Job:
                 fail(error)
                 raise
             self.watch.leave()
-            self.calls[label] = self.calls.get(label, 0) + 1
-            self.seconds[label] = self.seconds.get(label, 0.0) + time.perf_counter() - started
+            self.count(label, started)
 
         return call
+
+    def count(self, label: str, started: float) -> None:
+        """Notes one communication that ends now; `started` by `time.monotonic`."""
+        ended = time.monotonic()
+        self.calls[label] = self.calls.get(label, 0) + 1
+        self.seconds[label] = self.seconds.get(label, 0.0) + ended - started
+        if self.timeline is not None:
+            self.timeline.append((label, started, ended))
 
     def all_reduce(self, arrays: Sequence[np.ndarray], axis: str, size: int, reduce: str) -> None:
         """Operands, then results."""
