@@ -174,10 +174,17 @@ class TrainStep:
         result, found = self._forward_backward(batch, live)
         by_parameter = {id(p): g for p, g in zip(live, found)}
         grads = [by_parameter.get(id(p)) for p in params]
+        self.update(grads, numbers)
+        return result
+
+    def update(self, grads: Sequence[Tensor | None], numbers: Mapping[str, Tensor],
+               clip: Callable[..., Any] = clip_by_global_norm) -> None:
+        """Traced: clips the gradients (one for each parameter; None: leave it alone) and moves parameters and state."""
+        params = list(self.opt.params)
         flags = [numbers.get(f"{FLAG}{i}") for i in range(len(params))]
         grads = [g if g is None or f is None else F.where(f, g, F.zeros((), g.dtype)) for g, f in zip(grads, flags)]
         if CLIP in numbers:
-            grads, _ = clip_by_global_norm(grads, numbers[CLIP].astype("float32"))
+            grads, _ = clip(grads, numbers[CLIP].astype("float32"))
         hyper = {name: value for name, value in numbers.items() if name != CLIP and not name.startswith(FLAG)}
         new_params, new_state = self.opt.update(params, grads, self.opt.state, hyper)
         for param, new, flag in zip(params, new_params, flags):
@@ -185,7 +192,6 @@ class TrainStep:
         for slots, new_slots, flag in zip(self.opt.state, new_state, flags):
             for name, new in new_slots.items():
                 _replace(slots[name], new, flag)
-        return result
 
     def _forward_backward(self, batch: tuple[Any, ...], params: list[Tensor]) -> tuple[Any, list[Tensor | None]]:
         if self.accumulate == 1:
