@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ..autodiff.amp import amp_pass
 from ..distributed import Mesh, MeshError, Sharding
 from ..distributed.buckets import bucket
 from ..distributed.comm import Job, load_mpi, mpi_available
@@ -160,7 +161,9 @@ class ParallelStep:
         """The per-rank program for such a batch, before it is compiled."""
         graph = self.inner.trace(*batch)
         meta = graph.meta
-        tidy = Pipeline([*TIDY, UNROLL, *TIDY]).run(graph)
+        amp = self.inner._compiled.amp
+        narrow = [] if amp is None else [amp_pass(amp), *TIDY]  # decided as on one process, before anything is split
+        tidy = Pipeline([*TIDY, *narrow, UNROLL, *TIDY]).run(graph)
         tidy.meta.update(meta)
         sources = self._sources(tidy)
         tidy, shapes = micro_batches(tidy, [i for i, s in enumerate(sources) if s.kind == "batch"])
@@ -170,8 +173,7 @@ class ParallelStep:
                 shardings[i] = self._placed[id(tensor)]
         made = partition(annotated, self.mesh, shardings)
         most = self.plan.message_bytes(sum(int(p.type.nbytes) for p in self.inner.opt.params))
-        overlap = self.plan.overlap and self.inner._compiled.amp is None
-        made.graph = bucket(in_groups(made.graph, most), most, overlap=overlap)
+        made.graph = bucket(in_groups(made.graph, most), most, overlap=self.plan.overlap)
         made.graph.meta.update(meta)
         return made
 
@@ -198,8 +200,7 @@ class ParallelStep:
         if self.job is not None:
             self.job.agree_on_program(made.graph)
             register(made.graph, self.job)
-        executable = build_executable(made.graph, self.inner._compiled.target, self.inner._compiled.amp,
-                                      memory_budget=self.inner.memory_budget)
+        executable = build_executable(made.graph, self.inner._compiled.target, memory_budget=self.inner.memory_budget)
         captures = made.graph.meta["captures"]
         first = len(made.graph.inputs) - len(captures)
         bound = []
