@@ -7,12 +7,13 @@ Functions of tensors are in one flat namespace under NumPy's (the array API stan
 because a second one, `td.numpy`, would hold the same names once more.
 """
 
-from typing import Any as _Any
+import typing as _typing
 
 from . import ir
 from .frontend import methods as _methods
+from .frontend import modules as _modules
 from .frontend import nn, optim, plugins, random
-from .frontend import parallel as distributed
+from .frontend import parallel as _parallel
 from .frontend.checkpoint import load_checkpoint, save_checkpoint
 from .frontend.compile import Compiled, compile, load
 from .frontend.control import cond, scan, while_loop
@@ -67,8 +68,16 @@ from .schedules.runtime import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
 
+_modules.offer(__name__, ("finetune", "nn", "onnx", "optim", "plugins", "random"))
+if _typing.TYPE_CHECKING:
+    from .frontend import parallel as distributed
+else:  # `treadle.distributed` is a layer below the frontend, so what it offers to users is put into it from here
+    from . import distributed
 
-def __getattr__(name: str) -> _Any:
+    vars(distributed).update({name: getattr(_parallel, name) for name in _parallel.__all__})
+
+
+def __getattr__(name: str) -> _typing.Any:
     """`td.onnx` and `td.finetune` are imported when they are first used: most programs do without."""
     if name == "onnx":
         from .frontend import onnx
