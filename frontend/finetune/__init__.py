@@ -8,7 +8,7 @@
     td.onnx.save(net, "tuned.onnx")
 """
 
-from .data import Arrays, Batches
+from .data import Arrays, Batches, Cursor
 from .heads import Headed, add_head, replace_head
 from .layers import Stage, gradual, layers, layerwise_lr
 from .lora import LowRank, add_lora, load_lora, merge_lora, remove_lora, save_lora

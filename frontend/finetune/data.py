@@ -5,12 +5,12 @@ Anything with the two methods of `Batches` serves as training data; `Arrays` hol
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from ...ir.errors import ArgumentsError
+from ...ir.errors import ArgumentsError, CheckpointError
 
 
 @runtime_checkable
@@ -73,6 +73,48 @@ class Arrays:
         if self.augment is not None:
             batch = tuple(self.augment(np.random.default_rng([self.seed, epoch, index, 1]), *batch))
         return batch
+
+
+class Cursor:
+    """The batches of some data one after the other, from a position that a checkpoint can carry.
+
+        cursor = td.finetune.Cursor(td.finetune.Arrays(x, y, batch_size=32), epochs=3)
+        step.resume("run", data=cursor)
+        for x, y in cursor:
+            step(x, y)
+            step.save("run", data=cursor)       # resumes with the batch after this one
+
+    Args:
+        data: the batches.
+        epochs: after so many it ends; None: it does not.
+    """
+
+    def __init__(self, data: Batches, epochs: int | None = None):
+        self.data, self.epochs = data, epochs
+        self.epoch = self.index = 0
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        while self.epochs is None or self.epoch < self.epochs:
+            batch = self.data.batch(self.epoch, self.index)
+            self.index += 1
+            if self.index >= len(self.data):
+                self.epoch, self.index = self.epoch + 1, 0
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The position: epoch and index of the next batch."""
+        return {"epoch": self.epoch, "index": self.index, "batches": len(self.data)}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Goes to a position.
+
+        Raises:
+            CheckpointError: it is one in other data.
+        """
+        if state.get("batches") != len(self.data):
+            raise CheckpointError(f"the position is in data of {state.get('batches')} batches an epoch; this data has "
+                                  f"{len(self.data)}")
+        self.epoch, self.index = int(state["epoch"]), int(state["index"])
 
 
 def as_batches(data: Any, batch_size: int, seed: int) -> Batches:

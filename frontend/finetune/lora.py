@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from ...ir.errors import ArgumentsError, AttributeValueError, CheckpointError
-from ..checkpoint import read_safetensors, write_safetensors
 from ..nn import Module, Parameter, init
+from ..safetensors import read_safetensors, write_safetensors
 from ..tensor import Tensor
 from .names import Patterns, parameters, select
 

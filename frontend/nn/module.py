@@ -297,12 +297,16 @@ class Module:
             module._edited()
         return self
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Copies of all parameters and persistent buffers by dotted name."""
+    def named_state(self) -> Iterator[tuple[str, Tensor]]:
+        """What a checkpoint holds: all parameters and persistent buffers, shared ones under each of their names."""
         transient = {f"{path}.{name}" if path else name
                      for path, m in self.named_modules() for name in m._transient}
-        named = [*self._named("_parameters", "", unique=False), *self._named("_buffers", "", unique=False)]
-        return {name: Tensor(t.numpy().copy()) for name, t in named if name not in transient}
+        for kind in ("_parameters", "_buffers"):
+            yield from ((n, t) for n, t in self._named(kind, "", unique=False) if n not in transient)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of all parameters and persistent buffers by dotted name."""
+        return {name: Tensor(t.numpy().copy()) for name, t in self.named_state()}
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
         """Copies values (tensors or arrays) into parameters and buffers, in place.

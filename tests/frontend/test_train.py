@@ -303,8 +303,8 @@ def test_the_file_is_plain_safetensors(tmp_path):
         "b": np.array(True),
         "c": np.arange(3, dtype=np.uint16),
     }
-    td.frontend.checkpoint.write_safetensors(path, narrow, {"k": "v"})
-    arrays, notes = td.frontend.checkpoint.read_safetensors(path)
+    td.frontend.safetensors.write_safetensors(path, narrow, {"k": "v"})
+    arrays, notes = td.frontend.safetensors.read_safetensors(path)
     assert notes["k"] == "v" and all(
         (arrays[k] == v).all() and arrays[k].dtype == v.dtype for k, v in narrow.items()
     )
