@@ -42,7 +42,8 @@ class Plan:
         schedule: "gpipe", "1f1b" or "interleaved", with `chunks` stages on each device.
         overlap: gradients are sent while the backward pass still runs, and waited for by the update.
         weight: what a micro-batch of a pipeline counts in the loss, from its arrays: `lambda x, y: (y != -100).sum()`
-            makes a mean over tokens that of the whole batch, however they are spread. None: all count the same.
+            makes a mean over tokens that of the whole batch, however they are spread. None: its examples.
+        recompute: a stage of a pipeline keeps only what it was handed, and computes the rest again in its backward pass.
         bucket_bytes: collectives of one kind that may go together are joined into messages of at most so many bytes.
     """
 
@@ -55,6 +56,7 @@ class Plan:
     schedule: str = "1f1b"
     chunks: int = 1
     weight: Callable[..., Any] | None = field(default=None, repr=False)
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         if self.zero not in (0, 1, 2, 3):

@@ -1,32 +1,51 @@
-"""A graph as a chain of layers, and a run of layers as a stage with a forward and a backward program.
+"""A graph as a chain of layers, and a run of layers as a stage.
 
-What matters of a loss's graph are the nodes that depend on data and parameters both; the others (masks from the
-batch, a transposed weight) are computed again wherever they are wanted. Between two such nodes the graph can be cut
-if one single value crosses: there ends a layer. The residual stream of a transformer is such a value; so is the
-input of every layer of a plain net.
+What matters of a loss's graph are the nodes that depend on data and parameters both: its spine. The others (masks from
+the batch, a transposed weight, random numbers, which follow from a counter) are computed again wherever they are
+wanted. Between two nodes of the spine the graph can be cut; what crosses there is handed on. The residual stream of a
+transformer crosses alone between its layers; inside a residual block the skip crosses as well. So a layer ends where
+few values cross: `cut_graph` looks for the narrowest crossings that give a good cut.
+
+State that the loss moves (running statistics, the counter of a random generator) belongs to a stage: all that reads or
+moves one tensor is in one stage, so a cut between them is not possible. Only state that follows from nothing but state,
+as a counter does, is moved by every stage for itself: each has a copy, and they agree.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from ..ir.builder import GraphBuilder, replay
+from ..ir.builder import GraphBuilder, copy_into, replay
 from ..ir.errors import AttributeValueError
 from ..ir.graph import Graph, Node, Value
+from ..ir.rewrite import Rewriter, rewrite
 from .chain import Cut, Layer, cut
 from .cost import Cluster
 
 BACKWARD_WORK = 2.0  # of the forward pass
+GOOD = 1.1           # a cut is good enough if its slowest stage takes at most so much of the least possible
+MOST_LAYERS = 600    # that a cut is searched among
 
 
 @dataclass(frozen=True)
 class Chain:
-    """A graph's layers. `crossing[i]`: the value that layer i hands to the next; the last hands out the loss."""
+    """A graph's layers.
+
+    Attributes:
+        crossing: what each layer hands to the next; the last hands out the loss.
+        results: numbers of the graph's other outputs that are made in each layer.
+        alike: numbers of the outputs that every stage makes for itself.
+        ends: the last step of each layer among those of the spine, whose ops are `ops`.
+    """
 
     graph: Graph
     layers: tuple[Layer, ...]
-    crossing: tuple[Value, ...]
+    crossing: tuple[tuple[Value, ...], ...]
+    results: tuple[tuple[int, ...], ...]
+    alike: tuple[int, ...]
+    ends: tuple[int, ...]
+    ops: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -34,159 +53,267 @@ class Stage:
     """A run of layers as a graph of its own.
 
     Attributes:
-        graph: inputs: what it is handed (unless it is the first stage), then inputs of the whole graph.
-        inputs: their numbers in the whole graph.
-        handed: whether the first input comes from the stage before.
+        graph: inputs: what it is handed, then inputs of the whole graph; outputs: what it hands on (the loss, if it is
+            the last), then outputs of the whole graph, those that assign state with their alias.
+        handed, out: the values of the whole graph that it is handed, and that it hands on.
+        inputs, results: numbers in the whole graph of the inputs and outputs that follow.
     """
 
     graph: Graph
+    handed: tuple[Value, ...]
+    out: tuple[Value, ...]
     inputs: tuple[int, ...]
-    handed: bool
+    results: tuple[int, ...]
 
 
-def _spine(graph: Graph, data: Collection[int]) -> set[Node]:
-    """Nodes that depend on the data and on other inputs."""
-    kinds: dict[Value, frozenset[bool]] = {v: frozenset({i in data}) for i, v in enumerate(graph.inputs)}
-    found = set()
+# What depends on what ----------------------------------------------------------------------------------------------
+
+
+def reached(graph: Graph, values: Iterable[Value]) -> set[Value]:
+    """These values and all that is computed from them."""
+    found = set(values)
     for node in graph.nodes:
-        mixed: frozenset[bool] = frozenset().union(*(kinds[v] for v in node.operands))
-        kinds.update(dict.fromkeys(node.results, mixed))
-        if len(mixed) == 2:
-            found.add(node)
+        if any(v in found for v in node.operands):
+            found.update(node.results)
     return found
 
 
-def chain_of(graph: Graph, data: Collection[int], cluster: Cluster | None = None) -> Chain:
-    """The layers of a graph with one output, the loss. `data`: the inputs that are the batch.
+def needed(graph: Graph, outputs: Iterable[Value], stop: Collection[Value] = ()) -> list[Node]:
+    """The nodes that some values depend on, in order; not beyond the values `stop`."""
+    wanted, found = set(outputs) - set(stop), []
+    for node in reversed(graph.nodes):
+        if any(v in wanted for v in node.results):
+            wanted.update(v for v in node.operands if v not in stop)
+            found.append(node)
+    return found[::-1]
 
-    A layer's parameters count four times (gradient and two moments); its activations are what it computes.
+
+def moved_with_data(graph: Graph, data: Collection[int]) -> set[Value]:
+    """The inputs that are assigned what depends on data or parameters: a running mean, but no counter."""
+    start = {v for i, (v, role) in enumerate(zip(graph.inputs, graph.roles)) if i in data or role == "parameter"}
+    moved: set[Value] = set()
+    while True:
+        found = reached(graph, start | moved)
+        more = {graph.inputs[j] for i, j in graph.aliases.items() if graph.outputs[i] in found} - moved
+        if not more:
+            return moved
+        moved |= more
+
+
+class _Unwrap(Rewriter):
+    """Takes out of recomputed regions what does not depend on their data: the counters that they move."""
+
+    varying: set[Value] = set()  # of the graph that is rewritten
+
+    def replace(self, node: Node) -> Sequence[Value] | None:
+        varying = any(v in self.varying for v in node.operands)
+        if node.op.name != "remat" or not varying:
+            if varying:
+                self.varying.update(node.results)
+            return None
+        (body,) = node.regions
+        inner = reached(body, [v for v, given in zip(body.inputs, node.operands) if given in self.varying])
+        apart = [v not in inner and v.producer is not None for v in body.outputs]
+        if not any(apart):
+            self.varying.update(node.results)
+            return None
+        mapping = dict(zip(body.inputs, node.operands))
+        replay(needed(body, [v for v, alone in zip(body.outputs, apart) if alone]), mapping, self)
+        kept = Graph(body.name, body.inputs, body.roles, body.nodes,
+                     [v for v, alone in zip(body.outputs, apart) if not alone])
+        rest = iter(self.emit("remat", node.operands, node.attrs, [kept]) if kept.outputs else ())
+        return [mapping[v] if alone else next(rest) for v, alone in zip(body.outputs, apart)]
+
+
+def unwrapped(graph: Graph, data: Collection[int]) -> Graph:
+    """The graph in which counters that `checkpoint`ed code moves are moved outside of it."""
+    rewriter = _Unwrap(graph.name)
+    rewriter.varying = {v for i, (v, role) in enumerate(zip(graph.inputs, graph.roles))
+                        if i in data or role == "parameter"}
+    return rewrite(graph, rewriter)
+
+
+# The chain ---------------------------------------------------------------------------------------------------------
+
+
+class _Spine:
+    """The nodes that matter, in order, and what crosses after each.
+
+    Attributes:
+        live: after each node, the values that later ones read; None where no cut is possible.
     """
-    cluster = cluster or Cluster()
-    spine = _spine(graph, data)
-    order = [n for n in graph.nodes if n in spine]
-    last = {v: i for i, n in enumerate(order) for v in n.operands}
-    last.update(dict.fromkeys(graph.outputs, len(order)))
-    layers, crossing, start = [], [], 0
-    live: set[Value] = set()
+
+    def __init__(self, graph: Graph, data: Collection[int]):
+        self.graph = graph
+        moved = moved_with_data(graph, data)
+        assigned = {graph.inputs[j]: graph.outputs[i] for i, j in graph.aliases.items()}
+        self.alike = tuple(i for i, j in sorted(graph.aliases.items()) if graph.inputs[j] not in moved)
+        varying = reached(graph, [*(graph.inputs[i] for i in data), *moved])
+        fixed = reached(graph, [v for i, v in enumerate(graph.inputs) if i not in data])
+        makers = {assigned[v].producer for v in moved}
+        self.nodes = [n for n in graph.nodes if n in makers or (n.results[0] in varying and n.results[0] in fixed)]
+        self.live = self._live(moved, assigned)
+
+    def _live(self, moved: set[Value], assigned: dict[Value, Value]) -> list[tuple[Value, ...] | None]:
+        last = {v: i for i, n in enumerate(self.nodes) for v in n.operands}
+        last[self.graph.outputs[0]] = len(self.nodes)
+        first: dict[Value, int] = {}
+        for i, n in enumerate(self.nodes):
+            for v in n.operands:
+                first.setdefault(v, i)
+        place = {v: i for i, n in enumerate(self.nodes) for v in n.results}
+        held = [0] * (len(self.nodes) + 1)
+        for v in moved:
+            ends = [x for x in (first.get(v), last.get(v), place.get(assigned[v])) if x is not None]
+            held[min(ends)] += 1
+            held[max(ends)] -= 1
+        live: dict[Value, None] = {}
+        found: list[tuple[Value, ...] | None] = []
+        inside = 0
+        for i, node in enumerate(self.nodes):
+            live.update(dict.fromkeys(node.results))
+            live = {v: None for v in live if last.get(v, -1) > i}
+            inside += held[i]
+            found.append(tuple(live) if live and not inside else None)
+        if found:
+            found[-1] = (self.graph.outputs[0],)
+        return found
+
+    def ends(self, widest: int) -> list[int]:
+        """The nodes after which a layer ends if at most so many values may cross."""
+        return [i for i, values in enumerate(self.live)
+                if values is not None and (len(values) <= widest or i + 1 == len(self.live))]
+
+    def widths(self) -> list[int]:
+        """How many values cross anywhere, in increasing order."""
+        return sorted({len(v) for v in self.live if v is not None})
+
+
+def chain_of(graph: Graph, data: Collection[int], cluster: Cluster | None = None, widest: int = 1) -> Chain:
+    """The layers of a graph whose first output is the loss. `data`: the inputs that are the batch.
+
+    A layer ends where at most `widest` values cross. Its parameters count four times (gradient and two moments); its
+    activations are what it computes.
+    """
+    spine = _Spine(graph, data)
+    return _chain(spine, frozenset(data), cluster or Cluster(), spine.ends(widest))
+
+
+def chain_at(graph: Graph, data: Collection[int], ends: Sequence[int], cluster: Cluster | None = None) -> Chain:
+    """The layers of a graph that end where those of another one do, of the same steps on other shapes."""
+    spine = _Spine(graph, data)
+    fits = all(e < len(spine.live) and spine.live[e] is not None for e in ends)
+    return _chain(spine, frozenset(data), cluster or Cluster(), ends if fits else spine.ends(1))
+
+
+def _chain(spine: _Spine, data: frozenset[int], cluster: Cluster, ends: Sequence[int]) -> Chain:
+    graph, start = spine.graph, 0
+    layers, crossing, results = [], [], []
     seen: set[Value] = set()
-    for i, node in enumerate(order):
-        live |= set(node.results)
-        live = {v for v in live if last.get(v, -1) > i}
-        if len(live) == 1 and (i + 1 == len(order) or next(iter(live)).dtype.is_float):
-            layers.append(_layer(graph, order[start:i + 1], next(iter(live)), seen, data, cluster))
-            crossing.append(next(iter(live)))
-            start = i + 1
-    return Chain(graph, tuple(layers), tuple(crossing))
+    others = [i for i in range(1, len(graph.outputs)) if i not in spine.alike]
+    for end in ends:
+        nodes, values = spine.nodes[start:end + 1], spine.live[end]
+        assert values is not None
+        layers.append(_layer(graph, nodes, values, seen, data, cluster))
+        crossing.append(values)
+        made = {v for n in nodes for v in n.results}
+        results.append(tuple(i for i in others if graph.outputs[i] in made))
+        start = end + 1
+    placed = {i for numbers in results for i in numbers}
+    if results:  # what follows from data or parameters alone can be made anywhere
+        results[-1] = (*results[-1], *(i for i in others if i not in placed))
+    ops = tuple(n.op.name for n in spine.nodes)
+    return Chain(graph, tuple(layers), tuple(crossing), tuple(results), spine.alike, tuple(ends), ops)
 
 
-def _layer(graph: Graph, nodes: Sequence[Node], out: Value, seen: set[Value], data: Collection[int],
+def _layer(graph: Graph, nodes: Sequence[Node], out: Sequence[Value], seen: set[Value], data: Collection[int],
            cluster: Cluster) -> Layer:
     read = {v for n in nodes for v in n.operands if v.producer is None} - seen
     seen |= read
     own = sum(float(v.type.nbytes) for i, v in enumerate(graph.inputs) if v in read and i not in data)
     seconds = sum(max(float(n.flops) / cluster.flops, cluster.touch(float(n.nbytes))) for n in nodes)
     kept = sum(float(v.type.nbytes) for n in nodes for v in n.results)
-    return Layer(seconds, BACKWARD_WORK * seconds, 4 * own, kept, float(out.type.nbytes), nodes[0].op.name)
+    handed = sum(float(v.type.nbytes) for v in out)
+    return Layer(seconds, BACKWARD_WORK * seconds, 4 * own, kept, handed, nodes[0].op.name)
 
 
-def stages_of(chain: Chain, count: int, memory: float = float("inf"), kept: Sequence[int] | None = None,
-              ) -> tuple[list[Stage], Cut]:
-    """The graph cut into stages whose slowest is as fast as can be.
+# Stages ------------------------------------------------------------------------------------------------------------
+
+
+def cut_graph(graph: Graph, data: Collection[int], count: int, memory: float = float("inf"),
+              kept: Sequence[int] | None = None, cluster: Cluster | None = None) -> tuple[Chain, Cut]:
+    """A chain of the graph's layers and its best cut into stages: the narrowest crossings that give a good one.
 
     Raises:
-        AttributeValueError: the graph has fewer layers, or no cut fits in memory.
+        AttributeValueError: the graph cannot be cut into so many stages, or no cut fits in memory.
     """
-    if len(chain.layers) < count:
-        raise AttributeValueError(f"{chain.graph.name} can be cut into {len(chain.layers)} stages at most, not "
-                                  f"{count}: only between layers that hand on a single tensor")
-    found = cut(chain.layers, count, memory, kept)
+    spine, cluster = _Spine(graph, data), cluster or Cluster()
+    tried: list[tuple[float, Chain, Cut]] = []
+    failure: AttributeValueError | None = None
+    for widest in spine.widths() or [1]:
+        ends = spine.ends(widest)
+        if len(ends) < count or (tried and len(ends) > MOST_LAYERS):
+            continue
+        chain = _chain(spine, frozenset(data), cluster, ends)
+        try:
+            found = cut(chain.layers, count, memory, kept, cluster.along("pipe").bandwidth)
+        except AttributeValueError as error:
+            failure = error
+            continue
+        tried.append((found.seconds, chain, found))
+        work = [x.forward + x.backward for x in chain.layers]
+        if found.seconds <= GOOD * max(sum(work) / count, 0.0):
+            break
+    if not tried:
+        most = len(spine.ends(max(spine.widths(), default=1)))
+        raise failure or AttributeValueError(
+            f"{graph.name} can be cut into {most} stages at most, not {count}: it is cut between steps of its "
+            "computation that read both data and parameters, and not between those that read and move the same state. "
+            "Use fewer stages (the mesh's pipeline axis times the plan's chunks)")
+    least = min(seconds for seconds, _, _ in tried)
+    return next((chain, found) for seconds, chain, found in tried if seconds <= GOOD * least)
+
+
+def stages_of(chain: Chain, found: Cut) -> list[Stage]:
+    """The stages of a cut."""
     ends = [*(b - 1 for b in found.bounds[1:]), len(chain.layers) - 1]
-    handed: Value | None = None
+    handed: tuple[Value, ...] = ()
     stages: list[Stage] = []
-    for end in ends:
-        out = chain.crossing[end]
-        stages.append(_stage(chain.graph, handed, out, len(stages)))
-        handed = out
-    return stages, found
+    start = 0
+    for number, end in enumerate(ends):
+        results = sorted({i for numbers in chain.results[start:end + 1] for i in numbers} | set(chain.alike))
+        stages.append(_stage(chain.graph, handed, chain.crossing[end], results, number))
+        handed, start = chain.crossing[end], end + 1
+    return stages
 
 
-def _stage(graph: Graph, handed: Value | None, out: Value, number: int) -> Stage:
-    nodes = needed(graph, [out], stop=() if handed is None else (handed,))
-    read = {v for n in nodes for v in n.operands}
+def _stage(graph: Graph, handed: tuple[Value, ...], out: tuple[Value, ...], results: Sequence[int],
+           number: int) -> Stage:
+    outputs = [*out, *(graph.outputs[i] for i in results)]
+    nodes = needed(graph, outputs, stop=handed)
+    read = {v for n in nodes for v in n.operands} | set(outputs) - set(handed)
+    read |= {graph.inputs[graph.aliases[i]] for i in results if i in graph.aliases}
     numbers = [i for i, v in enumerate(graph.inputs) if v in read]
     with GraphBuilder(f"{graph.name}_stage{number}") as builder:
-        mapping: dict[Value, Value] = {}
-        if handed is not None:
-            mapping[handed] = builder.input(handed.type, "handed")
+        mapping: dict[Value, Value] = {v: builder.input(v.type, v.name or "handed") for v in handed}
         for i in numbers:
             mapping[graph.inputs[i]] = builder.input(graph.inputs[i].type, graph.inputs[i].name, graph.roles[i])
         replay(nodes, mapping, builder)
-        builder.output(mapping[out])
-    return Stage(builder.graph, tuple(numbers), handed is not None)
+        builder.output(*(mapping[v] for v in out))
+        for i in results:
+            alias = graph.inputs[graph.aliases[i]] if i in graph.aliases else None
+            builder.output(mapping[graph.outputs[i]], alias=None if alias is None else mapping[alias])
+    return Stage(builder.graph, handed, out, tuple(numbers), tuple(results))
 
 
-def needed(graph: Graph, outputs: Sequence[Value], stop: Collection[Value] = ()) -> list[Node]:
-    """The nodes that some values depend on, in order; not beyond the values `stop`."""
-    wanted, found = set(outputs), []
-    for node in reversed(graph.nodes):
-        if any(v in wanted and v not in stop for v in node.results):
-            wanted.update(node.operands)
-            found.append(node)
-    return found[::-1]
-
-
-# Forward and backward ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Halves:
-    """A stage's two programs.
-
-    Attributes:
-        forward: gives the stage's result, then what the backward pass keeps; `forward_inputs`: numbers of the inputs.
-        backward: takes what was kept, then inputs of the joint graph by number, gives the other outputs.
-    """
-
-    forward: Graph
-    backward: Graph
-    forward_inputs: tuple[int, ...]
-    backward_inputs: tuple[int, ...]
-    kept: int
-
-
-def halves(graph: Graph) -> Halves:
-    """A joint graph of forward and backward pass, whose first output is the stage's result, taken apart.
-
-    Constants, and a rank's place in the mesh, are not kept but made again.
-    """
-    first = graph.outputs[0]
-    ahead = set(needed(graph, [first]))
-    again = {n for n in graph.nodes if not n.operands}
-    behind = [n for n in needed(graph, graph.outputs[1:]) if n not in ahead or n in again]
-    made = {v for n in ahead - again for v in n.results}
-    read = {v for n in behind for v in n.operands} | set(graph.outputs[1:])
-    kept = [v for n in graph.nodes for v in n.results if v in made and v in read]
-    forward, forward_inputs = _program(graph, f"{graph.name}_forward", [n for n in graph.nodes if n in ahead],
-                                       [], [first, *kept], {})
-    aliases = {i - 1: j for i, j in graph.aliases.items()}
-    backward, backward_inputs = _program(graph, f"{graph.name}_backward", behind, kept, graph.outputs[1:], aliases)
-    return Halves(forward, backward, forward_inputs, backward_inputs, len(kept))
-
-
-def _program(graph: Graph, name: str, nodes: Sequence[Node], first: Sequence[Value], outputs: Sequence[Value],
-             aliases: dict[int, int]) -> tuple[Graph, tuple[int, ...]]:
-    read = {v for n in nodes for v in n.operands} | set(outputs) | {graph.inputs[j] for j in aliases.values()}
-    numbers = tuple(i for i, v in enumerate(graph.inputs) if v in read)
-    with GraphBuilder(name) as builder:
-        mapping: dict[Value, Value] = {v: builder.input(v.type, v.name, "data") for v in first}
-        for i in numbers:
-            mapping[graph.inputs[i]] = builder.input(graph.inputs[i].type, graph.inputs[i].name, graph.roles[i])
-        replay(nodes, mapping, builder)
-        given: set[Value] = set()
-        for k, v in enumerate(outputs):
-            local = mapping[v]
-            if local in given or local in builder.graph.inputs:
-                (local,) = builder.emit("identity", [local], {})
-            given.add(local)
-            builder.output(local, alias=mapping[graph.inputs[aliases[k]]] if k in aliases else None)
-    return builder.graph, numbers
+def recomputed(stage: Graph) -> Graph:
+    """The stage as one region that its backward pass computes again, so that only its inputs are kept."""
+    with GraphBuilder(stage.name) as builder:
+        inputs = [builder.input(v.type, v.name, role) for v, role in zip(stage.inputs, stage.roles)]
+        body = Graph(f"{stage.name}_body")
+        with GraphBuilder(body.name) as inner:
+            inner.output(*copy_into(stage, [inner.input(v.type, v.name) for v in stage.inputs]))
+        results = builder.emit("remat", inputs, {}, [inner.graph])
+        for i, v in enumerate(results):
+            builder.output(v, alias=inputs[stage.aliases[i]] if i in stage.aliases else None)
+    return builder.graph

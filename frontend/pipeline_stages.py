@@ -1,0 +1,311 @@
+"""A stage of a pipeline as two compiled programs.
+
+A stage is differentiated as one graph of forward and backward pass, partitioned over the other axes of the mesh like
+any graph, and taken apart. So a pipeline of data- and tensor-parallel stages is nothing special: ZeRO splits what a
+stage holds, mixed precision and recomputation are decided on the joint graph, and collectives stand in the programs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..autodiff import backward
+from ..autodiff.amp import amp_pass
+from ..distributed import Sharding
+from ..distributed.buckets import bucket
+from ..distributed.halves import halves
+from ..distributed.partition import Partitioned, partition
+from ..distributed.plans import split_over
+from ..distributed.regather import gather_at_use, in_groups
+from ..distributed.stage_run import Program, StageProgram
+from ..distributed.stages import Stage, moved_with_data, reached, recomputed
+from ..ir.builder import GraphBuilder, copy_into
+from ..ir.context import emit
+from ..ir.dtypes import float32
+from ..ir.graph import Graph, Value
+from ..ir.passes import TIDY
+from ..ir.pipeline import Pipeline
+from ..ir.types import TensorType
+from .compile import build_executable
+from .parallel import aligned, register
+from .tensor import Tensor
+
+if TYPE_CHECKING:
+    from .pipelined import PipelineStep
+
+
+@dataclass(frozen=True)
+class LossGraph:
+    """The loss of a micro-batch: its graph, and what its inputs are.
+
+    Attributes:
+        batch: how many of the inputs are the batch; captures: the tensors behind the others.
+        trained: numbers of the inputs that the optimizer moves.
+        moving: values that depend on these: their gradients are wanted.
+        alike: numbers of the inputs, state, that every stage moves for itself.
+    """
+
+    graph: Graph
+    batch: int
+    captures: Mapping[int, Tensor]
+    trained: frozenset[int]
+    moving: frozenset[Value]
+    alike: frozenset[int]
+
+    @classmethod
+    def of(cls, graph: Graph, batch: int, captures: Mapping[int, Tensor], params: Sequence[Tensor]) -> LossGraph:
+        """Looks through the graph."""
+        ids = {id(p) for p in params}
+        trained = frozenset(i for i, t in captures.items() if id(t) in ids)
+        moving = frozenset(reached(graph, [graph.inputs[i] for i in trained]))
+        moved = moved_with_data(graph, range(batch))
+        alike = frozenset(i for i in graph.aliases.values() if graph.inputs[i] not in moved)
+        return cls(graph, batch, captures, trained, moving, alike)
+
+    def wants(self, v: Value) -> bool:
+        """Whether the backward pass goes through a value that is handed on."""
+        return v in self.moving and bool(v.dtype.is_float)
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Forward and backward pass of a stage as one graph.
+
+    Its inputs: those of the stage, cotangents of what it hands on, sums of gradients. Its outputs: those of the stage,
+    cotangents of what it was handed, new sums.
+
+    Attributes:
+        back, returned: which of what it was handed, and hands on, have cotangents.
+        params: the inputs whose gradients are summed: (number in this graph, number in the whole graph).
+        cotangents, sums: the first inputs of these kinds.
+    """
+
+    graph: Graph
+    stage: Stage
+    back: tuple[int, ...]
+    returned: tuple[int, ...]
+    params: tuple[tuple[int, int], ...]
+    cotangents: int
+    sums: int
+
+    @property
+    def ahead(self) -> int:
+        """How many outputs the forward pass has."""
+        return len(self.stage.graph.outputs)
+
+
+def join(loss: LossGraph, stage: Stage, again: bool = False) -> Joint:
+    """Differentiates a stage; `again`: it keeps what it is handed alone and computes the rest again."""
+    graph = recomputed(stage.graph) if again else stage.graph
+    first = len(stage.handed)
+    back = tuple(i for i, v in enumerate(stage.handed) if loss.wants(v))
+    returned = tuple(i for i, v in enumerate(stage.out) if loss.wants(v))
+    with GraphBuilder(graph.name) as builder:
+        inputs = [builder.input(v.type, v.name, role) for v, role in zip(graph.inputs, graph.roles)]
+        outputs = copy_into(graph, inputs)
+        cotangents = [builder.input(outputs[i].type, f"cotangent{i}") for i in returned]
+        params = [(first + k, i) for k, i in enumerate(stage.inputs) if i in loss.trained]
+        grads = backward([outputs[i] for i in returned], cotangents,
+                         [*(inputs[i] for i in back), *(inputs[k] for k, _ in params)])
+        found = grads[len(back):]
+        params = [p for p, g in zip(params, found) if g is not None]
+        sums = [builder.input(_sum_type(inputs[k].type), f"{inputs[k].name}.grad", "state") for k, _ in params]
+        for i, v in enumerate(outputs):
+            builder.output(v, alias=inputs[graph.aliases[i]] if i in graph.aliases else None)
+        for i, grad in zip(back, grads):
+            builder.output(_zeros(inputs[i].type) if grad is None else grad)
+        for total, grad in zip(sums, (g for g in found if g is not None)):
+            grad = grad if grad.dtype == total.dtype else builder.emit("cast", [grad], {"dtype": total.dtype})[0]
+            builder.output(total + grad, alias=total)
+    at = len(inputs)
+    return Joint(builder.graph, stage, back, returned, tuple(params), at, at + len(returned))
+
+
+def _sum_type(type: TensorType) -> TensorType:
+    """Gradients add up in 32 bits at least, as on one process."""
+    return type if type.dtype.bits >= 32 else TensorType(type.shape, float32)
+
+
+def _zeros(type: TensorType) -> Value:
+    made: Value = emit("broadcast_to", emit("constant", value=np.zeros((), type.dtype.np)), shape=type.shape)
+    return made
+
+
+class StageBuilder:
+    """Makes this rank's programs of stages, for a `PipelineStep`.
+
+    Attributes:
+        sums: id of a parameter -> the array in which its gradients add up; stages of one device share it.
+        copies: state that every stage moves for itself: (stage, id of the tensor) -> (tensor, the stage's copy).
+        kept_bytes: stage -> bytes that it keeps of a micro-batch.
+    """
+
+    def __init__(self, step: PipelineStep):
+        self.step, self.plan, self.mesh = step, step.plan, step.mesh
+        self.sums: dict[int, np.ndarray] = {}
+        self.copies: dict[tuple[int, int], tuple[Tensor, np.ndarray]] = {}
+        self.kept_bytes: dict[int, int] = {}
+
+    # How things lie ---------------------------------------------------------------------------------------------
+
+    def boundary(self, v: Value, examples: Sequence[int]) -> Sharding:
+        """How a value of the batch, or one that stages hand each other, lies: its first dimension is split where that
+        counts examples (or, as tokens do, a multiple of them)."""
+        data = self.plan.data
+        if data in self.mesh and v.rank and v.shape[0] % self.mesh[data] == 0:  # type: ignore[index]
+            if any(n and v.shape[0] % n == 0 for n in examples):
+                return Sharding((data, *(None,) * (v.rank - 1)))
+        return Sharding.whole(v.rank)
+
+    def parameter(self, tensor: Tensor) -> Sharding:
+        """How a parameter lies between steps."""
+        own = self.plan.of(self.step.names.get(id(tensor), ""), tensor.ndim)
+        return self._over_data(own, tensor) if self.plan.zero >= 3 else own
+
+    def gradient(self, tensor: Tensor) -> Sharding:
+        """How the sum of a parameter's gradients lies: as the parameter, and a partial sum over the data; from ZeRO-2
+        on in parts."""
+        own, data = self.plan.of(self.step.names.get(id(tensor), ""), tensor.ndim), self.plan.data
+        if data not in self.mesh:
+            return own
+        split = self._over_data(own, tensor) if self.plan.zero >= 2 else own
+        return split if split != own else Sharding(own.dims, (data,))  # type: ignore[arg-type]
+
+    def _over_data(self, own: Sharding, tensor: Tensor) -> Sharding:
+        data = self.plan.data
+        assert data is not None
+        return split_over(own, tensor.shape, data, self.mesh[data])
+
+    # One stage --------------------------------------------------------------------------------------------------
+
+    def build(self, loss: LossGraph, stage: Stage, number: int, last: bool) -> StageProgram:
+        """The programs of a stage on this rank."""
+        joint = join(loss, stage, self.plan.recompute)
+        made = self.partitioned(loss, joint, last)
+        varying = [i for i in range(len(made.graph.inputs)) if not self._stays(loss, joint, i)]
+        parts = halves(made.graph, joint.ahead, varying)
+        forward, backward_run = (self.compiled(g) for g in (parts.forward, parts.backward))
+        kept = [parts.forward.outputs[i] for i in parts.kept]
+        self.kept_bytes[number] = sum(int(v.type.nbytes) for v in kept)
+        fixed = self.arrays(loss, joint, made, number)
+        inputs = made.graph.inputs
+        return StageProgram(
+            _program(forward, parts.forward_inputs, 0, joint, loss, fixed),
+            _program(backward_run, parts.backward_inputs, len(parts.kept), joint, loss, fixed),
+            self.cutter(loss, joint, made),
+            [v.type for v in inputs[:len(stage.handed)]],
+            [v.type for v in made.graph.outputs[:len(stage.out)]],
+            list(joint.back), list(joint.returned), list(parts.kept),
+            {number: len(stage.out) + k for k, number in enumerate(stage.results)
+             if number not in loss.graph.aliases})
+
+    def _stays(self, loss: LossGraph, joint: Joint, i: int) -> bool:
+        """Whether an input is the same for all micro-batches."""
+        number = self._number(joint, i)
+        assigned = {loss.graph.aliases[r] for r in joint.stage.results if r in loss.graph.aliases}
+        return number is not None and number >= loss.batch and number not in assigned
+
+    @staticmethod
+    def _number(joint: Joint, i: int) -> int | None:
+        """The number in the whole graph of an input; None for what is not of it."""
+        first = len(joint.stage.handed)
+        return joint.stage.inputs[i - first] if first <= i < joint.cotangents else None
+
+    def partitioned(self, loss: LossGraph, joint: Joint, last: bool) -> Partitioned:
+        """The joint graph of a rank, in mixed precision if the step is."""
+        amp, stage = self.step.inner._compiled.amp, joint.stage
+        graph = Pipeline([*TIDY, *([amp_pass(amp), *TIDY] if amp is not None else [])]).run(joint.graph)
+        examples = [v.shape[0] for v in loss.graph.inputs[:loss.batch] if v.rank]
+        inputs = {i: self.boundary(v, examples) for i, v in enumerate(graph.inputs[:len(stage.handed)])}
+        gathered = []
+        for i in range(len(stage.handed), joint.cotangents):
+            v, number = graph.inputs[i], self._number(joint, i)
+            assert number is not None
+            tensor = loss.captures.get(number)
+            if tensor is None:
+                inputs[i] = self.boundary(v, examples)
+            elif number in loss.trained or id(tensor) in self.step.names:
+                inputs[i] = self.parameter(tensor)
+                if inputs[i] != self.plan.of(self.step.names.get(id(tensor), ""), tensor.ndim):
+                    gathered.append(v)
+            elif id(tensor) in self.step._placed:
+                inputs[i] = self.step._placed[id(tensor)]
+            elif number in loss.alike:
+                inputs[i] = Sharding.whole(v.rank)
+        outputs = {i: Sharding.whole(v.rank) for i, v in enumerate(graph.outputs[:joint.ahead])
+                   if i not in graph.aliases}
+        if not last:
+            outputs.update((i, self.boundary(v, examples)) for i, v in enumerate(graph.outputs[:len(stage.out)]))
+        for k, i in enumerate(joint.returned):
+            inputs[joint.cotangents + k] = outputs[i]
+        for k, i in enumerate(joint.back):
+            outputs[joint.ahead + k] = inputs[i]
+        inputs.update({joint.sums + k: self.gradient(loss.captures[i]) for k, (_, i) in enumerate(joint.params)})
+        if gathered:
+            assert self.plan.data is not None
+            graph = gather_at_use(graph, gathered, self.plan.data)
+        return partition(graph, self.mesh, inputs, outputs)
+
+    def compiled(self, graph: Graph) -> Callable[[Sequence[Any]], list[np.ndarray]]:
+        """A per-rank program, ready to run."""
+        step = self.step
+        most = self.plan.message_bytes(sum(int(p.type.nbytes) for p in step.inner.opt.params))
+        if not graph.outputs:
+            return lambda inputs: []
+        graph = bucket(in_groups(graph, most), most, keep=(step.pipe,))
+        if step.job is not None:
+            register(graph, step.job)
+        run: Callable[[Sequence[Any]], list[np.ndarray]] = build_executable(graph, step.inner._compiled.target).run
+        return run
+
+    def arrays(self, loss: LossGraph, joint: Joint, made: Partitioned, number: int) -> dict[int, np.ndarray]:
+        """The inputs that stay: input of the joint graph -> this rank's part."""
+        found = {}
+        for k, i in enumerate(joint.stage.inputs, start=len(joint.stage.handed)):
+            if i not in loss.captures:
+                continue
+            tensor = loss.captures[i]
+            if i in loss.alike:
+                key = number, id(tensor)
+                self.copies.setdefault(key, (tensor, aligned(tensor.numpy())))
+                found[k] = self.copies[key][1]
+            else:
+                found[k] = self.step._place(tensor, made.inputs[k])
+        for k, (_, i) in enumerate(joint.params):
+            type, key = made.graph.inputs[joint.sums + k].type, id(loss.captures[i])
+            if key not in self.sums:
+                self.sums[key] = aligned(np.zeros(type.shape, type.dtype.np))
+            found[joint.sums + k] = self.sums[key]
+        return found
+
+    def cutter(self, loss: LossGraph, joint: Joint, made: Partitioned,
+               ) -> Callable[[Sequence[np.ndarray]], list[np.ndarray]]:
+        """What takes this rank's parts out of a micro-batch's arrays."""
+        wanted = [(i, made.inputs[k]) for k, i in enumerate(joint.stage.inputs, start=len(joint.stage.handed))
+                  if i < loss.batch]
+        mesh, rank = self.mesh, self.step.rank
+        return lambda arrays: [arrays[i] if s.is_whole else s.cut(arrays[i], mesh, rank) for i, s in wanted]
+
+
+def _program(run: Callable[[Sequence[Any]], list[np.ndarray]], numbers: Sequence[int], kept: int, joint: Joint,
+             loss: LossGraph, fixed: Mapping[int, np.ndarray]) -> Program:
+    """Where the inputs of a half come from: what was kept, then inputs of the joint graph."""
+    made = Program(run, [None] * (kept + len(numbers)), kept=[(i, i) for i in range(kept)])
+    stage = joint.stage
+    batch = {k: n for n, k in enumerate(k for k, i in enumerate(stage.inputs, start=len(stage.handed))
+                                        if i < loss.batch)}
+    for position, i in enumerate(numbers, start=kept):
+        if i in fixed:
+            made.fixed[position] = fixed[i]
+        elif i < len(stage.handed):
+            made.handed.append((position, i))
+        elif i in batch:
+            made.batch.append((position, batch[i]))
+        else:
+            made.cotangents.append((position, i - joint.cotangents))
+    return made
+
