@@ -13,14 +13,16 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import Any
 
+from ..ir.errors import TreadleError
 from .abi import ENTRY
 from .cache import Cache, cache, digest
 from .check import check_program
 from .executable import BuildStats, Executable
+from .faults import fault
 from .ffi import import_tvm
 from .link import SHARED, Library, link, linker, load
 from .plan import MemoryPlan, Slots, live_intervals, plan_memory
-from .program import HostCall, Program, Step, walk
+from .program import HostCall, KernelCall, Program, Step, walk
 from .runtime import available_cpus
 from .signature import KernelInfo, Signature, TempInfo, TensorInfo
 from .target import Target
@@ -91,12 +93,17 @@ def _library(
     from .driver import build_driver
 
     keys: dict[int, str] = {}
-    kernels: dict[str, Any] = {}
+    kernels: dict[str, KernelCall] = {}  # the first call of each
     for call in program.kernel_calls:
         if id(call.kernel) not in keys:
             key = keys[id(call.kernel)] = f"k_{kernel_key(call.kernel, target)}"
-            kernels.setdefault(key, call.kernel)
-    driver, timed = build_driver(program, plan, keys, profile)
+            kernels.setdefault(key, call)
+    try:
+        driver, timed = build_driver(program, plan, keys, profile)
+    except TreadleError:
+        raise
+    except Exception as error:
+        raise fault(f"the host function of {program.name}", None, error) from error
     driver_key = digest("driver", tvm_ffi.structural_hash(driver), target.fingerprint, *sorted(kernels))
     store, name = cache(), f"{driver_key}.so"
     native = target.arch == Target.parse("cpu").arch  # the linker knows its own architecture only
@@ -112,28 +119,36 @@ def _library(
 
 
 def _objects(
-    kernels: dict[str, Any], driver: tuple[str, Any], target: Target, store: Cache, progress: Progress | None
+    kernels: dict[str, KernelCall], driver: tuple[str, Any], target: Target, store: Cache, progress: Progress | None
 ) -> tuple[dict[str, bytes], int]:
     """Object files of all kernels and the driver, the missing ones compiled in parallel; how many were."""
     from .codegen import compile_host, compile_kernel
 
     objects: dict[str, bytes] = {}
     todo: dict[str, Callable[[], bytes]] = {}
-    for symbol, function in kernels.items():
+    for symbol, call in kernels.items():
         data = store.get(f"{symbol[2:]}.o")
         if data is not None:
             objects[f"{symbol}.o"] = data
         else:
-            todo[symbol] = functools.partial(compile_kernel, function, symbol, target)
+            todo[symbol] = functools.partial(compile_kernel, call.kernel, symbol, target)
     todo[driver[0]] = functools.partial(compile_host, driver[1], target)
 
     def work(symbol: str) -> bytes:
-        data = todo[symbol]()
+        try:
+            data = todo[symbol]()
+        except TreadleError as error:
+            call = kernels.get(symbol)
+            if call is None or call.origin is None:
+                raise
+            raise fault(f"the kernel {call.label}", call.origin, error.__cause__ or error) from error
+        except Exception as error:
+            raise fault("the host function of a program", None, error) from error
         if symbol in kernels:
             store.put(f"{symbol[2:]}.o", data)
         return data
 
-    labels = {symbol: _label(kernels.get(symbol), symbol) for symbol in todo}
+    labels = {symbol: _label(kernels[symbol].kernel if symbol in kernels else None, symbol) for symbol in todo}
     for symbol, data in _in_parallel(work, labels, progress).items():
         objects[f"{symbol}.o"] = data
     return dict(sorted(objects.items())), len(todo) - 1

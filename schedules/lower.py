@@ -32,6 +32,7 @@ from . import (
     lower_sort,
 )
 from .fuse import fuse
+from .faults import Origin, explained
 from .group import Group, is_anchor
 from .inplace import takes_over
 from .layout import channels_last
@@ -250,6 +251,10 @@ class _Region:
 
     def emit(self, group: Group) -> None:
         node = group.nodes[-1]
+        with explained(group.label, group.nodes):
+            self.emit_steps(group)
+
+    def emit_steps(self, group: Group) -> None:
         if node.op.has("regions"):
             self.steps += lower_control(self.shared, node, [self.place(v) for v in node.operands],
                                         [self.place(v) for v in node.results])
@@ -295,7 +300,8 @@ class _Region:
             args[signature.position(v)] = self.shared.array(array)
         args += map(SizeArg, size_names(kernel))
         self.steps.append(KernelCall(kernel, args, writes, [i for i in reads if i < len(signature.params) + shift],
-                                     group.label, float(hint(sum(n.flops for n in group.nodes)))))
+                                     group.label, float(hint(sum(n.flops for n in group.nodes))),
+                                     Origin.of(group.nodes)))
 
     def reuse(self, operand: Value, result: Value) -> None:
         """Gives a result the memory of an operand that nothing else needs."""
@@ -326,6 +332,7 @@ class _Region:
                 args.append(result)
         reads = range(len(operands))
         args += map(SizeArg, size_names(kernel))
-        self.steps.append(KernelCall(kernel, args, writes, reads, node.op.name, float(hint(node.flops))))
+        self.steps.append(KernelCall(kernel, args, writes, reads, node.op.name, float(hint(node.flops)),
+                                     Origin.of([node])))
 
 

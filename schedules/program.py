@@ -38,6 +38,7 @@ import numpy as np
 
 from ..ir.dims import Dim
 from .abi import numpy_dtype
+from .faults import Origin
 
 KINDS = ("input", "output", "temp", "constant")
 
@@ -175,7 +176,7 @@ class KernelCall:
 
     `reads` defaults to the complement of `writes`; an in-place parameter is listed in both. A kernel that writes only
     part of an argument (and leaves the rest as it was) lists it in both as well.
-    `label` and the costs are for profiles and `inspect`.
+    `label` and the costs are for profiles and `inspect`, `origin` is for messages.
     """
 
     kernel: Any  # tvm.tirx.PrimFunc
@@ -186,6 +187,7 @@ class KernelCall:
     flops: float = 0.0
 
     def __post_init__(self) -> None:
+    origin: Origin | None = None
         _settle(self)
 
 
