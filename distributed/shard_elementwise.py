@@ -90,7 +90,7 @@ def _fill() -> None:
     for name, record in all_ops().items():
         if "shard" not in record.slots and record.has("elementwise"):
             fill("shard", name, Shard(elementwise_factors))
-    for name in ("constant", "iota", "random_bits"):
+    for name in ("constant", "iota", "random_bits", "size"):
         fill("shard", name, Shard(creation_factors))
     fill("shard", "reduce_sum", Shard(sum_factors))
     fill("shard", "reduce_mean", Shard(sum_factors, mean_local))

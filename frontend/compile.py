@@ -22,27 +22,22 @@ from typing import Any
 
 import numpy as np
 
-from ..autodiff.amp import amp_pass
-from ..autodiff.budget import budget_pass
-from ..autodiff.save_less import SAVE_LESS
 from ..ir.dtypes import as_dtype
 from ..ir.errors import ArgumentsError, CompileError, ShapeError, TreadleError
-from ..ir.freeze import FREEZE
 from ..ir.graph import Graph
 from ..ir.location import user_location
-from ..ir.passes import FINISH, TIDY
-from ..ir.pipeline import Pass, Pipeline
 from ..ir.types import TensorType
 from ..schedules.target import Target
 from . import dynamic as opened
 from . import tree
+from .building import build_executable as build_executable
+from .building import passes as passes
 from .dynamic import Arguments, Dynamic, Pattern
 from .eager import array_type, builder, eager_builder
 from .freeze import frozen
 from .grad_mode import is_grad_enabled
 from .logs import follow_environment
 from .program import Program, Stats
-from .progress import Progress
 from .signature import Description, Scanned, describe, difference, scan
 from .specialize import bind_sizes, inline, specialize, with_sizes
 from .tensor import Tensor
@@ -54,93 +49,6 @@ VARIANTS = 8
 """Programs kept for one signature, told apart by their guards."""
 SIGNATURES = 256
 """Signatures that a function keeps programs for; beyond that the oldest is dropped."""
-BUDGET_ROUNDS = 6
-"""How often recomputation is planned anew while the memory plan exceeds its budget."""
-
-
-def passes(amp: Any = None, memory_budget: int | None = None, freeze: bool = False) -> list[Pass]:
-    """What a traced graph goes through before it is lowered.
-
-    Args:
-        amp: "bfloat16" (or "float16"): mixed precision; None: none.
-        memory_budget: bytes; values are recomputed until the estimated peak of what waits between kernels is below it.
-        freeze: fold what depends on constants only, and scales into weights.
-    """
-    frozen_steps = [FREEZE, *TIDY] if freeze else []
-    steps = [*TIDY, *frozen_steps]
-    if amp is not None:
-        steps += [amp_pass(amp), *TIDY, *frozen_steps]
-    steps.append(SAVE_LESS)
-    if memory_budget is not None:
-        steps.append(budget_pass(memory_budget))
-    return [*steps, *FINISH]
-
-
-def build_executable(graph: Graph, target: str, amp: Any = None, meta: dict[str, Any] | None = None,
-                     memory_budget: int | None = None, sizes: Mapping[str, int] | None = None,
-                     freeze: bool = False) -> Any:
-    """Passes, lowering, machine code: a graph as an executable. `sizes`: what its symbolic sizes are expected to be.
-
-    Raises:
-        CompileError: the memory budget is out of reach, or a kernel cannot be compiled.
-    """
-    from ..schedules.cache import cache
-    from ..schedules.program_cache import fetch, keep, program_key
-
-    options = (amp, memory_budget, freeze, *([sorted(sizes.items())] if sizes else []))
-
-    def made() -> Any:
-        return _build(graph, target, amp, memory_budget, sizes, freeze)
-
-    key = program_key(graph, target, *options)
-    executable = fetch(key) if key is not None else made()
-    if executable is None:
-        with cache().alone(key):
-            executable = fetch(key)  # another rank of the job may just have kept it
-            if executable is None:
-                executable = made()
-                keep(key, executable)
-    if executable.profile_builder is None:
-        executable.profile_builder = lambda: made().profile_builder()
-    executable.signature.meta.update(meta or {})
-    return executable
-
-
-def _build(graph: Graph, target: str, amp: Any, memory_budget: int | None, sizes: Mapping[str, int] | None,
-           freeze: bool) -> Any:
-    from ..schedules.build import build  # importing TVM takes a second: only who compiles pays
-
-    program = _within(graph, memory_budget, target, amp, freeze) if memory_budget is not None else \
-        _lowered(graph, target, amp, sizes=sizes, freeze=freeze)
-    with Progress() as progress:
-        return build(program, target, progress.update)
-
-
-def _lowered(graph: Graph, target: str, amp: Any, memory_budget: int | None = None,
-             sizes: Mapping[str, int] | None = None, freeze: bool = False) -> Any:
-    from ..schedules.lower import lower
-
-    return lower(Pipeline(passes(amp, memory_budget, freeze)).run(graph), target, sizes)
-
-
-def _within(graph: Graph, budget: int, target: str, amp: Any, freeze: bool) -> Any:
-    """The program whose memory plan keeps to the budget.
-
-    The pass that recomputes estimates what fusion and the plan will do; where they need more, it is asked for less.
-    """
-    from ..schedules.plan import plan_memory
-
-    asked, best = budget, -1
-    for _ in range(BUDGET_ROUNDS):
-        program = _lowered(graph, target, amp, asked, freeze=freeze)
-        used = plan_memory(program).arena_bytes
-        if used <= budget:
-            return program
-        if 0 <= best <= used:
-            break
-        best, asked = used, max(int(asked * 0.97 * budget / used), 1)
-    raise CompileError(f"{graph.name}: values take {best:,} bytes between its kernels even with everything recomputed "
-                       f"that helps; the budget is {budget:,}. Use smaller batches, or accumulate")
 
 
 class Compiled:

@@ -1,8 +1,8 @@
 """Indexing and its transposes: `x[...]`, `x.at[...]`, take, gather, scatter.
 
 Basic indices (ints, slices, None, Ellipsis) become slices and reshapes. Integer arrays become `take` (one of them) or
-`gather_nd`, with NumPy's rules for where the new axes go. Bool masks have a result whose shape depends on the data,
-so they work outside traces only. Negative indices count from the end. Outside a trace an index out of range is an
+`gather_nd`, with NumPy's rules for where the new axes go. Bool masks become the indices of what they select, as many as
+the data say (`data_sizes`). Negative indices count from the end. Outside a trace an index out of range is an
 error; inside, gathers clamp it and scatters drop it.
 """
 
@@ -19,8 +19,9 @@ from ..ir.dims import Dim
 from ..ir.dtypes import bool_, int64
 from ..ir.errors import ArgumentsError, AttributeValueError, DTypeError, ShapeError, TraceError
 from ..ir.location import user_location
+from .data_sizes import is_data_size, selected, size_tensor, true_indices
 from .dispatch import apply, as_tensor, cast, constant, is_weak, normalize_axis, promoted
-from .functions_elementwise import add, where
+from .functions_elementwise import add, not_equal, where
 from .functions_shape import broadcast_arrays, broadcast_to, expand_dims, moveaxis, reshape, stack, transpose
 from .recording import current_trace
 from .tensor import Tensor
@@ -53,6 +54,9 @@ class _Plan:
 def getitem(x: Any, index: Any) -> Tensor:
     """x[index] with NumPy's meaning."""
     x = as_tensor(x)
+    mask = _mask(x, index)
+    if mask is not None and mask.is_tracer and mask.ndim:
+        return selected(x, mask)
     plan = _plan(x, index)
     y = _sliced(x, plan)
     return y if not plan.arrays else _gathered(y, plan)
@@ -140,9 +144,8 @@ def _array_items(item: Any) -> list[Any]:
         item = np.zeros(0, np.int64)
     index = as_tensor(item)
     if index.dtype.is_bool:
-        if not isinstance(item, (np.ndarray, list)) and current_trace() is not None:
-            raise TraceError("a bool mask selects a number of elements that is not known while tracing. Use instead: "
-                             "td.where(mask, x, fill), x.at[mask].set(value), or td.top_k", user_location())
+        if index.is_tracer:
+            return list(true_indices(index, "the number of elements that a mask selects"))
         return [as_tensor(i) for i in np.nonzero(np.asarray(item))]
     if not index.dtype.is_integer:
         raise DTypeError(f"an index needs an integer dtype or bool, got {index.type}", user_location())
@@ -173,9 +176,9 @@ def _wrapped(index: Tensor, size: Any, axis: int) -> Tensor:
             return index
     if index.dtype.is_unsigned:
         return index
-    wide = index if index.dtype.bits >= 32 else cast(index, int64)
+    wide = index if index.dtype.bits >= 32 and isinstance(size, int) else cast(index, int64)
     if isinstance(size, Dim):
-        return index  # its size is not known here: negative indices clamp to 0
+        size = size_tensor(size)
     return where(wide < 0, wide + size, wide)
 
 
@@ -261,7 +264,7 @@ class Place:
 def _update(x: Tensor, index: Any, values: Any, how: str) -> Tensor:
     values = constant(values, x.dtype) if is_weak(values) else cast(as_tensor(values), x.dtype)
     mask = _mask(x, index)
-    if mask is not None and (values.ndim == 0 or mask.is_tracer):
+    if mask is not None and (values.ndim == 0 or mask.is_tracer and not is_data_size(values.shape[0])):
         mask = reshape(mask, mask.shape + (1,) * (x.ndim - mask.ndim))
         return where(mask, values if how == "set" else add(x, values), x)
     plan = _plan(x, index)
@@ -449,9 +452,11 @@ def dynamic_update_slice(x: Any, update: Any, starts: Sequence[Any]) -> Tensor:
 
 
 def nonzero(x: Any) -> tuple[Tensor, ...]:
-    """The indices of the elements that are not zero, one tensor per axis. Outside traces only."""
+    """The indices of the elements that are not zero, one tensor per axis, in row-major order.
+
+    Inside a trace their number is a symbolic size, which the compiled function counts at run time.
+    """
     x = as_tensor(x)
     if x.is_tracer:
-        raise TraceError("nonzero has a result whose size is not known while tracing. Use instead: td.where, td.top_k",
-                         user_location())
+        return tuple(true_indices(x if x.dtype.is_bool else not_equal(x, 0)))
     return tuple(as_tensor(i.astype(np.int64)) for i in np.nonzero(x.numpy(copy=False)))

@@ -93,6 +93,7 @@ class Trace(GraphBuilder):
         self.assigned: dict[Any, Tensor] = {}
         self.drawn: dict[Any, tuple[Tensor, int]] = {}
         self.literals: dict[int, tuple[np.ndarray, Tensor]] = {}
+        self.counted: Any = None  # the sizes that the graph counts itself: see `data_sizes`
         self._guards: list[tuple[Callable[[], Any], Any]] = []
 
     @property

@@ -49,4 +49,28 @@ def merge(graph: Graph) -> PassResult:
     return result_of(graph, rewrite(graph, merger), merger.stats)
 
 
+class Numbering:
+    """A number for each value of a graph that is still growing: the same for what is computed in the same way."""
+
+    def __init__(self, graph: Graph):
+        self.graph = graph
+        self._numbers: dict[Value, int] = {}
+        self._seen: dict[Hashable, tuple[int, ...]] = {}
+        self._done = 0
+
+    def of(self, value: Value) -> int:
+        """The number of a value of the graph."""
+        for node in self.graph.nodes[self._done:]:
+            key = node_key(node, self._number) if is_pure(node) else node
+            numbers = self._seen.get(key)
+            if numbers is None:
+                numbers = self._seen[key] = tuple(map(self._number, node.results))
+            self._numbers.update(zip(node.results, numbers))
+        self._done = len(self.graph.nodes)
+        return self._number(value)
+
+    def _number(self, value: Value) -> int:
+        return self._numbers.setdefault(value, len(self._numbers))
+
+
 CSE = Pass("cse", merge)

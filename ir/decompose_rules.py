@@ -179,3 +179,15 @@ def top_k_decompose(x: Value, k: int, axis: int, largest: bool) -> tuple[Value, 
     limits = tuple(k if i == axis else s for i, s in enumerate(x.shape))
     return tuple(emit("slice", v, starts=zeros, limits=limits, strides=ones)
                  for v in emit("sort", x, axis=axis, descending=largest))
+
+
+# Sizes that data decide --------------------------------------------------------------------------------------------
+
+@decomposes("true_places")
+def true_places_decompose(mask: Value, size: Any) -> Value:
+    """Each true element knows its place in the result: how many are true before it. The others go nowhere."""
+    (n,) = mask.shape
+    before = emit("cumsum", cast(mask, INT64), axis=0) - 1
+    place = emit("where", mask, before, emit("broadcast_to", scalar(-1, before), shape=(n,)))
+    empty = emit("broadcast_to", scalar(0, before), shape=(size,))
+    return emit("scatter_nd", empty, reshape(place, n, 1), emit("iota", shape=(n,), axis=0, dtype=INT64))

@@ -19,6 +19,12 @@ Atom = Union[str, "FloorDiv"]
 Monomial = tuple[Atom, ...]
 
 
+class DataSize(str):
+    """The name of a size that data decide: unlike others it may well be 0."""
+
+    __slots__ = ()
+
+
 class FloorDiv:
     """The atom `numerator // divisor`, where the division does not come out even symbolically."""
 

@@ -45,16 +45,18 @@ def bind_sizes(graph: Graph, arrays: Sequence[Array]) -> dict[str, int]:
     return sizes
 
 
-def _run(graph: Graph, arrays: Sequence[Array], sizes: Mapping[str, int]) -> list[Array]:
+def _run(graph: Graph, arrays: Sequence[Array], sizes: dict[str, int]) -> list[Array]:
     env: dict[Value, Array] = dict(zip(graph.inputs, arrays, strict=True))
     for node in graph.nodes:
+        if node.op.name == "bind_size":
+            sizes[str(node.attrs["size"])] = int(env[node.operands[0]])
         env.update(zip(node.results, run_node(node, [env[v] for v in node.operands], sizes), strict=True))
     return [env[v] for v in graph.outputs]
 
 
-def run_node(node: Node, arrays: Sequence[Array], sizes: Mapping[str, int] | None = None) -> list[Array]:
+def run_node(node: Node, arrays: Sequence[Array], sizes: dict[str, int] | None = None) -> list[Array]:
     """The results of one node, each of exactly the inferred dtype."""
-    sizes = sizes or {}
+    sizes = {} if sizes is None else sizes
     attrs = {k: _static(v, sizes) for k, v in node.attrs.items()} if sizes else node.attrs
     extra = {"regions": tuple(_callable(r, sizes) for r in node.regions)} if node.op.has("regions") else {}
     results = node.op.reference(*arrays, **attrs, **extra)
@@ -63,7 +65,7 @@ def run_node(node: Node, arrays: Sequence[Array], sizes: Mapping[str, int] | Non
     return [np.asarray(r, dtype=v.dtype.np) for r, v in zip(results, node.results, strict=True)]
 
 
-def _callable(region: Graph, sizes: Mapping[str, int]) -> Callable[..., tuple[Array, ...]]:
+def _callable(region: Graph, sizes: dict[str, int]) -> Callable[..., tuple[Array, ...]]:
     return lambda *arrays: tuple(_run(region, [np.asarray(a) for a in arrays], sizes))
 
 

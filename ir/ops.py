@@ -13,6 +13,7 @@ from . import (
     ops_reduce,
     ops_remat,
     ops_shape,
+    ops_size,
 )
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "ops_reduce",
     "ops_remat",
     "ops_shape",
+    "ops_size",
 ]

@@ -6,6 +6,7 @@ The file is an uncompressed zip archive:
     code/program.so         machine code (or code/*.o where there was no linker)
     constants.bin           constant tensors, if any: in the signature's order, each at a multiple of 64 bytes
     tensors.safetensors     values for inputs that the caller keeps bound (parameters, state), if any
+    phase0/code/...         the same of each phase, of a program whose shapes depend on data (`phased.py`)
 
 The archive's comment holds the SHA-256 of the manifest, so every byte that matters is covered. Nothing
 is unpickled and nothing is unpacked to a path named by the archive. (Checksums find damage, not malice: a saved
@@ -37,7 +38,8 @@ from .signature import Signature, TensorInfo
 
 log = logging.getLogger("treadle.artifact")
 
-FORMAT = 2
+FORMAT = 3
+_SINGLE = 2  # the format of a program without phases
 _MANIFEST, _CONSTANTS, _CODE = "manifest.json", "constants.bin", "code/"
 _TENSORS = "tensors.safetensors"
 _FORMAT_1_CONSTANTS = "constants.safetensors"
@@ -54,15 +56,12 @@ def save(executable: Executable, path: Any, tensors: dict[str, np.ndarray] | Non
         ArtifactError: the file cannot be written.
     """
     path = Path(path)
-    members = {_CODE + name: data for name, data in executable.library.files.items()}
-    if executable.constants:
-        members[_CONSTANTS] = _write_constants(executable.constants, executable.signature.constants)
+    members, described = _taken_apart(executable)
     if tensors:
         members[_TENSORS] = write_tensors(tensors)
     manifest = {
-        "format": FORMAT,
-        "signature": executable.signature.to_json(),
-        "constant_bytes": sum(c.nbytes for c in executable.constants.values()),
+        **described,
+        "format": FORMAT if "phases" in described else _SINGLE,
         "tensors": sorted(tensors or ()),
         "versions": _versions(),
         "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in members.items()},
@@ -87,6 +86,20 @@ def save(executable: Executable, path: Any, tensors: dict[str, np.ndarray] | Non
                 temporary.unlink(missing_ok=True)
     except OSError as error:
         raise ArtifactError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _taken_apart(executable: Any) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """The members of the archive that hold an executable, and what the manifest says of it."""
+    described = {"signature": executable.signature.to_json(),
+                 "constant_bytes": sum(c.nbytes for c in executable.constants.values())}
+    if hasattr(executable, "parts"):
+        parts = [_taken_apart(part) for part in executable.parts]
+        members = {f"phase{k}/{name}": data for k, (found, _) in enumerate(parts) for name, data in found.items()}
+        return members, {**described, "phases": {"plan": executable.plan, "parts": [d for _, d in parts]}}
+    members = {_CODE + name: data for name, data in executable.library.files.items()}
+    if executable.constants:
+        members[_CONSTANTS] = _write_constants(executable.constants, executable.signature.constants)
+    return members, described
 
 
 def load(path: Any) -> Executable:
@@ -179,6 +192,8 @@ def _contents(archive: zipfile.ZipFile, name: str, path: Path) -> memoryview:
 
 def _executable(manifest: dict[str, Any], members: dict[str, memoryview]) -> Executable:
     signature = Signature.from_json(manifest["signature"])
+    if "phases" in manifest:
+        return _phased(signature, manifest, members)
     code = {name[len(_CODE) :]: bytes(data) for name, data in members.items() if name.startswith(_CODE)}
     if _FORMAT_1_CONSTANTS in members:
         values = read_tensors(bytes(members[_FORMAT_1_CONSTANTS]), signature.constants)
@@ -192,8 +207,25 @@ def _executable(manifest: dict[str, Any], members: dict[str, memoryview]) -> Exe
     return executable
 
 
+def _phased(signature: Signature, manifest: dict[str, Any], members: dict[str, memoryview]) -> Any:
+    from .phased import Phased  # few programs have phases
+
+    parts = []
+    for k, described in enumerate(manifest["phases"]["parts"]):
+        prefix = f"phase{k}/"
+        own = {name[len(prefix):]: data for name, data in members.items() if name.startswith(prefix)}
+        parts.append(_executable(described, own))
+    executable = Phased(signature, parts, manifest["phases"]["plan"])
+    bound = [info for info in signature.inputs if info.name in manifest["tensors"]]
+    executable.tensors = read_tensors(bytes(members[_TENSORS]) if _TENSORS in members else None, bound)
+    return executable
+
+
 def _check_name(name: str, path: Path) -> None:
     """Members are looked up by these names only, and never become paths; still, nothing odd gets further."""
+    phase, _, rest = name.partition("/")
+    if phase.startswith("phase") and phase[5:].isdecimal():
+        name = rest
     base = name[len(_CODE) :] if name.startswith(_CODE) else ""
     if name not in (_CONSTANTS, _FORMAT_1_CONSTANTS, _TENSORS) and not (
         base.endswith((".so", ".o")) and base.replace("_", "").replace(".", "").isalnum()

@@ -85,7 +85,7 @@ class Facts:
     def _is_free(self, node: Node) -> bool:
         if not fusible(node) or not is_pointwise(node):
             return False
-        if is_immediate(node) or node.op.name == "iota":
+        if is_immediate(node) or node.op.name in ("iota", "size"):
             return True
         if node.op.name == "transpose":
             return len(self.readers.get(node.result, ())) <= 1

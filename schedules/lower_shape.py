@@ -211,6 +211,11 @@ def iota(node: Node, idx: Idx, load: Load) -> Any:
     return cast(value, dtype)
 
 
+def size(node: Node, idx: Idx, load: Load) -> Any:
+    value = node.attrs["of"]
+    return tirx.const(value, "int64") if isinstance(value, int) else expression(value)
+
+
 def constant(node: Node, idx: Idx, load: Load) -> Any:
     """An immediate: for constants of one element (larger ones are buffers)."""
     return const(np.asarray(node.attrs["value"]).reshape(-1)[0], compute_dtype(node.result.dtype))
@@ -242,6 +247,7 @@ def random_bits(node: Node, idx: Idx, load: Load) -> Any:
 
 
 fill("lower", "iota", Pointwise(iota, FREE, exposes=True))
+fill("lower", "size", Pointwise(size, FREE))
 fill("lower", "constant", Pointwise(constant, 0.0))
 fill("lower", "random_bits", Pointwise(random_bits, 40.0))
 

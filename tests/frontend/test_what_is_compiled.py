@@ -10,7 +10,7 @@ import pytest
 
 import treadle as td
 from treadle import nn
-from treadle.frontend.compile import _lowered
+from treadle.frontend.building import _lowered
 from treadle.schedules.program import Copy, View, walk
 
 F = nn.functional

@@ -306,6 +306,16 @@ def iota(make: Maker) -> Iterator[Sample]:
         yield Sample((), {"shape": shape, "axis": axis, "dtype": make.dtype})
 
 
+def size(make: Maker) -> Iterator[Sample]:
+    for number in (0, 7, 1 << 40):
+        yield Sample((), {"of": number})
+
+
+def true_places(make: Maker) -> Iterator[Sample]:
+    for length, size in [(7, 3), (1, 1), (0, 0), (9, 0), (65, 70), (1000, 400)]:
+        yield Sample((make.rng.random(length) < 0.5,), {"size": size})
+
+
 def random_bits(make: Maker) -> Iterator[Sample]:
     for shape, offset in [((), 0), ((1,), 5), ((7,), 0), ((0,), 1), ((3, 5), 2**40), ((65, 33), 1)]:
         state = make.rng.integers(0, 2**64, 2, dtype=np.uint64)

@@ -169,6 +169,7 @@ INDEXING = [
     *[Row(name, getattr(b, name), MOVED, grad=2)
       for name in ("scatter_nd", "dynamic_slice", "dynamic_update_slice")],
     Row("one_hot", b.one_hot, ("int64", "int32", "uint8")),
+    Row("true_places", b.true_places, ("bool",)),
 ]
 
 NETWORKS = [
@@ -183,6 +184,7 @@ CREATION = [
     Row("constant", b.constant, (*MOVED, *STORAGE)),
     Row("iota", b.iota, (*FLOATS, "int64", "int32", "uint8")),
     Row("random_bits", b.random_bits, ("uint32",)),
+    Row("size", b.size, ("int64",)),
 ]
 
 CONTROL = [
