@@ -31,8 +31,8 @@ from . import (
     lower_shape,
     lower_sort,
 )
-from .fuse import fuse
 from .faults import Origin, explained
+from .fuse import fuse
 from .group import Group, is_anchor
 from .inplace import takes_over
 from .layout import channels_last
@@ -250,11 +250,11 @@ class _Region:
     # Groups --------------------------------------------------------------------------------------------------------
 
     def emit(self, group: Group) -> None:
-        node = group.nodes[-1]
         with explained(group.label, group.nodes):
             self.emit_steps(group)
 
     def emit_steps(self, group: Group) -> None:
+        node = group.nodes[-1]
         if node.op.has("regions"):
             self.steps += lower_control(self.shared, node, [self.place(v) for v in node.operands],
                                         [self.place(v) for v in node.results])

@@ -185,9 +185,9 @@ class KernelCall:
     reads: Sequence[int] = None  # type: ignore[assignment]  # made the complement of `writes`
     label: str = ""
     flops: float = 0.0
+    origin: Origin | None = None
 
     def __post_init__(self) -> None:
-    origin: Origin | None = None
         _settle(self)
 
 
