@@ -1,8 +1,11 @@
 """The watchdog: waiting that notices when nobody will come.
 
-While a rank waits in a collective it looks, every few milliseconds, for a message from a rank that failed, for
-processes of its host that are gone, and at the clock. Every rank keeps the number of its step and of its calls in
-memory that the ranks of a host share, so that the error can say where a rank that does not come is.
+While a rank waits in a collective it looks, every few milliseconds, for last words of a rank that failed, for
+processes that are gone, for ranks that ended before the others, and at the clock. Every rank keeps the number of its
+step and of its calls in memory that the ranks of a host share, so that the error can say where a rank that does not
+come is; of other hosts the sockets of `links.py` tell.
+
+One watch serves the process, whatever meshes it makes.
 """
 
 from __future__ import annotations
@@ -10,17 +13,22 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from .errors import DistributedError
+from .links import Links
 
-FAILED = 7001  # tag of the last words of a rank
-LOOK = 0.02    # seconds between looks
-SPIN = 200     # tests of a request before the core is left to others
-LABELS = 96    # bytes that name an op
-WORDS = 1000   # bytes of the last words
+FAILED = 7001   # tag of the last words of a rank
+LOOK = 0.02     # seconds between looks
+SPIN = 200      # tests of a request before the core is left to others
+LABELS = 96     # bytes that name an op
+WORDS = 1000    # bytes of the last words
+ADDRESS = 512   # bytes of a rank's addresses
+COMPUTING, WAITING, LEFT = range(3)
+SETTLE, SETTLE_FAR = 2.0, 15.0  # seconds in which what a rank sent before it ended arrives, on one host and on several
 
 
 class Watch:
@@ -46,22 +54,32 @@ class Watch:
         self.rows = [np.frombuffer(self.window.Shared_query(i)[0], np.uint8, row) for i in range(self.near.size)]
         self._own = self.rows[self.near.rank]
         self._own[:] = 0
-        self.step = 0
+        self._head = self._own[:24].view(np.int64)  # step, calls, state
+        hosts = np.empty(world.size, np.int64)
+        world.Allgather(np.array([min(self.near_ranks)], np.int64), hosts)
+        self.links = Links(self.rank, hosts.tolist(), self._exchange)
+        self._still: tuple[Any, float] = ((), 0.0)
+        self._told = False
         self.near.Barrier()
+
+    def _exchange(self, text: str) -> list[str]:
+        into = np.empty((self.control.size, ADDRESS), np.uint8)
+        self.control.Allgather(np.frombuffer(text.encode()[:ADDRESS].ljust(ADDRESS, b"\0"), np.uint8), into)
+        return [bytes(row).rstrip(b"\0").decode() for row in into]
 
     @property
     def step(self) -> int:
-        return int(self._own[:8].view(np.int64)[0])
+        return int(self._head[0])
 
     @step.setter
     def step(self, number: int) -> None:
-        self._own[:8].view(np.int64)[0] = number
+        self._head[0] = number
 
     def enter(self, label: str) -> None:
         """This rank has come to an op."""
         self.label = label
         self.calls += 1
-        self._own[8:16].view(np.int64)[0] = self.calls
+        self._head[1:] = self.calls, WAITING
         data = label.encode()[:LABELS - 1]
         self._own[24:24 + len(data)] = np.frombuffer(data, np.uint8)
         self._own[24 + len(data):] = 0
@@ -69,19 +87,25 @@ class Watch:
     def leave(self) -> None:
         """It has passed it."""
         self.label = ""
+        self._head[2] = COMPUTING
 
     def wait(self, request: Any) -> None:
         """Until the request is complete.
 
         Raises:
-            DistributedError: another rank failed, died, or did not come in time.
+            DistributedError: another rank failed, died, ended, or did not come in time.
         """
+        self.until(lambda: self._done(request))
+
+    def until(self, done: Callable[[], bool]) -> None:
+        """Until `done()`; raises as `wait`."""
         for _ in range(SPIN):
-            if request.Test():
+            if done():
                 return
             os.sched_yield()
         started = looked = time.monotonic()
-        while not request.Test():
+        self._still, self._told = ((), started), False
+        while not done():
             now = time.monotonic()
             if now - looked > LOOK:
                 looked = now
@@ -91,21 +115,59 @@ class Watch:
             else:
                 os.sched_yield()
 
+    def _done(self, request: Any) -> bool:
+        try:
+            return bool(request.Test())
+        except self.mpi.Exception as error:
+            self.look(0.0)  # a dead rank says more than what MPI makes of it
+            raise DistributedError(f"MPI failed in {self.where()} on rank {self.rank}: {error}. The ranks have called "
+                                   "different collectives, or a connection broke") from error
+
     def look(self, waited: float) -> None:
         """Raises if there is no point in waiting."""
+        self.links.look()
         if self.control.Iprobe(self.mpi.ANY_SOURCE, FAILED):
             status, words = self.mpi.Status(), bytearray(WORDS)
             self.control.Recv([words, self.mpi.BYTE], self.mpi.ANY_SOURCE, FAILED, status)
-            message = bytes(words).rstrip(b"\0").decode(errors="replace")
-            raise DistributedError(f"rank {status.Get_source()} failed: {message}. Rank {self.rank} was in "
-                                   f"{self.where()}")
+            self._failed(status.Get_source(), bytes(words).rstrip(b"\0").decode(errors="replace"))
+        for rank, text in self.links.words.items():
+            self._failed(rank, text)
         for rank, pid in zip(self.near_ranks, self.pids):
             if gone(pid):
                 raise DistributedError(f"rank {rank} (process {pid}) is gone; it was last in {self.position(rank)}. "
-                                       f"Rank {self.rank} was in {self.where()}")
+                                       f"Rank {self.rank} was in {self.where()}", gone=rank)
+        for rank, why in self.links.lost.items():
+            raise DistributedError(f"rank {rank} of another host is gone: {why}. Rank {self.rank} was in "
+                                   f"{self.where()}", gone=rank)
+        self._ended(waited)
+        if waited > 0.8 * self.timeout and not self._told:
+            self._told = True  # where this rank is, so that each can say who has not come
+            self.links.tell(f"at {self.step} {self.calls} {self.label}")
         if waited > self.timeout:
             raise DistributedError(f"rank {self.rank} waited {waited:.0f} s in {self.where()}: {self.missing()}. If "
                                    "that may take so long, raise TREADLE_COMM_TIMEOUT")
+
+    def _failed(self, rank: int, words: str) -> None:
+        raise DistributedError(f"rank {rank} failed: {words}. Rank {self.rank} was in {self.where()}")
+
+    def _ended(self, waited: float) -> None:
+        """Raises if a rank has ended normally and the others wait for what it will not send.
+
+        They do if nobody computes and nobody has come any further for a while.
+        """
+        heads = [row[:24].view(np.int64) for row in self.rows]
+        ended = {r: int(h[0]) for r, h in zip(self.near_ranks, heads) if h[2] == LEFT} | self.links.left
+        if not ended:
+            return
+        now, state = time.monotonic(), tuple(map(bytes, heads))
+        if state != self._still[0]:
+            self._still = state, now
+        settle = SETTLE_FAR if self.links.others else SETTLE
+        if now - self._still[1] > settle and waited > settle and all(h[2] != COMPUTING for h in heads):
+            rank, step = next(iter(ended.items()))
+            raise DistributedError(f"rank {rank} has ended after step {step}, but rank {self.rank} waits in "
+                                   f"{self.where()}: every rank has to do as many steps (on equally many batches), "
+                                   "and to call save, load and gather like the others")
 
     def where(self) -> str:
         return f"{self.label or 'no op'} of step {self.step}"
@@ -118,20 +180,30 @@ class Watch:
         return f"{label or 'no op'} of step {step} (call {calls})"
 
     def missing(self) -> str:
-        """The ranks of this host that have made fewer calls than this one."""
-        late = [r for r, row in zip(self.near_ranks, self.rows) if row[8:16].view(np.int64)[0] < self.calls]
-        if not late:
-            return "every rank of this host has come; one of another host has not, or they wait for each other"
-        return "; ".join(f"rank {r} has not come, it was last in {self.position(r)}" for r in late)
+        """The ranks that have made fewer calls than this one, as far as can be known."""
+        late = [f"rank {r} has not come, it was last in {self.position(r)}"
+                for r, row in zip(self.near_ranks, self.rows) if row[8:16].view(np.int64)[0] < self.calls]
+        for rank in self.links.others:
+            step, calls, label = self.links.at.get(rank, (0, -1, ""))
+            if calls < 0:
+                late.append(f"rank {rank} of another host has not come")
+            elif calls < self.calls:
+                late.append(f"rank {rank} of another host has not come, it waits in {label} of step {step}")
+        return "; ".join(late) or "every rank has come: they wait for each other"
 
     def tell(self, error: BaseException) -> None:
         """Last words to all other ranks."""
         text = f"{type(error).__name__} in {self.where()}: {str(error).splitlines()[0] if str(error) else 'no message'}"
         words = text.encode()[:WORDS].ljust(WORDS, b"\0")
-        for other in range(self.control.size):
+        self.links.tell(f"failed {text}")
+        for other in self.near_ranks if self.links.sockets else range(self.control.size):
             if other != self.rank:
                 self.kept.append((words, self.control.Isend([words, self.mpi.BYTE], other, FAILED)))
 
+    def end(self) -> None:
+        """This rank ends normally."""
+        self._head[2] = LEFT
+        self.links.tell(f"left {self.step}")
 
     def end_others(self) -> None:
         """Ends the ranks of this host that are still there: those that hang, as the others have ended themselves."""

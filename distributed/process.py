@@ -1,0 +1,113 @@
+"""This process in its job: how it joins, and how it ends.
+
+A process that fails tells the others before it goes and does not wait for them in MPI_Finalize; one that ends normally
+says so, too, since the others may still wait for it. mpi4py is imported when a job is joined, not before.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import importlib.metadata
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import LaunchError
+from .watch import Watch
+
+
+class _State:
+    """What the process knows about its end."""
+
+    watch: Watch | None = None
+    failed = False
+    registered = False
+
+
+def load_mpi() -> Any:
+    """`mpi4py.MPI`, initialised.
+
+    Raises:
+        LaunchError: it is not installed.
+    """
+    try:
+        import mpi4py
+
+        mpi4py.rc.finalize = False  # a job that failed must not wait for the others in MPI_Finalize
+        mpi4py.rc.thread_level = "serialized"
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise LaunchError(f"mpi4py cannot be loaded ({error}); install it with: pip install 'treadle[mpi]'") from error
+    _at_exit(MPI)
+    return MPI
+
+
+def join(timeout: float) -> Watch:
+    """The watch over this process's job, made at the first call, which every rank has to make."""
+    mpi = load_mpi()
+    if _State.watch is None:
+        mpi.COMM_WORLD.Set_errhandler(mpi.ERRORS_RETURN)
+        _State.watch = Watch(mpi, mpi.COMM_WORLD, timeout)
+    _State.watch.timeout = timeout
+    return _State.watch
+
+
+def versions() -> str:
+    """What has to be the same on every rank for the same program to come out, a line for each."""
+    sources = hashlib.sha256()
+    root = Path(__file__).resolve().parent.parent
+    for folder in ("ir", "autodiff", "schedules", "distributed", "frontend"):
+        for file in sorted((root / folder).rglob("*.py")):
+            sources.update(file.read_bytes())
+    found = {"Python": platform.python_version(), "NumPy": np.__version__, "the machine": platform.machine(),
+             "Treadle's sources": sources.hexdigest()[:12]}
+    for package in ("treadle", "apache-tvm", "mpi4py"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "none"
+    return "".join(f"{name}: {version}\n" for name, version in found.items())
+
+
+def fail(error: BaseException) -> None:
+    """Tells the other ranks that this one gives up; called for any exception that ends the process."""
+    if not _State.failed:
+        _State.failed = True
+        if _State.watch is not None:
+            _State.watch.tell(error)
+
+
+def _at_exit(mpi: Any) -> None:
+    if _State.registered:
+        return
+    _State.registered = True
+    atexit.register(_leave, mpi)
+    previous = sys.excepthook
+
+    def hook(kind: Any, error: Any, trace: Any) -> None:
+        fail(error)
+        previous(kind, error, trace)
+
+    sys.excepthook = hook
+
+
+def _leave(mpi: Any) -> None:
+    if not mpi.Is_initialized() or mpi.Is_finalized():
+        return
+    if not _State.failed:
+        if _State.watch is not None:
+            _State.watch.end()
+        mpi.Finalize()
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    time.sleep(1.5)  # the launcher may end a job when its first process leaves: let the others say what they know
+    if _State.watch is not None:
+        _State.watch.end_others()
+    os._exit(1)
