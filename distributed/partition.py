@@ -60,6 +60,22 @@ class Partitioned:
                 found[f"{kind}:{node.attrs['axis']}"] += int(sent_bytes(kind, size, whole))
         return found
 
+    def under_way(self) -> int:
+        """The most bytes of messages at a time that were started and not waited for: what goes and what comes."""
+        now = most = 0
+        sizes: dict[int, int] = {}
+        for node in self.graph.nodes:
+            if node.op.name == "start":
+                sent = sum(int(v.type.nbytes) for v in node.operands)
+                ranks = node.attrs["size"]
+                comes = {"all_reduce": sent, "reduce_scatter": sent // ranks}.get(node.attrs["kind"], sent * ranks)
+                sizes[node.attrs["tag"]] = sent + comes
+                now += sent + comes
+                most = max(most, now)
+            elif node.op.name == "wait":
+                now -= sizes[node.attrs["tag"]]
+        return most
+
 
 def kind_of(node: Node) -> str | None:
     """The collective that a node is, or starts; None for others."""

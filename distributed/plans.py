@@ -25,7 +25,7 @@ from .regather import gather_at_use
 from .sharding import Sharding
 
 Dims = tuple["str | None", ...]
-PIECES = 64  # under ZeRO-2 and 3 joined messages are at most this part of the parameters
+PIECES = 64  # under ZeRO joined messages are at most this part of the parameters
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class Plan:
         overlap: gradients are sent while the backward pass still runs, and waited for by the update.
         weight: what a micro-batch of a pipeline counts in the loss, from its arrays: `lambda x, y: (y != -100).sum()`
             makes a mean over tokens that of the whole batch, however they are spread. None: its examples.
-        recompute: a stage of a pipeline keeps only what it was handed, and computes the rest again in its backward pass.
+        recompute: a stage of a pipeline keeps only what it was handed, and computes the rest again in its backward
+            pass.
         bucket_bytes: collectives of one kind that may go together are joined into messages of at most so many bytes.
     """
 
@@ -76,9 +77,9 @@ class Plan:
     def message_bytes(self, parameters: int) -> int:
         """How large a joined message may become, of a model with so many bytes of parameters.
 
-        Tensors that wait for their message are whole on every rank, which is what stages 2 and 3 promise to avoid.
+        Tensors that wait for their message are whole on every rank, which is what ZeRO promises to avoid.
         """
-        return min(self.bucket_bytes, parameters // PIECES) if self.zero >= 2 else self.bucket_bytes
+        return min(self.bucket_bytes, parameters // PIECES) if self.zero else self.bucket_bytes
 
     def check(self, mesh: Mesh, names: Sequence[str]) -> None:
         """That the plan fits the mesh and the model.

@@ -33,6 +33,7 @@ from ..ir.location import user_location
 from ..ir.ops_collective import COLLECTIVES, host_name
 from ..ir.passes import TIDY
 from ..ir.pipeline import Pass, PassResult, Pipeline
+from ..ir.subjects import SUBJECTS
 from . import tree
 from .compile import build_executable
 from .dispatch import apply, as_tensor
@@ -111,6 +112,7 @@ class ParallelStep:
     Attributes:
         mesh, plan: as given.
         partitioned: the program of the last new kind of batch: its per-rank graph, shardings, counts of collectives.
+        executable: the same as machine code.
         job: this process in the mesh; None on a mesh of one rank.
     """
 
@@ -128,6 +130,7 @@ class ParallelStep:
             mesh.check_world(world_size())
         self.rank = self.job.rank if self.job is not None else 0
         self.partitioned: Partitioned | None = None
+        self.executable: Any = None
         self.parts: dict[int, tuple[Tensor, Sharding, np.ndarray]] = {}  # tensors of which this rank has a part
         self._placed: dict[int, Sharding] = {}
         self._programs: dict[Any, Callable[[Sequence[Any], Mapping[str, np.ndarray]], Any]] = {}
@@ -200,7 +203,8 @@ class ParallelStep:
         if self.job is not None:
             self.job.agree_on_program(made.graph)
             register(made.graph, self.job)
-        executable = build_executable(made.graph, self.inner._compiled.target, memory_budget=self.inner.memory_budget)
+        target = self.inner._compiled.target
+        self.executable = executable = build_executable(made.graph, target, memory_budget=self.inner.memory_budget)
         captures = made.graph.meta["captures"]
         first = len(made.graph.inputs) - len(captures)
         bound = []
@@ -256,6 +260,21 @@ class ParallelStep:
         from .parallel_checkpoint import resume
 
         return resume(folder, self, data)
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes on this rank where its last new program holds most: "parameters", "gradients", "states" and
+        "activations", whether kept between steps or made in one, and "messages" under way.
+
+        Static accounting: inputs, the arena's plan, and the copies that started collectives hold.
+        """
+        assert self.partitioned is not None and self.executable is not None, "run a step first"
+        found = dict.fromkeys(SUBJECTS, 0)
+        for subject, nbytes in self.executable.signature.meta["at_peak"].items():
+            found[subject] += nbytes
+        for role, v in zip(self.partitioned.graph.roles, self.partitioned.graph.inputs):
+            found[{"parameter": "parameters", "state": "states"}.get(role, "activations")] += int(v.type.nbytes)
+        return {**found, "messages": self.partitioned.under_way()}
 
     @property
     def local_bytes(self) -> dict[str, int]:

@@ -202,7 +202,7 @@ def _signature(program: Program, plan: MemoryPlan, target: Target) -> Signature:
         slots=slots.count,
         host_functions=sorted({step.function for step in walk(program.steps) if isinstance(step, HostCall)}),
         kernels=[KernelInfo(call.label, call.flops) for call in program.kernel_calls],
-        meta=program.meta,
+        meta=program.meta if program.sizes else {**program.meta, "at_peak": plan.at_peak},
         sizes=program.sizes,
         temps=[TempInfo(t.buffer.shape, t.buffer.itemsize, t.first, t.last) for t in live_intervals(program)]
         if program.sizes

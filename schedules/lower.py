@@ -20,6 +20,7 @@ from ..ir.decompose import INLINE, MARKERS, erase
 from ..ir.graph import Graph, Node, Value
 from ..ir.opdef import rule
 from ..ir.rewrite import Rewriter, rewrite
+from ..ir.subjects import subjects
 from . import (
     attention,
     lower_collective,
@@ -103,7 +104,7 @@ def _lower(graph: Graph, target: Target) -> Program:
     outputs = [Buffer(f"out{i}", v.shape, v.dtype, "output",
                       alias_of=inputs[graph.aliases[i]] if i in graph.aliases else None)
                for i, v in enumerate(graph.outputs)]
-    steps = Lowering(target).region(graph, inputs, outputs)
+    steps = Lowering(target, subjects(graph)).region(graph, inputs, outputs)
     return Program(_distinct(inputs), outputs, steps, graph.name, list(graph.roles))
 
 
@@ -143,13 +144,13 @@ def other_name(node: Node, place: Place) -> Place:
 class Lowering:
     """Lowers graphs and their regions for one target; shared between the regions of one program."""
 
-    def __init__(self, target: Target):
-        self.target = target
+    def __init__(self, target: Target, subjects: Mapping[Value, str]):
+        self.target, self.subjects = target, subjects
         self.numbers = itertools.count()
         self.constants: dict[int, Buffer] = {}
 
     def temp(self, v: Value, hint: str = "t") -> Buffer:
-        return Buffer(f"{v.name or hint}_{next(self.numbers)}", v.shape, v.dtype)
+        return Buffer(f"{v.name or hint}_{next(self.numbers)}", v.shape, v.dtype, subject=self.subjects.get(v, ""))
 
     def region(self, graph: Graph, inputs: Sequence[Place], outputs: Sequence[Place]) -> list[Step]:
         """The steps that compute `outputs` (places to write) from `inputs`."""

@@ -82,6 +82,19 @@ class MemoryPlan:
         """Everything that exists during a call."""
         return self.arena_bytes + self.input_bytes + self.output_bytes + self.constant_bytes
 
+    @property
+    def at_peak(self) -> dict[str, int]:
+        """Bytes of temps by what they are for (`ir/subjects.py`), where most are live at once. Of static programs."""
+        ends = [(i.first, i.nbytes, i) for i in self.intervals] + [(i.last + 1, -i.nbytes, i) for i in self.intervals]
+        live: dict[str, int] = {}
+        peak: dict[str, int] = {}
+        for _, change, interval in sorted(ends, key=lambda end: end[:2]):  # what ends at a place ends first
+            subject = interval.buffer.subject or "activations"
+            live[subject] = live.get(subject, 0) + change
+            if sum(live.values()) > sum(peak.values()):
+                peak = dict(live)
+        return peak
+
 
 @dataclass(eq=False)
 class _Scope:

@@ -51,6 +51,7 @@ class Buffer:
     (`temp`), the executable (`constant`, with its value in `data`). With `alias_of` the buffer shares
     the storage of another, starting at the same byte, and must not be larger; a `temp` alias is just
     another name of its root, an `output` alias of an input is an in-place update of the caller's array.
+    `subject` says what it is for (`ir/subjects.py`), "" if that is not known.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Buffer:
     kind: str = "temp"
     alias_of: Buffer | None = None
     data: np.ndarray | None = None
+    subject: str = ""
 
     def __post_init__(self):
         self.shape = tuple(extent if isinstance(extent, Dim) else int(extent) for extent in self.shape)
