@@ -60,14 +60,14 @@ def _key(node: Node) -> tuple[Any, ...]:
 UNDER_WAY = 2  # messages on their way at a time: each holds a copy of what it sends
 
 
-def bucket(graph: Graph, most_bytes: int, keep: Collection[str] = (), overlap: bool = False,
+def bucket(graph: Graph, most_bytes: int, keep: Collection[str] = (), overlap: Collection[str] = (),
            under_way: int = UNDER_WAY) -> Graph:
     """The graph with collectives joined, each message at most `most_bytes` (a single tensor may be larger).
 
     Only operations that are next to each other in need are joined: a collective is delayed no further than to the first
     reader of any result of its bucket, so nothing that waits for it waits longer. Along the axes `keep` ranks run other
-    programs: there nothing is joined. With `overlap` sums that nothing heavy waits for are only started where they
-    stand, and waited for by their first reader, or before the next but `under_way` is started.
+    programs: there nothing is joined. Along the axes `overlap` sums that nothing heavy waits for are only started where
+    they stand, and waited for by their first reader, or before the next but `under_way` is started.
     """
     made: list[Node] = []
     mapping: dict[Value, Value] = {}
@@ -78,7 +78,7 @@ def bucket(graph: Graph, most_bytes: int, keep: Collection[str] = (), overlap: b
     order, leads = updates_last(graph)
 
     def close(key: tuple[Any, ...]) -> None:
-        early = overlap and key[0] in STARTED and key[2] in ("sum", None) and key[-1]
+        early = key[1] in overlap and key[0] in STARTED and key[2] in ("sum", None) and key[-1]
         if early and len(set(started.values())) >= under_way:
             arrive([next(iter(started))])
         joined = _join(open_buckets.pop(key).nodes, mapping, next(tags) if early else None)

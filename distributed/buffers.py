@@ -1,7 +1,7 @@
 """How tensors become messages: packed so that one call of MPI moves a bucket, unpacked into the program's memory.
 
 A tensor whose parts lie one after the other (split along its first dimension) is sent from where it is and received
-where it belongs; only other splits, and buckets of several tensors, are copied.
+where it belongs; other splits, and buckets of several tensors, are copied once into a message and once out of it.
 """
 
 from __future__ import annotations
@@ -24,38 +24,36 @@ def flat(array: np.ndarray) -> np.ndarray:
     return array.reshape(-1)
 
 
-def reducible(array: np.ndarray) -> np.ndarray:
-    """The array in a dtype that MPI can add; the same array where it can."""
-    if array.dtype.name in WIDENED:
-        return array.astype(np.float32)
-    return array.astype(np.uint8) if array.dtype == np.bool_ else array
+def as_bytes(array: np.ndarray) -> np.ndarray:
+    """The array's memory as bytes: moving needs no dtype."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
-def join(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """A bucket: one row of all elements; of a single array, the array itself."""
-    rows = [flat(reducible(np.ascontiguousarray(a))) for a in arrays]
-    return rows[0] if len(rows) == 1 else np.concatenate(rows)
+def cut(array: np.ndarray, dim: int, ranks: int) -> list[np.ndarray]:
+    """Views of the equal parts along a dimension."""
+    size = array.shape[dim] // ranks
+    before = (slice(None),) * dim
+    return [array[(*before, slice(r * size, (r + 1) * size))] for r in range(ranks)]
+
+
+def summed_as(dtype: np.dtype) -> np.dtype:
+    """The dtype in which MPI adds such elements."""
+    if dtype.name in WIDENED:
+        return np.dtype(np.float32)
+    return np.dtype(np.uint8) if dtype == np.bool_ else dtype
+
+
+def pack(row: np.ndarray, arrays: Sequence[np.ndarray]) -> None:
+    """The elements of arrays (or views of them), one after the other, into a row, in its dtype."""
+    start = 0
+    for array in arrays:
+        row[start:start + array.size].reshape(array.shape)[...] = array
+        start += array.size
 
 
 def deal(row: np.ndarray, outs: Sequence[np.ndarray]) -> None:
-    """The elements of a bucket back into arrays, in order."""
+    """The reverse of `pack`."""
     start = 0
     for out in outs:
-        out[...] = row[start:start + out.size].reshape(out.shape).astype(out.dtype, copy=False)
+        out[...] = row[start:start + out.size].reshape(out.shape)
         start += out.size
-
-
-def cut_for(arrays: Sequence[np.ndarray], dims: Sequence[int], ranks: int) -> np.ndarray:
-    """(ranks, elements): what of all tensors goes to each rank, each tensor cut along its dimension."""
-    rows = [np.stack(np.split(reducible(a), ranks, dim)).reshape(ranks, -1) for a, dim in zip(arrays, dims)]
-    return rows[0] if len(rows) == 1 else np.concatenate(rows, 1)
-
-
-def joined_from(rows: np.ndarray, outs: Sequence[np.ndarray], dims: Sequence[int]) -> None:
-    """The reverse for gathered parts: rows[i] holds rank i's part of every tensor; joined along their dimensions."""
-    ranks, start = len(rows), 0
-    for out, dim in zip(outs, dims):
-        size = out.size // ranks
-        shape = (*out.shape[:dim], out.shape[dim] // ranks, *out.shape[dim + 1:])
-        out[...] = np.concatenate([r.reshape(shape) for r in rows[:, start:start + size]], dim)
-        start += size

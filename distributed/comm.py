@@ -1,22 +1,20 @@
-"""Collectives over MPI, on the tensors' own memory, under a watchdog.
+"""Collectives on the tensors' own memory, under a watchdog.
 
 A `Job` is this process's place in a running mesh: a communicator for each mesh axis, made by splitting the world.
-Every call is started without blocking and then waited for, and the wait looks around (`watch.py`): a rank that failed
-has said so, a rank that died is missed, one that does not come is named when the time is up. Either way what is
-raised here names the rank, the op and the step; no process hangs.
+Along an axis whose ranks share a host, collectives go through memory that they share (`near.py`), along others as
+messages of MPI (`far.py`). Whoever waits looks around (`watch.py`): a rank that failed has said so, a rank that died is
+missed, one that does not come is named when the time is up. Either way what is raised here names the rank, the op and
+the step; no process hangs.
 
-mpi4py is imported when a job is joined, not before.
+A collective is bound to arrays once (views cut, messages laid out), and then run at every call.
 """
 
 from __future__ import annotations
 
 import ast
-import atexit
 import functools
 import hashlib
 import importlib.util
-import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,74 +24,17 @@ import numpy as np
 from ..ir import config
 from ..ir.graph import Graph
 from ..ir.ops_collective import host_attrs
-from . import buffers
-from .errors import DistributedError, LaunchError
+from .batches import BatchCheck
+from .buffers import as_bytes
+from .errors import DistributedError
+from .far import Far
 from .launch import find_mpiexec
 from .mesh import Mesh
-from .watch import Watch
+from .near import Near
+from .process import fail, join, load_mpi, versions
 
-REDUCE = {"sum": "SUM", "max": "MAX", "min": "MIN"}
-
-
-def load_mpi() -> Any:
-    """`mpi4py.MPI`, initialised.
-
-    Raises:
-        LaunchError: it is not installed.
-    """
-    try:
-        import mpi4py
-
-        mpi4py.rc.finalize = False  # a job that failed must not wait for the others in MPI_Finalize
-        mpi4py.rc.thread_level = "serialized"
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        raise LaunchError(f"mpi4py cannot be loaded ({error}); install it with: pip install 'treadle[mpi]'") from error
-    _at_exit(MPI)
-    return MPI
-
-
-class _State:
-    """What the process knows about its end."""
-
-    job: Job | None = None
-    failed = False
-    registered = False
-
-
-def _at_exit(mpi: Any) -> None:
-    if not _State.registered:
-        _State.registered = True
-        atexit.register(_leave, mpi)
-        previous = sys.excepthook
-
-        def hook(kind: Any, error: Any, trace: Any) -> None:
-            fail(error)
-            previous(kind, error, trace)
-
-        sys.excepthook = hook
-
-
-def _leave(mpi: Any) -> None:
-    if not mpi.Is_initialized() or mpi.Is_finalized():
-        return
-    if not _State.failed:
-        mpi.Finalize()
-        return
-    sys.stdout.flush()
-    sys.stderr.flush()
-    time.sleep(1.5)  # the launcher may end a job when its first process leaves: let the others say what they know
-    if _State.job is not None:
-        _State.job.watch.end_others()
-    os._exit(1)
-
-
-def fail(error: BaseException) -> None:
-    """Tells the other ranks that this one gives up; called for any exception that ends the process."""
-    if not _State.failed:
-        _State.failed = True
-        if _State.job is not None:
-            _State.job.watch.tell(error)
+Arrays = Sequence[np.ndarray]
+Run = Callable[[], None]
 
 
 class Job:
@@ -101,6 +42,7 @@ class Job:
 
     Attributes:
         rank: its number; `here`: its coordinates.
+        batches: compares what the ranks are given.
         step: counted by whoever runs steps; errors name it.
         calls, seconds: what was communicated so far, by `op:axis`.
         timeline: None, or a list: every communication appends (op:axis, when it began, when it ended), on the clock
@@ -115,21 +57,37 @@ class Job:
     def __init__(self, mesh: Mesh, timeout: float | None = None):
         mpi = load_mpi()
         self.mpi, self.mesh, self.world = mpi, mesh, mpi.COMM_WORLD
+        self.watch = join(timeout or config.get("TREADLE_COMM_TIMEOUT"))
         mesh.check_world(self.world.size)
         self.rank = self.world.rank
         self.here = mesh.coordinates(self.rank)
-        self.world.Set_errhandler(mpi.ERRORS_RETURN)
+        self.batches = BatchCheck(self.watch)
+        self.agree("the mesh, or on what is installed", f"mesh: {mesh}\n{versions()}")
         self.groups = {axis: self.world.Split(self._color(axis), self.here[axis]) for axis in mesh.names}
-        self.watch = Watch(mpi, self.world, timeout or config.get("TREADLE_COMM_TIMEOUT"))
         self.calls: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
         self.timeline: list[tuple[str, float, float]] | None = None
         self.error: BaseException | None = None
-        self.started: dict[int, tuple[Any, np.ndarray, np.ndarray]] = {}
-        _State.job = self
+        self.far = {axis: Far(mpi, group, self.watch) for axis, group in self.groups.items()}
+        self.near = {axis: Near(mpi, self.groups[axis], self.watch) for axis in self._on_one_host()}
+        self.transports: dict[str, Any] = {**self.far, **self.near}
 
     def _color(self, axis: str) -> int:
         return self.mesh.rank({**self.here, axis: 0})
+
+    def _on_one_host(self) -> list[str]:
+        """The axes along which all ranks, everywhere in the mesh, share memory with their group."""
+        groups = [group for axis, group in self.groups.items() if self.mesh[axis] > 1]
+        wanted = int(config.get("TREADLE_SHARED_MEMORY"))
+        mine = [wanted * int(group.Split_type(self.mpi.COMM_TYPE_SHARED).size == group.size) for group in groups]
+        all_do = np.array(mine, np.int64)
+        self.world.Allreduce(self.mpi.IN_PLACE, all_do, self.mpi.MIN)
+        return [axis for axis, near in zip((a for a in self.mesh.names if self.mesh[a] > 1), all_do) if near]
+
+    @property
+    def apart(self) -> list[str]:
+        """The axes whose ranks are not all on one host: there it pays to send while something else is computed."""
+        return [axis for axis in self.mesh.names if axis not in self.near]
 
     @property
     def step(self) -> int:
@@ -142,25 +100,33 @@ class Job:
 
     # What programs call ---------------------------------------------------------------------------------------
 
-    def host_function(self, name: str) -> Callable[..., None]:
-        """The function that a program calls under a name that `host_name` wrote: (*operands, *results)."""
+    def host_function(self, name: str) -> Callable[..., Callable[[], None]]:
+        """The function that a program calls under a name that `host_name` wrote.
+
+        It takes the arrays (*operands, *results) and gives what each call on these very arrays runs.
+        """
         op, attrs = host_attrs(name)
-        method = getattr(self, op)
+        bind = getattr(self, op)
         label = f"{op}:{attrs['axis']}"
 
-        def call(*arrays: np.ndarray) -> None:
-            started = time.monotonic()
-            self.watch.enter(label)
-            try:
-                method(arrays, **attrs)
-            except BaseException as error:
-                self.error = error
-                fail(error)
-                raise
-            self.watch.leave()
-            self.count(label, started)
+        def bound(*arrays: np.ndarray) -> Callable[[], None]:
+            run = bind(arrays, **attrs)
 
-        return call
+            def call() -> None:
+                started = time.monotonic()
+                self.watch.enter(label)
+                try:
+                    run()
+                except BaseException as error:
+                    self.error = error
+                    fail(error)
+                    raise
+                self.watch.leave()
+                self.count(label, started)
+
+            return call
+
+        return bound
 
     def count(self, label: str, started: float) -> None:
         """Notes one communication that ends now; `started` by `time.monotonic`."""
@@ -170,85 +136,60 @@ class Job:
         if self.timeline is not None:
             self.timeline.append((label, started, ended))
 
-    def all_reduce(self, arrays: Sequence[np.ndarray], axis: str, size: int, reduce: str) -> None:
+    def all_reduce(self, arrays: Arrays, axis: str, size: int, reduce: str) -> Run:
         """Operands, then results."""
-        xs, outs = halves(arrays)
-        op, direct = getattr(self.mpi, REDUCE[reduce]), len(xs) == 1 and xs[0].dtype == buffers.reducible(xs[0]).dtype
-        send = buffers.join(xs)
-        into = buffers.flat(outs[0]) if direct else np.empty_like(send)
-        self.watch.wait(self.groups[axis].Iallreduce(send, into, op))
-        if not direct:
-            buffers.deal(into, outs)
+        return self._together(axis, "all_reduce", arrays, None, reduce)
 
-    def start(self, arrays: Sequence[np.ndarray], kind: str, axis: str, size: int, dims: tuple[int, ...],
-              tag: int) -> None:
-        """Operands, token. What is sent is a copy: the program may use the operands' memory again."""
-        xs, group = arrays[:-1], self.groups[axis]
-        if kind == "all_reduce":
-            send = buffers.join(xs)
-            send = send.copy() if len(xs) == 1 else send
-            into = np.empty_like(send)
-            request = group.Iallreduce(send, into, self.mpi.SUM)
-        else:
-            send = np.ascontiguousarray(buffers.cut_for(xs, dims, size))
-            into = np.empty(send.shape[1], send.dtype)
-            request = group.Ireduce_scatter_block(send, into)
-        self.started[tag] = (request, send, into)
-        arrays[-1][...] = 0
-
-    def wait(self, arrays: Sequence[np.ndarray], axis: str, size: int, tag: int) -> None:
-        """Token, results."""
-        request, _, into = self.started.pop(tag)
-        self.watch.wait(request)
-        buffers.deal(into, arrays[1:])
-
-    def all_gather(self, arrays: Sequence[np.ndarray], axis: str, size: int, dims: tuple[int, ...]) -> None:
+    def all_gather(self, arrays: Arrays, axis: str, size: int, dims: tuple[int, ...]) -> Run:
         """Operands, then results."""
-        xs, outs = halves(arrays)
-        if len(xs) == 1 and buffers.leading(outs[0].shape, dims[0]):
-            self.watch.wait(self.groups[axis].Iallgather(as_bytes(xs[0]), as_bytes(outs[0])))
-            return
-        for kind in sorted({x.dtype.name for x in xs}):
-            chosen = [i for i, x in enumerate(xs) if x.dtype.name == kind]
-            send = np.concatenate([np.ravel(xs[i]) for i in chosen])
-            into = np.empty((size, send.size), send.dtype)
-            self.watch.wait(self.groups[axis].Iallgather(as_bytes(send), as_bytes(into)))
-            buffers.joined_from(into, [outs[i] for i in chosen], [dims[i] for i in chosen])
+        return self._together(axis, "all_gather", arrays, dims)
 
-    def reduce_scatter(self, arrays: Sequence[np.ndarray], axis: str, size: int, dims: tuple[int, ...]) -> None:
+    def reduce_scatter(self, arrays: Arrays, axis: str, size: int, dims: tuple[int, ...]) -> Run:
         """Operands, then results."""
-        xs, outs = halves(arrays)
-        plain = len(xs) == 1 and xs[0].dtype == buffers.reducible(xs[0]).dtype
-        if plain and buffers.leading(xs[0].shape, dims[0]):
-            self.watch.wait(self.groups[axis].Ireduce_scatter_block(buffers.flat(xs[0]), buffers.flat(outs[0])))
-            return
-        send = np.ascontiguousarray(buffers.cut_for(xs, dims, size))
-        into = np.empty(send.shape[1], send.dtype)
-        self.watch.wait(self.groups[axis].Ireduce_scatter_block(send, into))
-        buffers.deal(into, outs)
+        return self._together(axis, "reduce_scatter", arrays, dims)
 
-    def all_to_all(self, arrays: Sequence[np.ndarray], axis: str, size: int, split: int, concat: int) -> None:
+    def _together(self, axis: str, method: str, arrays: Arrays, dims: Sequence[int] | None, *more: Any) -> Run:
+        """A collective of as many results as operands; one message for each dtype among them."""
+        xs, outs = halves(arrays)
+        bind, runs = getattr(self.transports[axis], method), []
+        for dtype in dict.fromkeys(x.dtype for x in xs):
+            chosen = [i for i, x in enumerate(xs) if x.dtype == dtype]
+            given = more if dims is None else ([dims[i] for i in chosen],)
+            runs.append(bind([xs[i] for i in chosen], [outs[i] for i in chosen], *given))
+        if len(runs) == 1:
+            return runs[0]  # type: ignore[no-any-return]
+        return lambda: [run() for run in runs][-1]  # type: ignore[no-any-return]
+
+    def all_to_all(self, arrays: Arrays, axis: str, size: int, split: int, concat: int) -> Run:
         """Operand, result."""
-        x, out = arrays
-        send = np.ascontiguousarray(np.stack(np.split(x, size, split)))
-        into = np.empty_like(send)
-        self.watch.wait(self.groups[axis].Ialltoall(as_bytes(send), as_bytes(into)))
-        out[...] = np.concatenate(list(into), concat)
+        return self.transports[axis].all_to_all(*arrays, split, concat)
 
-    def axis_index(self, arrays: Sequence[np.ndarray], axis: str, size: int) -> None:
+    def start(self, arrays: Arrays, kind: str, axis: str, size: int, dims: tuple[int, ...], tag: int) -> Run:
+        """Operands, token."""
+        return self.far[axis].start(arrays[:-1], arrays[-1], kind, dims, tag)
+
+    def wait(self, arrays: Arrays, axis: str, size: int, tag: int) -> Run:
+        """Token, results."""
+        return self.far[axis].wait(arrays[1:], tag)
+
+    def axis_index(self, arrays: Arrays, axis: str, size: int) -> Run:
         """The result."""
-        arrays[0][...] = self.here[axis]
+        return lambda: arrays[0].fill(self.here[axis])
 
-    def send(self, arrays: Sequence[np.ndarray], axis: str, size: int, shift: int, tag: int) -> None:
+    def send(self, arrays: Arrays, axis: str, size: int, shift: int, tag: int) -> Run:
         """Operand, token."""
-        other = (self.here[axis] + shift) % size
-        self.watch.wait(self.groups[axis].Isend(as_bytes(arrays[0]), other, tag))
-        arrays[1][...] = 0
+        group, data, other = self.groups[axis], as_bytes(arrays[0]), (self.here[axis] + shift) % size
 
-    def recv(self, arrays: Sequence[np.ndarray], axis: str, size: int, shift: int, tag: int) -> None:
+        def run() -> None:
+            self.watch.wait(group.Isend(data, other, tag))
+            arrays[1].fill(0)
+
+        return run
+
+    def recv(self, arrays: Arrays, axis: str, size: int, shift: int, tag: int) -> Run:
         """Result."""
-        other = (self.here[axis] + shift) % size
-        self.watch.wait(self.groups[axis].Irecv(as_bytes(arrays[0]), other, tag))
+        group, data, other = self.groups[axis], as_bytes(arrays[0]), (self.here[axis] + shift) % size
+        return lambda: self.watch.wait(group.Irecv(data, other, tag))
 
     # What jobs do outside programs ----------------------------------------------------------------------------
 
@@ -300,11 +241,6 @@ def halves(arrays: Sequence[np.ndarray]) -> tuple[Sequence[np.ndarray], Sequence
     """Operands and results of a variadic collective."""
     middle = len(arrays) // 2
     return arrays[:middle], arrays[middle:]
-
-
-def as_bytes(array: np.ndarray) -> np.ndarray:
-    """The array's memory as bytes: moving needs no dtype."""
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 @functools.cache

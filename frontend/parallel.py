@@ -176,7 +176,8 @@ class ParallelStep:
                 shardings[i] = self._placed[id(tensor)]
         made = partition(annotated, self.mesh, shardings)
         most = self.plan.message_bytes(sum(int(p.type.nbytes) for p in self.inner.opt.params))
-        made.graph = bucket(in_groups(made.graph, most), most, overlap=self.plan.overlap)
+        apart = self.mesh.names if self.job is None else self.job.apart
+        made.graph = bucket(in_groups(made.graph, most), most, overlap=apart if self.plan.overlap else ())
         made.graph.meta.update(meta)
         return made
 
@@ -310,7 +311,7 @@ def register(graph: Graph, job: Job) -> None:
     called = (*COLLECTIVES, "axis_index", "send", "recv", "start", "wait")
     names = {host_name(n) for n in graph.walk() if n.op.name in called}
     for name in sorted(names):
-        register_host_function(name, job.host_function(name))
+        register_host_function(name, job.host_function(name), binds=True)
 
 
 def aligned(array: np.ndarray) -> np.ndarray:

@@ -52,6 +52,7 @@ VARIABLES = {
         Variable("TREADLE_CACHE_DIR", str, None, "folder of compiled kernels; default: the user's cache folder"),
         Variable("TREADLE_CACHE_BYTES", _count, 2 << 30, "size that the kernel cache is pruned to"),
         Variable("TREADLE_COMM_TIMEOUT", _count, 300, "seconds after which a rank that does not come is given up"),
+        Variable("TREADLE_SHARED_MEMORY", _flag, True, "0: ranks of one host send each other messages like any others"),
         Variable("TREADLE_NUM_THREADS", _count, None, "threads of a kernel; default: the cores of this process"),
         Variable("TREADLE_VERIFY", _flag, False, "1: check the graph after every pass"),
         Variable("TREADLE_DUMP", str, None, "folder that receives the graph after every pass, numbered"),

@@ -21,18 +21,34 @@ from .runtime import load_runtime
 PREFIX = "treadle.host."
 
 
-def register_host_function(name: str, function: Callable[..., Any]) -> None:
+KEPT = 256  # combinations of addresses for which a binding function's answer is kept
+
+
+def register_host_function(name: str, function: Callable[..., Any], binds: bool = False) -> None:
     """Let programs call `function` by the name that a `HostCall` gives.
 
     It receives the call's arguments in order: a NumPy array for each buffer (read-only unless the call writes it), an
     int for a loop counter. The arrays are the program's memory and hold only until the function returns. An exception
     that it raises ends the run and reaches the caller. Registering a name again replaces the function.
+
+    A function that `binds` gives another one, without arguments, which is what every call with the same arguments runs:
+    preparations are then made once, as the temporaries of a program lie at the same addresses in each run.
     """
+    kept: dict[tuple[Any, ...], Callable[[], Any]] = {}
+
+    def binding(*key: Any) -> None:
+        run = kept.get(key)
+        if run is None:
+            if len(kept) >= KEPT:
+                kept.clear()
+            description, *addresses = key
+            run = kept[key] = function(*(value(address) for value, address in zip(_converters(description), addresses)))
+        run()
 
     def adapter(description: str, *addresses: int) -> None:
         function(*(value(address) for value, address in zip(_converters(description), addresses)))
 
-    load_runtime().register_global_func(PREFIX + name, adapter, override=True)
+    load_runtime().register_global_func(PREFIX + name, binding if binds else adapter, override=True)
 
 
 def check_registered(names: list[str]) -> None:
