@@ -42,7 +42,9 @@ def bind(graph: Graph, arrays: Mapping[int, np.ndarray]) -> Graph:
     with builder:
         for i, (value, role) in enumerate(zip(graph.inputs, graph.roles)):
             if i in arrays:
-                mapping[value] = emit("constant", value=np.array(arrays[i], dtype=value.dtype.np))
+                array = np.array(arrays[i], dtype=value.dtype.np)
+                array.setflags(write=False)
+                mapping[value] = emit("constant", value=array)
                 mapping[value].name = value.name
             else:
                 kept[i] = len(kept)

@@ -7,6 +7,7 @@ hashes, across processes, so nothing in them may depend on Python's own `hash`.
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -15,12 +16,36 @@ import numpy as np
 from .graph import Graph, Node, Value
 from .text import attr_text
 
+_hashes: dict[int, tuple[weakref.ref[np.ndarray], str]] = {}
+
+
+def content_hash(array: np.ndarray) -> str:
+    """The SHA-256 of an array's elements, 64 hexadecimal digits.
+
+    Weights are hundreds of megabytes, and are met by each pass that compares nodes. So the hash of an array that cannot
+    change, since it is read-only and shares nobody's memory, is kept for as long as the array lives.
+    """
+    settled = array.base is None and not array.flags.writeable
+    known = _hashes.get(id(array)) if settled else None
+    if known is not None and known[0]() is array:
+        return known[1]
+    found = hashlib.sha256(elements(array)).hexdigest()
+    if settled:
+        name = id(array)
+        _hashes[name] = weakref.ref(array, lambda _: _hashes.pop(name, None)), found
+    return found
+
+
+def elements(array: np.ndarray) -> memoryview:
+    """The bytes of an array's elements in row-major order; not copied if they lie so."""
+    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+
 
 def attr_key(value: Any) -> Hashable:
     """A hashable stand-in for an attribute: equal exactly when the attributes are."""
     if isinstance(value, np.ndarray):
-        data = np.ascontiguousarray(value).tobytes()
-        return ("array", str(value.dtype), value.shape, data if len(data) <= 64 else hashlib.sha256(data).hexdigest())
+        return ("array", str(value.dtype), value.shape,
+                np.ascontiguousarray(value).tobytes() if value.nbytes <= 64 else content_hash(value))
     if isinstance(value, (tuple, list)):
         return tuple(attr_key(v) for v in value)
     # 1, 1.0 and True are equal to Python but not as attributes; 0.0 and -0.0 neither

@@ -91,16 +91,18 @@ class Cache:
             self.hits, self.misses = self.hits + (data is not None), self.misses + (data is None)
         return data
 
-    def put(self, name: str, data: bytes) -> None:
-        """Publish an entry. Never raises for a disk that cannot be written."""
-        self._remember(name, data)
+    def put(self, name: str, data: bytes | memoryview, checksum: bytes | None = None) -> None:
+        """Publish an entry. Never raises for a disk that cannot be written. `checksum`: its SHA-256, if it is known."""
+        if isinstance(data, bytes):
+            self._remember(name, data)
         path = self.path(name)
         temporary = path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(6)}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with open(temporary, "wb") as file:
-                    file.write(data + _MAGIC + hashlib.sha256(data).digest())
+                    file.write(data)
+                    file.write(_MAGIC + (checksum or hashlib.sha256(data).digest()))
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(temporary, path)
@@ -115,6 +117,30 @@ class Cache:
             due, self._written = (True, 0) if self._written >= self.limit // 16 else (False, self._written)
         if due:
             self.prune()
+
+    def fill(self, name: str, room: memoryview) -> bool:
+        """Reads an entry of exactly this size to where it is wanted, and verifies it; False if there is none."""
+        path = self.path(name)
+        try:
+            with open(path, "rb") as file:
+                whole = file.readinto(room) == len(room)
+                trailer = file.read()
+        except OSError:
+            return False
+        if not whole or trailer != _MAGIC + hashlib.sha256(room).digest():
+            self._damaged(path)
+            return False
+        self._used(path)
+        return True
+
+    def holds(self, name: str, nbytes: int) -> bool:
+        """Whether there is an entry of this size; it counts as used."""
+        path = self.path(name)
+        with contextlib.suppress(OSError):
+            if path.stat().st_size == nbytes + _TRAILER:
+                self._used(path)
+                return True
+        return False
 
     @contextlib.contextmanager
     def alone(self, name: str) -> Iterator[None]:
@@ -193,14 +219,20 @@ class Cache:
             return None
         data, trailer = content[:-_TRAILER], content[-_TRAILER:]
         if trailer != _MAGIC + hashlib.sha256(data).digest():
-            log.warning("cache entry %s is damaged; it is made again", path)
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
+            self._damaged(path)
             return None
+        self._used(path)
+        return data
+
+    def _damaged(self, path: Path) -> None:
+        log.warning("cache entry %s is damaged; it is made again", path)
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+    def _used(self, path: Path) -> None:
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > _STALE_SECONDS:
                 os.utime(path)
-        return data
 
     def _remember(self, name: str, data: bytes) -> None:
         if len(data) > _MEMORY_BYTES // 4:

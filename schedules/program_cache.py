@@ -2,8 +2,9 @@
 
 The key is a hash of everything that decides a program: the graph as it was traced, the options of its compilation, the
 target, and Treadle's own sources, so that a change of one pass makes every program anew. An entry holds the
-signature, the constants, and the name of the linked library, which the cache keeps as an entry of its own. What
-is missing or damaged is built again.
+signature, the constants, and the name of the linked library, which the cache keeps as an entry of its own. So it does
+with large constants, under a hash of their elements: programs of one model for several sizes share its weights, on the
+disk and when they are written. What is missing or damaged is built again.
 
 Nothing here imports TVM: a warm start needs the runtime library only.
 """
@@ -14,25 +15,31 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
+
+import numpy as np
 
 from ..ir import config
 from ..ir.errors import TreadleError
 from ..ir.graph import Graph, Node
-from ..ir.hashing import graph_hash
+from ..ir.hashing import content_hash, elements, graph_hash
+from .abi import numpy_dtype
 from .artifact import read_tensors, write_tensors
 from .cache import cache, digest
-from .executable import BuildStats, Executable
+from .executable import BuildStats, Executable, empty_aligned
 from .link import SHARED, Library
-from .signature import Signature
+from .signature import Signature, TensorInfo
 from .target import Target, host_model
 
 log = logging.getLogger("treadle.cache")
 
-CONSTANT_BYTES = 64 << 20
-"""Programs with more constants than this are built anew: they would crowd kernels out of the cache."""
+APART = 1 << 20
+"""Bytes from which on a constant is an entry of its own."""
+SHARE = 2
+"""A program whose constants take more than the cache's limit divided by this is built anew: it would crowd out all
+else."""
 
 
 def program_key(graph: Graph, target: Target | str, *options: object) -> str | None:
@@ -60,10 +67,10 @@ def fetch(key: str) -> Executable | None:
     kept = json.loads(entry)
     signature = Signature.from_json(kept["signature"])
     code = cache().get(kept["library"])
-    constants = cache().get(f"{key}.safetensors") if signature.constants else b""
+    constants = _fetch_constants(key, signature.constants, kept["apart"]) if code is not None else None
     if code is None or constants is None:
         return None
-    executable = Executable(signature, Library({SHARED: code}), read_tensors(constants or None, signature.constants))
+    executable = Executable(signature, Library({SHARED: code}), constants, own_constants=True)
     executable.stats = BuildStats(kept["kernels"], 0, True, kept["library"])
     try:
         executable.prepare()
@@ -77,16 +84,40 @@ def fetch(key: str) -> Executable | None:
 def keep(key: str, executable: Executable) -> None:
     """Keeps a built program under a key."""
     stats, constants = executable.stats, executable.constants
-    if stats is None or stats.library is None or sum(c.nbytes for c in constants.values()) > CONSTANT_BYTES:
+    if stats is None or stats.library is None:
         return
+    nbytes = sum(c.nbytes for c in constants.values())
+    if nbytes > cache().limit // SHARE:
+        log.info("%s is not kept: its constants take %.0f MB, and TREADLE_CACHE_BYTES is %.0f MB",
+                 executable.signature.name, nbytes / 1e6, cache().limit / 1e6)
+        return
+    apart = {name: content_hash(array) for name, array in constants.items() if array.nbytes >= APART}
     try:
         entry = json.dumps({"signature": executable.signature.to_json(), "library": stats.library,
-                            "kernels": stats.kernels})
+                            "kernels": stats.kernels, "apart": apart})
     except (TypeError, ValueError):  # metadata of the caller's that JSON does not know
         return
-    if constants:
-        cache().put(f"{key}.safetensors", write_tensors(constants))
+    for name, found in apart.items():
+        if not cache().holds(f"{found}.bin", constants[name].nbytes):
+            cache().put(f"{found}.bin", elements(constants[name]), bytes.fromhex(found))
+    if len(apart) < len(constants):
+        cache().put(f"{key}.safetensors", write_tensors({n: a for n, a in constants.items() if n not in apart}))
     cache().put(f"{key}.json", entry.encode())
+
+
+def _fetch_constants(key: str, infos: Sequence[TensorInfo], apart: dict[str, str]) -> dict[str, np.ndarray] | None:
+    """The constants of a kept program; None if one is missing."""
+    small = [info for info in infos if info.name not in apart]
+    data = cache().get(f"{key}.safetensors") if small else b""
+    if data is None:
+        return None
+    found = read_tensors(data or None, small)
+    for info in infos:
+        if info.name in apart:
+            found[info.name] = array = empty_aligned(info.shape, numpy_dtype(info.dtype))
+            if not cache().fill(f"{apart[info.name]}.bin", elements(array)):
+                return None
+    return found
 
 
 def _nodes(graph: Graph) -> Iterator[Node]:

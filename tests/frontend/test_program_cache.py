@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import treadle as td
-from treadle.frontend import compile as compile_module
+from treadle.frontend import building
 from treadle.schedules import program_cache
 from treadle.schedules.cache import _cache_at, cache
 from treadle.schedules.program_cache import program_key
@@ -24,13 +24,13 @@ def builds(tmp_path, monkeypatch) -> list[str]:
     monkeypatch.setenv("TREADLE_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("TREADLE_VERIFY", raising=False)
     made: list[str] = []
-    build = compile_module._build
+    build = building._build
 
     def counted(graph, *rest):
         made.append(graph.name)
         return build(graph, *rest)
 
-    monkeypatch.setattr(compile_module, "_build", counted)
+    monkeypatch.setattr(building, "_build", counted)
     return made
 
 
@@ -134,6 +134,66 @@ def test_constants_return_bit_for_bit(builds):
             got = td.compile(lambda w=want: td.concatenate([td.asarray(w), td.asarray(w)]))().numpy()
             assert got.tobytes() == want.tobytes() * 2
             forget()
+
+
+class Wide(td.nn.Module):
+    """Four megabytes of weights: large enough to be kept apart."""
+
+    def __init__(self):
+        super().__init__()
+        td.random.seed(1)
+        self.first, self.second = td.nn.Linear(1024, 512), td.nn.Linear(512, 1024)
+
+    def forward(self, x):
+        return self.second(td.tanh(self.first(x)))
+
+
+def serve(rows: int) -> np.ndarray:
+    model = Wide()
+    x = np.linspace(-1, 1, rows * 1024, dtype=np.float32).reshape(rows, 1024)
+    got = td.compile(model, freeze=True, specialize=True)(x).numpy()
+    np.testing.assert_allclose(got, model(td.tensor(x)).numpy(), rtol=1e-4, atol=1e-5)
+    return got
+
+
+def test_large_constants_are_kept_once_by_their_elements(builds, tmp_path):
+    first = serve(3)
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.bin")}
+    assert len(kept) == 2 and 4 << 20 <= sum(path.stat().st_size for path in kept) < 5 << 20
+    forget()
+    np.testing.assert_array_equal(serve(3), first)
+    assert len(builds) == 1
+    serve(5)  # another program of the same weights
+    assert len(builds) == 2
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.bin")} == kept
+
+
+@pytest.mark.parametrize("how", [lambda data: data[:-1], lambda data: bytes([data[0] ^ 1]) + data[1:],
+                                 lambda data: b""])
+def test_a_large_constant_that_is_damaged_is_built_again(how, builds, tmp_path, caplog):
+    first = serve(3)
+    path = next((tmp_path / "cache").rglob("*.bin"))
+    path.write_bytes(how(path.read_bytes()))
+    forget()
+    with caplog.at_level(logging.WARNING, "treadle.cache"):
+        np.testing.assert_array_equal(serve(3), first)
+    assert len(builds) == 2 and "damaged" in caplog.text
+
+
+def test_what_would_crowd_out_all_else_is_not_kept(builds, tmp_path, monkeypatch):
+    monkeypatch.setenv("TREADLE_CACHE_BYTES", str(6 << 20))
+    serve(3)
+    serve(3)
+    assert len(builds) == 2 and not list((tmp_path / "cache").rglob("*.bin"))
+
+
+def test_weights_that_change_are_another_program(builds):
+    model = Wide()
+    x = np.ones((2, 1024), np.float32)
+    first = td.compile(model, freeze=True)(x).numpy()
+    model.load_state_dict({k: v * 2 for k, v in model.state_dict().items()})
+    second = td.compile(model, freeze=True)(x).numpy()
+    assert len(builds) == 2 and np.abs(second - first).max() > 0.1
 
 
 def test_a_training_step_updates_what_it_is_given(builds):
