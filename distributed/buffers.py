@@ -32,8 +32,7 @@ def as_bytes(array: np.ndarray) -> np.ndarray:
 def cut(array: np.ndarray, dim: int, ranks: int) -> list[np.ndarray]:
     """Views of the equal parts along a dimension."""
     size = array.shape[dim] // ranks
-    before = (slice(None),) * dim
-    return [array[(*before, slice(r * size, (r + 1) * size))] for r in range(ranks)]
+    return [array[(slice(None),) * dim + (slice(r * size, (r + 1) * size),)] for r in range(ranks)]
 
 
 def summed_as(dtype: np.dtype) -> np.dtype:

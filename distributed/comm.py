@@ -151,14 +151,14 @@ class Job:
     def _together(self, axis: str, method: str, arrays: Arrays, dims: Sequence[int] | None, *more: Any) -> Run:
         """A collective of as many results as operands; one message for each dtype among them."""
         xs, outs = halves(arrays)
-        bind, runs = getattr(self.transports[axis], method), []
+        bind, runs = getattr(self.transports[axis], method), list[Run]()
         for dtype in dict.fromkeys(x.dtype for x in xs):
             chosen = [i for i, x in enumerate(xs) if x.dtype == dtype]
             given = more if dims is None else ([dims[i] for i in chosen],)
             runs.append(bind([xs[i] for i in chosen], [outs[i] for i in chosen], *given))
         if len(runs) == 1:
-            return runs[0]  # type: ignore[no-any-return]
-        return lambda: [run() for run in runs][-1]  # type: ignore[no-any-return]
+            return runs[0]
+        return lambda: [run() for run in runs][-1]
 
     def all_to_all(self, arrays: Arrays, axis: str, size: int, split: int, concat: int) -> Run:
         """Operand, result."""

@@ -66,7 +66,7 @@ class Near:
         self.window.Lock_all(mpi.MODE_NOCHECK)  # `Sync` orders memory within such an epoch
         memory = [np.frombuffer(self.window.Shared_query(i)[0], np.uint8, own) for i in range(self.size)]
         self.slots = [[m[HEADER + i * slot:HEADER + (i + 1) * slot] for m in memory] for i in range(2)]
-        counters = [memoryview(m[:8]).cast("q") for m in memory]
+        counters = [m[:8].data.cast("q") for m in memory]
         self.counter = counters[self.rank]
         self.others = [c for i, c in enumerate(counters) if i != self.rank]
         self.counter[0] = self.round = 0

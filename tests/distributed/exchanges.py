@@ -1,7 +1,7 @@
 """What the ranks of test_exchanges.py run: every collective over shared memory and over messages, on the same arrays.
 
-`mpiexec -n N python exchanges.py`: says `fine` on rank 0, or raises. Expectations are NumPy's, of all ranks' arrays, which
-every rank can draw for itself.
+`mpiexec -n N python exchanges.py`: says `fine` on rank 0, or raises. Expectations are NumPy's, of all ranks' arrays,
+which every rank can draw for itself.
 """
 
 import itertools
