@@ -45,7 +45,7 @@ class Board:
         """A step was done."""
         if self.bar is not None:
             self.bar.update(self.task, advance=1, stage=str(stage + 1), epoch=f"{epoch + 1}/{self.epochs}",
-                            loss=f"{loss:.4f}", speed=f"{speed:,.0f}")
+                            loss=f"{loss:.4f}", speed=_speed(speed))
 
     def evaluation(self, found: dict[str, Any]) -> None:
         """An evaluation was done."""
@@ -56,7 +56,12 @@ class Board:
         """An epoch was done."""
         if self.show and self.bar is None:
             told = f"  held out: {_numbers(found)}" if found else ""
-            print(f"epoch {epoch + 1:2}/{self.epochs}  loss {loss:.4f}{told}  {speed:,.0f} samples/s", flush=True)
+            print(f"epoch {epoch + 1:2}/{self.epochs}  loss {loss:.4f}{told}  {_speed(speed)} samples/s", flush=True)
+
+
+def _speed(speed: float) -> str:
+    """A run of nothing but first steps, which compile, has no speed yet."""
+    return f"{speed:,.0f}" if speed else "-"
 
 
 def _numbers(found: dict[str, Any]) -> str:

@@ -50,7 +50,8 @@ class History:
         best: the best of them by the monitored metric; None before the first.
         stopped: why the run ended before its time, or "".
         seconds: spent in steps, compilation included.
-        examples: trained on, for the speed.
+        examples: trained on.
+        first_seconds, first_examples: of these, in the first step of each program, which compiles it.
     """
 
     steps: int = 0
@@ -60,11 +61,14 @@ class History:
     stopped: str = ""
     seconds: float = 0.0
     examples: int = 0
+    first_seconds: float = 0.0
+    first_examples: int = 0
 
     @property
     def speed(self) -> float:
-        """Examples a second, compilation included."""
-        return self.examples / self.seconds if self.seconds else 0.0
+        """Examples a second, without the first step of each program; 0 while there were no others."""
+        rest = self.examples - self.first_examples
+        return rest / (self.seconds - self.first_seconds) if rest else 0.0
 
 
 @dataclass(frozen=True)
@@ -213,14 +217,18 @@ class Tuner:
                 train_exactly(self.model, self._chosen[current])
             self.model.train()
             batch = self.data.batch(where.epoch, where.batch)
-            started = time.perf_counter()
+            compiles, started = self.step.stats.compiles, time.perf_counter()
             loss = float(self.step(*batch).item())
-            history.seconds += time.perf_counter() - started
+            seconds = time.perf_counter() - started
+            history.seconds += seconds
             if not math.isfinite(loss):
                 raise GradientError(f"the loss of step {history.steps + 1} is {loss}: lower lr, clip the gradients "
                                     "(clip_norm), or look for bad numbers in the data; the last "
                                     "checkpoint is still good")
             history.examples += len(batch[-1])
+            if self.step.stats.compiles > compiles:
+                history.first_seconds += seconds
+                history.first_examples += len(batch[-1])
             history.steps += 1
             history.losses.append(loss)
             board.step(where.stage, where.epoch, loss, history.speed)
@@ -295,7 +303,8 @@ class Tuner:
         h = self.history
         notes = {"settings": self._fingerprint(), "waited": str(self._waited), "history": json.dumps(
             {"losses": h.losses, "evaluations": h.evaluations, "best": h.best, "stopped": h.stopped,
-             "seconds": h.seconds, "examples": h.examples})}
+             "seconds": h.seconds, "examples": h.examples, "first_seconds": h.first_seconds,
+             "first_examples": h.first_examples})}
         save_checkpoint(path, self.model, self.optimizer, h.steps, notes)
 
     def _fingerprint(self) -> str:

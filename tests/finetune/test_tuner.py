@@ -52,7 +52,9 @@ def test_it_learns_and_says_so():
     assert history.steps == run.total == 120 and len(history.losses) == 120 and len(history.evaluations) == 30
     assert history.best["accuracy"] > max(0.7, before["accuracy"]) and set(before) == {"loss", "accuracy", "macro_f1"}
     assert run.evaluate((X[64:], Y[64:]))["accuracy"] == history.best["accuracy"], "the best weights are restored"
-    assert history.speed > 0 and run.step.stats.compiles == 1
+    assert run.step.stats.compiles == 1 and history.first_examples == 16 and history.examples == 16 * 120
+    assert 0 < history.first_seconds < history.seconds
+    assert history.speed == 16 * 119 / (history.seconds - history.first_seconds), "the first step compiles"
     assert run.predict(X[:5]).shape == (5, 3)
 
 
@@ -114,6 +116,7 @@ def test_interrupting_saves(tmp_path, monkeypatch):
         return real(*batch)
 
     real = run.step
+    interrupted.stats = real.stats
     monkeypatch.setattr(run, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run.fit()
