@@ -25,6 +25,7 @@ from ..ir.location import user_location
 from ..ir.types import TensorType
 from . import eager
 from .eager import Concrete, array_type, copy_aligned, empty_aligned
+from .pending import Elsewhere, Pending, Source, waiting
 
 Binary = Callable[..., "Tensor"]
 
@@ -75,6 +76,23 @@ class Tensor:
         tensor = Tensor.__new__(Tensor)
         tensor._start(value, trace)
         return tensor
+
+    @classmethod
+    def _later(cls, source: Source, *, requires_grad: bool = False, role: str | None = None, name: str = "") -> Any:
+        """A tensor whose elements are made when they are first asked for."""
+        tensor = cls.__new__(cls)
+        tensor._start(Pending(source), None)
+        tensor._role, tensor.name = role, name
+        if requires_grad:
+            tensor.requires_grad = True
+        return tensor
+
+    def _park(self, where: str) -> None:
+        """Gives up the elements: whoever asks for them is told where they are."""
+        old: Concrete = self._value
+        value = Pending(Elsewhere(old.type, self.name, where))
+        value.tracked, value.owner = old.tracked, old.owner
+        self._value = value
 
     @classmethod
     def _from_array(cls, array: np.ndarray) -> Tensor:
@@ -149,7 +167,7 @@ class Tensor:
     def role(self, role: str | None) -> None:
         if role not in (None, "parameter", "state"):
             raise AttributeValueError(f"a tensor's role is 'parameter', 'state' or None, not {role!r}")
-        if role is not None:
+        if role is not None and not waiting(self._value):
             self._pin()
         self._role = role
 
@@ -263,6 +281,8 @@ class Tensor:
     def __repr__(self) -> str:
         if self._trace is not None:
             return f"tensor(traced {self.type})"
+        if waiting(self._value) and isinstance(self._value.source, Elsewhere):
+            return f"tensor({self.type} that {self._value.source.where})"
         array = self._value.array
         text = np.array2string(array, separator=", ", prefix="tensor(", threshold=200)
         grad = ", requires_grad=True" if self.requires_grad else ""
@@ -295,7 +315,9 @@ class Tensor:
         if old.producer is not None and old.tracked:
             raise GradientError("assign() needs a tensor that was not computed from one that requires a gradient; "
                                 "use x.detach() first", user_location())
-        if old.mutable:
+        if waiting(old):
+            self._renew(copy_aligned(array))
+        elif old.mutable:
             np.copyto(old.array, array, casting="no")  # type: ignore[arg-type]
             if old.recorded or self._baked:
                 self._renew(old.array)  # type: ignore[arg-type]

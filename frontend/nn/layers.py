@@ -22,8 +22,9 @@ def _bound(fan_in: int) -> init.Initializer:
 
 
 def parameter(shape: Sequence[int], initializer: init.Initializer, dtype: Any = "float32") -> Parameter:
-    """A trainable parameter of the given shape, drawn by an initialiser."""
-    return Parameter(initializer(shape, dtype))
+    """A trainable parameter of the given shape, drawn by an initialiser when its elements are first asked for."""
+    later = getattr(initializer, "later", None)
+    return Parameter(initializer(shape, dtype)) if later is None else Parameter.later(later(shape, dtype))
 
 
 class Identity(Module):
@@ -75,10 +76,7 @@ class Embedding(Module):
         super().__init__()
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.padding_idx = None if padding_idx is None else padding_idx % num_embeddings
-        table = init.normal()((num_embeddings, embedding_dim), dtype)
-        if self.padding_idx is not None:
-            table[self.padding_idx] = 0
-        self.weight = Parameter(table)
+        self.weight = parameter((num_embeddings, embedding_dim), init.normal(blank=self.padding_idx), dtype)
 
     def forward(self, indices: Tensor) -> Tensor:
         return functional.embedding(indices, self.weight, self.padding_idx)

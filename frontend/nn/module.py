@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from ...ir.dtypes import as_dtype
+from ...ir.dtypes import DType, as_dtype
 from ...ir.errors import ArgumentsError, CheckpointError
 from .. import recording
 from ..dispatch import as_tensor
 from ..grad_mode import no_grad
+from ..pending import Cast, waiting
 from ..tensor import Tensor
 from .parameter import Parameter
 
@@ -290,7 +291,7 @@ class Module:
         for module in self.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None and parameter.dtype.is_float:
-                    module._parameters[name] = Parameter(parameter.numpy().astype(wanted.np), parameter.requires_grad)
+                    module._parameters[name] = _as(parameter, wanted)
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.dtype.is_float:
                     module._buffers[name] = Tensor(buffer.numpy(), wanted, role="state")
@@ -340,6 +341,14 @@ class Module:
         head = f"{type(self).__name__}({self.extra_repr()}"
         lines = [f"  ({n}): " + repr(m).replace("\n", "\n  ") for n, m in self._modules.items()]
         return head + ("\n" + "\n".join(lines) + "\n)" if lines else ")")
+
+
+def _as(parameter: Parameter, dtype: DType) -> Parameter:
+    """A parameter in another dtype; one that was not drawn yet still is not."""
+    value = parameter._value
+    if waiting(value):
+        return Parameter.later(Cast(value.source, value.type.with_dtype(dtype)), parameter.requires_grad)
+    return Parameter(parameter.numpy().astype(dtype.np), parameter.requires_grad)
 
 
 class Sequential(Module):

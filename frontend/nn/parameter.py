@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..pending import Source
 from ..tensor import Tensor
 
 
@@ -20,6 +21,12 @@ class Parameter(Tensor):
 
     def __init__(self, data: Any, requires_grad: bool = True, name: str = ""):
         super().__init__(data, requires_grad=requires_grad, role="parameter", name=name)
+
+    @classmethod
+    def later(cls, source: Source, requires_grad: bool = True, name: str = "") -> Parameter:
+        """A parameter whose elements are made when they are first asked for."""
+        made: Parameter = cls._later(source, requires_grad=requires_grad, role="parameter", name=name)
+        return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Parameter:
         fresh = Parameter(self.numpy(), self.requires_grad, self.name)

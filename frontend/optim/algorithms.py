@@ -6,15 +6,18 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ...ir.dtypes import as_dtype
 from ...ir.errors import AttributeValueError
 from .. import functions as F
+from ..pending import Full
 from ..tensor import Tensor
 from .base import Optimizer, State, compute_dtype
 from .schedules import Rate
 
 
 def _zeros(param: Tensor, value: float = 0.0) -> Tensor:
-    return F.full(param.shape, value, dtype=compute_dtype(param))
+    made: Tensor = Tensor._later(Full(param.type.with_dtype(as_dtype(compute_dtype(param))), value))
+    return made
 
 
 class SGD(Optimizer):
