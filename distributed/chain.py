@@ -8,7 +8,7 @@ it with brute force.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..ir.errors import AttributeValueError
 
@@ -20,7 +20,7 @@ class Layer:
     Attributes:
         parameters: bytes that stay (parameters, gradients, states).
         activations: bytes kept for the backward pass of one micro-batch.
-        output: bytes handed to the next layer.
+        output: bytes handed to the next layer, in so many `tensors`.
     """
 
     forward: float
@@ -29,14 +29,27 @@ class Layer:
     activations: float = 0.0
     output: float = 0.0
     name: str = ""
+    tensors: int = 1
 
 
 @dataclass(frozen=True)
 class Cut:
-    """`bounds[s]`: the first layer of stage s; `seconds`: the slowest stage's time."""
+    """`bounds[s]`: the first layer of stage s; `seconds`: the slowest stage's time. As text a table of the stages."""
 
     bounds: tuple[int, ...]
     seconds: float
+    layers: tuple[Layer, ...] = field(default=(), compare=False, repr=False)
+
+    def __str__(self) -> str:
+        rows = [("stage", "layers", "ops", "forward ms", "backward ms", "MB that stay", "MB kept", "hands on")]
+        for s, own in enumerate(self.stages(self.layers)):
+            handed = f"{own[-1].tensors} x {own[-1].output / own[-1].tensors / 1e6:.2f} MB"
+            rows.append((str(s), f"{self.bounds[s]}-{self.bounds[s] + len(own) - 1}", f"{own[0].name}..{own[-1].name}",
+                         f"{sum(x.forward for x in own) * 1e3:.2f}", f"{sum(x.backward for x in own) * 1e3:.2f}",
+                         f"{sum(x.parameters for x in own) / 1e6:.1f}", f"{sum(x.activations for x in own) / 1e6:.1f}",
+                         "the loss" if s + 1 == len(self.bounds) else handed))
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
 
     def stages(self, layers: Sequence[Layer]) -> list[Sequence[Layer]]:
         """The layers of each stage."""
@@ -105,7 +118,7 @@ def _best(layers: Sequence[Layer], stages: int, memory: float, kept: Sequence[in
     for s in range(stages, 0, -1):
         end = table[s][end][1]
         bounds.append(end)
-    return Cut(tuple(reversed(bounds)), table[stages][count][0])
+    return Cut(tuple(reversed(bounds)), table[stages][count][0], tuple(layers))
 
 
 def least_memory(layers: Sequence[Layer], stages: int, kept: Sequence[int]) -> float:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from ..ir.builder import GraphBuilder, copy_into, replay
 from ..ir.errors import AttributeValueError
 from ..ir.graph import Graph, Node, Value
+from ..ir.opdef import op
 from ..ir.rewrite import Rewriter, rewrite
 from .chain import Cut, Layer, cut
 from .cost import Cluster
@@ -206,6 +207,25 @@ def chain_at(graph: Graph, data: Collection[int], ends: Sequence[int], cluster: 
     return _chain(spine, frozenset(data), cluster or Cluster(), ends if fits else spine.ends(1))
 
 
+def regions(chain: Chain) -> tuple[int, ...]:
+    """The ends of layers with one product at least: what hardly computes is with the layer before it.
+
+    That is where a cut changes something, and what recomputation computes again at a time.
+    """
+    found: list[int] = []
+    heavy, start = [], 0
+    for end in chain.ends:
+        heavy.append(any(op(name).has("contraction") or name == "attention" for name in chain.ops[start:end + 1]))
+        start = end + 1
+    some = False
+    for i, end in enumerate(chain.ends):
+        some = some or heavy[i]
+        if i + 1 == len(chain.ends) or some and heavy[i + 1]:
+            found.append(end)
+            some = False
+    return tuple(found)
+
+
 def _chain(spine: _Spine, data: frozenset[int], cluster: Cluster, ends: Sequence[int]) -> Chain:
     graph, start = spine.graph, 0
     layers, crossing, results = [], [], []
@@ -234,7 +254,7 @@ def _layer(graph: Graph, nodes: Sequence[Node], out: Sequence[Value], seen: set[
     seconds = sum(max(float(n.flops) / cluster.flops, cluster.touch(float(n.nbytes))) for n in nodes)
     kept = sum(float(v.type.nbytes) for n in nodes for v in n.results)
     handed = sum(float(v.type.nbytes) for v in out)
-    return Layer(seconds, BACKWARD_WORK * seconds, 4 * own, kept, handed, nodes[0].op.name)
+    return Layer(seconds, BACKWARD_WORK * seconds, 4 * own, kept, handed, nodes[0].op.name, len(out))
 
 
 # Stages ------------------------------------------------------------------------------------------------------------

@@ -275,11 +275,11 @@ class StageBuilder:
                 found[k] = self.copies[key][1]
             else:
                 found[k] = self.step._place(tensor, made.inputs[k])
-        for k, (_, i) in enumerate(joint.params):
-            type, key = made.graph.inputs[joint.sums + k].type, id(loss.captures[i])
-            if key not in self.sums:
-                self.sums[key] = aligned(np.zeros(type.shape, type.dtype.np))
-            found[joint.sums + k] = self.sums[key]
+        for k, (_, trained) in enumerate(joint.params, start=joint.sums):
+            type, of = made.graph.inputs[k].type, id(loss.captures[trained])
+            if of not in self.sums:
+                self.sums[of] = aligned(np.zeros(type.shape, type.dtype.np))
+            found[k] = self.sums[of]
         return found
 
     def cutter(self, loss: LossGraph, joint: Joint, made: Partitioned,

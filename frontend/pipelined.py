@@ -308,7 +308,7 @@ def micro_sizes(type: TensorType | None, micro: int, ranks: int) -> list[int]:
         raise AttributeValueError(f"a tensor {type} of the batch cannot be cut into {micro} micro-batches{over} along "
                                   "its first dimension; give a larger batch, or fewer micro-batches (accumulate)",
                                   user_location())
-    most, more = divmod(type.shape[0] // ranks, micro)
+    most, more = divmod(int(type.shape[0]) // ranks, micro)
     return [(most + (m < more)) * ranks for m in range(micro)]
 
 
