@@ -8,7 +8,7 @@ the cheapest steps from any of the ways it lies already, and kept for later read
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,8 @@ from ..ir.text import node_text
 from .cost import Cluster, sent_bytes
 from .mesh import Mesh
 from .reshard import Step, path, seconds
-from .rules import Linear, Local
-from .sharding import Sharding
+from .rules import Local, base
+from .sharding import Sharding, blocks_of, dim_of
 from .solve import Plan, solve
 
 
@@ -132,11 +132,15 @@ class _Emitter:
         shardings = [Sharding.of(v.rank, {a: factors.result_placement(s, i) for a, s in chosen.items()})
                      for i, v in enumerate(node.results)]
         types = [s.local(v.type, self.mesh) for v, s in zip(node.results, shardings)]
-        axes = {s: a for a, s in chosen.items() if s is not None and not isinstance(s, Linear)}
+        axes: dict[Any, list[str]] = {}
+        for axis in reversed(self.mesh.names):
+            if (label := base(chosen.get(axis))) is not None:
+                axes.setdefault(label, []).append(axis)
         results = shard.emit(Local(node, self.mesh, axes, types, self.index), operands)
-        for label, axis in axes.items():
+        for label, own in axes.items():
             if label in factors.combined:
-                results = self.combined(results, axis, factors.combined[label])
+                for axis in own:
+                    results = self.combined(results, axis, factors.combined[label])
         if [r.type for r in results] != types:
             raise VerifyError(f"the shard rule of {node_text(node)} gives {[str(r.type) for r in results]}, not "
                               f"{list(map(str, types))}, for the strategy {chosen}", node.loc)
@@ -179,18 +183,21 @@ class _Emitter:
         """Emits one step of a path."""
         axis, ranks = step.axis, self.mesh[step.axis]
         group: dict[str, Any] = {"axis": axis, "size": ranks}
+        source, target = dim_of(step.source), dim_of(step.target)
         if step.kind == "cut":
-            return cut(x, step.target, ranks, lambda: self.index(axis))
+            return cut(x, target, ranks, lambda: self.index(axis), blocks_of(step.target))
         if step.kind == "mask":
             return self.mask(x, axis)
+        if step.kind == "reduce_scatter":
+            x = regrouped(x, target, blocks_of(step.target), ranks)
         found = {
             "all_reduce": lambda: emit("all_reduce", x, **group, reduce="sum"),
-            "all_gather": lambda: emit("all_gather", x, **group, dims=(step.source,)),
-            "reduce_scatter": lambda: emit("reduce_scatter", x, **group, dims=(step.target,)),
-            "all_to_all": lambda: emit("all_to_all", x, **group, split=step.target, concat=step.source),
+            "all_gather": lambda: emit("all_gather", x, **group, dims=(source,)),
+            "reduce_scatter": lambda: emit("reduce_scatter", x, **group, dims=(target,)),
+            "all_to_all": lambda: emit("all_to_all", x, **group, split=target, concat=source),
         }[step.kind]()
         made: Value = found[0] if isinstance(found, tuple) else found
-        return made
+        return regrouped(made, source, ranks, blocks_of(step.source)) if step.kind == "all_gather" else made
 
     def mask(self, x: Value, axis: str) -> Value:
         """A whole value as a partial sum: zeros everywhere but on the first rank. Zeros are that already."""
@@ -209,8 +216,18 @@ def is_zero(x: Value) -> bool:
     return x.producer is not None and x.producer.op.name == "constant" and not np.any(x.producer.attrs["value"])
 
 
-def cut(x: Value, dim: int, ranks: int, index: object) -> Value:
-    """A rank's part along a dimension; of a broadcast value no elements are read."""
+def regrouped(x: Value, dim: int, outer: int, inner: int) -> Value:
+    """The dimension, which counts (outer, inner, rest), counted (inner, outer, rest)."""
+    if outer == 1 or inner == 1:
+        return x
+    shape = (*x.shape[:dim], outer, inner, x.shape[dim] // (outer * inner), *x.shape[dim + 1:])
+    perm = (*range(dim), dim + 1, dim, *range(dim + 2, x.rank + 2))
+    made: Value = emit("reshape", emit("transpose", emit("reshape", x, shape=shape), perm=perm), shape=x.shape)
+    return made
+
+
+def cut(x: Value, dim: int, ranks: int, index: Callable[[], Value], blocks: int = 1) -> Value:
+    """A rank's part along a dimension (of each of its blocks); of a broadcast value no elements are read."""
     size = x.shape[dim] // ranks
     shape = (*x.shape[:dim], size, *x.shape[dim + 1:])
     if x.producer is not None and x.producer.op.name == "broadcast_to":
@@ -219,8 +236,12 @@ def cut(x: Value, dim: int, ranks: int, index: object) -> Value:
         if dim < shift or source.shape[dim - shift] == 1:
             made: Value = emit("broadcast_to", source, shape=shape)
             return made
+    if blocks > 1:
+        x = emit("reshape", x, shape=(*x.shape[:dim], blocks, x.shape[dim] // blocks, *x.shape[dim + 1:]))
+        made = emit("reshape", cut(x, dim + 1, ranks, index), shape=shape)
+        return made
     zero = emit("constant", value=np.zeros((), np.int64))
     starts = [zero] * x.rank
-    starts[dim] = index() * size  # type: ignore[operator]
+    starts[dim] = index() * size
     made = emit("dynamic_slice", x, *starts, sizes=shape)
     return made

@@ -20,6 +20,7 @@ from typing import Any
 
 from ..ir.errors import AttributeValueError
 from ..ir.graph import Graph, Value
+from ..ir.types import TensorType
 from .mesh import Mesh, MeshError
 from .regather import gather_at_use
 from .sharding import Sharding
@@ -105,11 +106,15 @@ class Source:
     name: str = ""
 
 
-def split_over(sharding: Sharding, shape: Sequence[int], axis: str, ranks: int) -> Sharding:
-    """The sharding with the first whole dimension that divides split over one more axis; as it is if none does."""
-    for dim, size in enumerate(shape):
-        if sharding.dims[dim] is None and size % ranks == 0 and size:
-            return sharding.placed(axis, dim)
+def split_over(sharding: Sharding, type: TensorType, axis: str, mesh: Mesh) -> Sharding:
+    """The sharding with one more axis over the first dimension that divides, a whole one if there is one.
+
+    As it is if none does.
+    """
+    for dim in sorted(range(type.rank), key=lambda d: sharding.dims[d] is not None):
+        split = sharding.placed(axis, dim)
+        if type.shape[dim] and split.fits(type, mesh):
+            return split
     return sharding
 
 
@@ -139,8 +144,8 @@ def annotate(graph: Graph, mesh: Mesh, plan: Plan, sources: Sequence[Source],
             found[i].check(v.type, mesh)
             if plan.zero >= (3 if source.kind == "parameter" else 1):
                 assert plan.data is not None
-                found[i] = split_over(found[i], v.shape, plan.data, mesh[plan.data])
-                if source.kind == "parameter" and plan.data in found[i].dims:
+                found[i] = split_over(found[i], v.type, plan.data, mesh)
+                if source.kind == "parameter" and plan.data in found[i].split_axes:
                     gathered.append(v)
         elif source.kind == "state":
             found[i] = Sharding.whole(v.rank)

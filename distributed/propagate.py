@@ -9,14 +9,13 @@ changes, and a hint is only that: `solve.py` decides, and knows what following i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from ..ir.graph import Graph, Node, Value
 from ..ir.opdef import rule
-from .rules import Factors, Label, Shard
-from .sharding import WHOLE
+from .rules import Blocked, Factors, Label, Shard, Strategy, base
+from .sharding import WHOLE, blocks_of, dim_of, divides
 
-Hints = dict[Value, int]  # value -> the dimension that is split
+Hints = dict[Value, int]  # value -> the placement of what is split
 
 
 class RuleTable:
@@ -27,13 +26,15 @@ class RuleTable:
         self.factors: dict[Node, Factors] = {n: r.factors(n) for n, r in self.rules.items()}
         self.limits: dict[Node, dict[Label, int]] = {n: f.splittable(n) for n, f in self.factors.items()}
 
-    def fits(self, node: Node, label: Label, ranks: int) -> bool:
-        """Whether a label of a node can be split over so many ranks."""
-        return self.limits[node].get(label, 1) % ranks == 0 and self.limits[node].get(label, 0) > 0
+    def fits(self, node: Node, strategy: Strategy, ranks: int) -> bool:
+        """Whether what a strategy of a node splits can be split over so many ranks."""
+        limit = self.limits[node].get(base(strategy), 1)
+        blocks = strategy.blocks if isinstance(strategy, Blocked) else 1
+        return limit > 0 and limit % (blocks * ranks) == 0
 
 
 class Propagation:
-    """Spreads hints along one axis. `refused(value, dim)`: the dimension belongs to another axis."""
+    """Spreads hints along one axis. `refused(value, dim)`: other axes leave nothing to split of the dimension."""
 
     def __init__(self, graph: Graph, table: RuleTable, ranks: int, fixed: Mapping[Value, int],
                  links: Sequence[tuple[Value, Value]], refused: Callable[[Value, int], bool]):
@@ -54,39 +55,35 @@ class Propagation:
         before = len(self.hints)
         for node in nodes:
             factors = self.table.factors[node]
-            sources = list(zip(factors.operands, node.operands))
-            targets = list(zip(factors.results, node.results))
-            if not forwards:
-                sources, targets = targets, sources
-            label = self.strongest(node, sources)
-            if label is not None:
-                for labels, value in targets:
-                    if label in labels:
-                        self.add(value, labels.index(label))
+            sources, targets, side = (node.operands, node.results, 0) if forwards else (node.results, node.operands, 1)
+            strategy = self.strongest(node, sources, side)
+            if strategy is not None:
+                for i, value in enumerate(targets):
+                    self.add(value, (factors.result_placement if forwards else factors.operand_placement)(strategy, i))
         for one, other in self.links:  # an output that takes over an input's storage lies as the input does
             for a, b in ((one, other), (other, one)):
                 if a in self.hints:
                     self.add(b, self.hints[a])
         return len(self.hints) > before
 
-    def strongest(self, node: Node, sources: Sequence[tuple[Any, Value]]) -> Label:
-        """The label that the weightiest of some values is split along."""
+    def strongest(self, node: Node, sources: Sequence[Value], side: int) -> Strategy:
+        """The strategy under which the weightiest of some values lies as it does."""
         best, most = None, (False, -1)
-        for labels, value in sources:
-            dim = self.hints.get(value)
-            if dim is not None and dim < len(labels) and labels[dim] is not None:
+        for i, value in enumerate(sources):
+            place = self.hints.get(value)
+            for strategy in () if place is None else self.table.factors[node].strategies(side, i, place):
                 weight = (value in self.fixed, int(value.type.nbytes))
-                if self.table.fits(node, labels[dim], self.ranks) and weight > most:
-                    best, most = labels[dim], weight
+                if self.table.fits(node, strategy, self.ranks) and weight > most:
+                    best, most = strategy, weight
         return best
 
-    def add(self, value: Value, dim: int) -> None:
+    def add(self, value: Value, place: int) -> None:
         """A hint for a value that has none, if the dimension can be split."""
-        if value in self.hints or self.fixed.get(value) == WHOLE or self.refused(value, dim):
+        if place < 0 or value in self.hints or self.fixed.get(value) == WHOLE or self.refused(value, dim_of(place)):
             return
-        size = value.shape[dim]
-        if isinstance(size, int) and size and size % self.ranks == 0:
-            self.hints[value] = dim
+        size = value.shape[dim_of(place)]
+        if isinstance(size, int) and size and divides(size, [(blocks_of(place), self.ranks)]):
+            self.hints[value] = place
 
 
 # A big op that would have to be whole along a dimension that lies split is decomposed: its parts can be split there.
@@ -99,7 +96,7 @@ def to_unfold(table: RuleTable, hints: Hints, ranks: int) -> set[Node]:
     for node, factors in table.factors.items():
         if node.op.name in UNFOLDED:
             for labels, value in zip(factors.operands, node.operands):
-                dim = hints.get(value)
-                if dim is not None and labels[dim] is None:
+                place = hints.get(value)
+                if place is not None and labels[dim_of(place)] is None:
                     found.add(node)
     return found

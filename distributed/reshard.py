@@ -11,13 +11,14 @@ from __future__ import annotations
 import functools
 import heapq
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..ir.types import TensorType
 from .cost import Cluster
 from .mesh import Mesh, MeshError
-from .sharding import PARTIAL, WHOLE, Sharding
+from .sharding import PARTIAL, WHOLE, Sharding, blocks_of, dim_of
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,14 @@ def transition(cluster: Cluster, axis: str, ranks: int, whole: float, source: in
         return cluster.touch(whole if target == PARTIAL else whole / ranks)
     if source == PARTIAL:
         return (cluster.all_reduce if target == WHOLE else cluster.reduce_scatter)(axis, ranks, whole)
-    if target >= 0:
+    if target >= 0 and _moves(source, target):
         return cluster.all_to_all(axis, ranks, whole)
-    return cluster.all_gather(axis, ranks, whole) + (cluster.touch(whole) if target == PARTIAL else 0.0)
+    return cluster.all_gather(axis, ranks, whole) + (0.0 if target == WHOLE else cluster.touch(whole))
+
+
+def _moves(source: int, target: int) -> bool:
+    """Whether an all-to-all takes a split from one dimension to another; blocks are gathered and cut again."""
+    return dim_of(source) != dim_of(target) and blocks_of(source) == blocks_of(target) == 1
 
 
 KINDS: dict[tuple[object, object], str] = {
@@ -53,26 +59,38 @@ KINDS: dict[tuple[object, object], str] = {
 def _kind(source: int, target: int) -> str | None:
     def name(placement: int) -> object:
         return "split" if placement >= 0 else placement
+    if source >= 0 and target >= 0 and not _moves(source, target):
+        return None
     return KINDS.get((name(source), name(target)))
 
 
-def _steps(sharding: Sharding, type: TensorType, mesh: Mesh, axes: tuple[str, ...]) -> Iterator[Step]:
+def _inner(sharding: Sharding, axis: str, mesh: Mesh) -> bool:
+    """Whether no other axis cuts what this one has left: only then can its parts be put together."""
+    dim = dim_of(sharding.placement(axis))
+    return sharding.order(dim, mesh)[-1][0] == axis
+
+
+def _fits(type: TensorType, sharding: Sharding, axis: str, mesh: Mesh) -> bool:
+    return _inner(sharding, axis, mesh) and sharding.fits(type, mesh)
+
+
+def _steps(sharding: Sharding, type: TensorType, mesh: Mesh, axes: tuple[str, ...], goal: Sharding) -> Iterator[Step]:
     for axis in axes:
         source = sharding.placement(axis)
-        free = [d for d in range(type.rank) if sharding.dims[d] in (None, axis) and type.shape[d] % mesh[axis] == 0]
-        for target in (WHOLE, PARTIAL, *free):
+        if source >= 0 and not _inner(sharding, axis, mesh):
+            continue
+        for target in dict.fromkeys((WHOLE, PARTIAL, *range(type.rank), goal.placement(axis))):
             kind = _kind(source, target)
-            if source != target and kind is not None:
-                yield Step(kind, axis, source, target, sharding.placed(axis, target))
+            if source == target or kind is None:
+                continue
+            result = sharding.placed(axis, target)
+            if target < 0 or _fits(type, result, axis, mesh):
+                yield Step(kind, axis, source, target, result)
 
 
 def _whole_bytes(type: TensorType, sharding: Sharding, mesh: Mesh, axis: str) -> float:
     """Bytes of what the ranks along an axis hold together: the other axes' splits stay."""
-    size = float(type.nbytes)
-    for other in sharding.dims:
-        if other is not None and other != axis:
-            size /= mesh[other]
-    return size
+    return float(type.nbytes) / math.prod(mesh[other] for other in sharding.split_axes if other != axis)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -104,7 +122,7 @@ def _search(type: TensorType, source: Sharding, target: Sharding, mesh: Mesh,
         if here in done:
             continue
         done.add(here)
-        for step in _steps(here, type, mesh, axes):
+        for step in _steps(here, type, mesh, axes, target):
             if step.result in done:
                 continue
             whole = _whole_bytes(type, here, mesh, step.axis)

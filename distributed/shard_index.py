@@ -17,6 +17,8 @@ from ..ir.graph import Node, Value
 from ..ir.opdef import fill
 from .rules import Factors, Labels, Local, Shard, without
 
+ROWS = frozenset({"rows"})
+
 
 def _own_rows(ctx: Local, indices: Value, rows: int, clamp: bool) -> tuple[Value, Value]:
     """Indices counted from the rank's first row, and which of them it has."""
@@ -41,7 +43,7 @@ def _along(node: Node) -> tuple[Labels, Labels, Labels]:
 def take_factors(node: Node) -> Factors:
     table, index, found = _along(node)
     is_float = node.result.dtype.is_float
-    return Factors((table, index), (found,), summed=frozenset({"rows"}),
+    return Factors((table, index), (found,), summed=frozenset({"rows"}), ordered=ROWS,
                    linear=(frozenset({0}),) if is_float else ())
 
 
@@ -65,7 +67,7 @@ def scatter_add_factors(node: Node) -> Factors:
     table, index, added = _along(node)
     sets = (frozenset({0, 2}),) if node.result.dtype.is_float else ()
     return Factors((table, index, added), (table,), summed=frozenset(index), addends=dict.fromkeys(index, (0,)),
-                   linear=sets)
+                   linear=sets, ordered=ROWS)
 
 
 def scatter_add_local(ctx: Local, x: Value, indices: Value, updates: Value) -> Any:
@@ -87,7 +89,8 @@ def _each(node: Node) -> tuple[Labels, Labels]:
 def take_along_axis_factors(node: Node) -> Factors:
     table, index = _each(node)
     is_float = node.result.dtype.is_float
-    return Factors((table, index), (index,), summed=frozenset({"rows"}), linear=(frozenset({0}),) if is_float else ())
+    return Factors((table, index), (index,), summed=frozenset({"rows"}), ordered=ROWS,
+                   linear=(frozenset({0}),) if is_float else ())
 
 
 def take_along_axis_local(ctx: Local, x: Value, indices: Value) -> Any:
@@ -101,7 +104,8 @@ def take_along_axis_local(ctx: Local, x: Value, indices: Value) -> Any:
 def scatter_add_along_axis_factors(node: Node) -> Factors:
     table, index = _each(node)
     sets = (frozenset({0, 2}),) if node.result.dtype.is_float else ()
-    return Factors((table, index, index), (table,), summed=frozenset({"picked"}), addends={"picked": (0,)}, linear=sets)
+    return Factors((table, index, index), (table,), summed=frozenset({"picked"}), addends={"picked": (0,)},
+                   linear=sets, ordered=ROWS)
 
 
 # The rest ----------------------------------------------------------------------------------------------------------
@@ -110,7 +114,7 @@ def scatter_add_along_axis_factors(node: Node) -> Factors:
 def one_hot_factors(node: Node) -> Factors:
     (indices,) = node.operands
     index: Labels = tuple(range(indices.rank))
-    return Factors((index,), ((*index, "rows"),))
+    return Factors((index,), ((*index, "rows"),), ordered=ROWS)
 
 
 def one_hot_local(ctx: Local, indices: Value) -> Any:

@@ -75,6 +75,7 @@ for _name in ("max_pool", "max_pool_grad", "avg_pool", "avg_pool_grad"):
     fill("shard", _name, Shard(pool_factors))
 # A collective in a graph that is partitioned again, and loops and branches (whose bodies run whole on every rank, on
 # whole operands): correct, and no faster than one rank.
-for _name in ("cond", "while_loop", "scan", "remat", "all_reduce", "all_gather", "reduce_scatter", "all_to_all",
-              "axis_index", "send", "recv", "start", "wait"):
+# (What data decide, such as the number of places that hold, is the same number everywhere then.)
+for _name in ("true_places", "bind_size", "cond", "while_loop", "scan", "remat", "all_reduce", "all_gather",
+              "reduce_scatter", "all_to_all", "axis_index", "send", "recv", "start", "wait"):
     fill("shard", _name, Shard(whole))

@@ -1,7 +1,11 @@
 """How ops that move elements are split: along every dimension that they carry over as it is.
 
-A reshape keeps, of each group of dimensions that it joins or parts, the first: cutting a row-major block along its
-first dimension cuts it into consecutive runs, whatever the dimensions after it are called.
+A reshape joins or parts groups of dimensions. Two dimensions of a group, one of either side, go together if as many
+elements are counted before them: cutting a row-major block along its first dimension cuts it into consecutive runs,
+whatever the dimensions after it are called; and cutting it along a later one cuts each run of the former. Where a later
+dimension has no counterpart but begins within one, that one is split in blocks: (3, heads, dim) split by heads is, as
+one dimension, three blocks each of which is split. Slices and concatenations that keep blocks whole take them or
+put them together.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from typing import Any
 from ..ir.graph import Node, Value
 from ..ir.opdef import fill
 from .rules import Factors, Label, Local, Shard, without
+from .sharding import split
 
 LINEAR = (frozenset({0}),)
 
@@ -42,12 +47,34 @@ def reshape_factors(node: Node) -> Factors:
     (x,), y = node.operands, node.result
     first: list[Label] = [None] * x.rank
     second: list[Label] = [None] * y.rank
+    views: dict[Label, tuple[tuple[int | None, ...], tuple[int | None, ...]]] = {}
     sizes = all(isinstance(s, int) and s > 0 for s in (*x.shape, *y.shape))
     for number, (left, right) in enumerate(reshape_groups(x.shape, y.shape) if sizes else []):
-        heads = [next((k for k in dims if v.shape[k] > 1), None) for dims, v in ((left, x), (right, y))]
-        if heads[0] is not None and heads[1] is not None:
-            first[heads[0]] = second[heads[1]] = number
-    return Factors((tuple(first),), (tuple(second),), linear=_linear(node))
+        starts = [_starts(dims, v.shape) for dims, v in ((left, x), (right, y))]
+        for i, before in starts[0].items():
+            for j, other in starts[1].items():
+                if before == other:
+                    first[i] = second[j] = (number, before)
+                elif before < other < before * x.shape[i] and _blocks(before, other, x.shape[i], starts[0]):
+                    views[number, other] = (split(i, other // before),), (split(j),)
+                elif other < before < other * y.shape[j] and _blocks(other, before, y.shape[j], starts[1]):
+                    views[number, before] = (split(i),), (split(j, before // other),)
+    return Factors((tuple(first),), (tuple(second),), linear=_linear(node), views=views)
+
+
+def _starts(dims: list[int], shape: tuple[Any, ...]) -> dict[int, int]:
+    """Dimension -> how many elements of the group's earlier dimensions there are, those of extent 1 left out."""
+    found, before = {}, 1
+    for k in dims:
+        if shape[k] > 1:
+            found[k] = before
+            before *= shape[k]
+    return found
+
+
+def _blocks(before: int, inside: int, size: int, starts: dict[int, int]) -> bool:
+    """Whether what begins behind `inside` elements cuts a dimension into blocks."""
+    return inside % before == 0 and size % (inside // before) == 0 and inside not in starts.values()
 
 
 def _own_shape(ctx: Local, x: Value) -> Any:
@@ -67,33 +94,64 @@ def broadcast_factors(node: Node) -> Factors:
 
 
 def concat_factors(node: Node) -> Factors:
-    labels = without(range(node.result.rank), node.attrs["axis"])
-    return Factors((labels,) * len(node.operands), (labels,),
+    """Along the other dimensions; and along its own in blocks, each operand as many as it has of the common size."""
+    axis = node.attrs["axis"]
+    labels = without(range(node.result.rank), axis)
+    sizes = [v.shape[axis] for v in (*node.operands, node.result)]
+    views: dict[Label, Any] = {}
+    if all(isinstance(n, int) and n for n in sizes) and node.result.rank:
+        block = math.gcd(*sizes)
+        *operands, result = (split(axis, n // block) for n in sizes)
+        views["blocks"] = tuple(operands), (result,)
+    return Factors((labels,) * len(node.operands), (labels,), views=views,
                    linear=_linear(node, frozenset(range(len(node.operands)))))
 
 
-def _untouched(node: Node, touched: Any) -> Factors:
+def _untouched(node: Node, touched: Any, views: dict[Label, Any] | None = None) -> Factors:
     labels = without(range(node.result.rank), *touched)
-    return Factors((labels,), (labels,), linear=_linear(node))
+    return Factors((labels,), (labels,), linear=_linear(node), views=views or {})
 
 
 def slice_factors(node: Node) -> Factors:
-    x = node.operands[0]
+    """Whole along what is cut; or in blocks, of which some are taken."""
+    x, views = node.operands[0], {}
+    touched = []
     kept = zip(x.shape, node.attrs["starts"], node.attrs["limits"], node.attrs["strides"])
-    return _untouched(node, [i for i, (n, start, limit, step) in enumerate(kept) if (start, limit, step) != (0, n, 1)])
+    for i, (n, start, limit, step) in enumerate(kept):
+        if (start, limit, step) != (0, n, 1):
+            touched.append(i)
+            block = math.gcd(start, limit, n) if step == 1 else 0
+            if block and limit > start:
+                views["blocks", i] = (split(i, n // block),), (split(i, (limit - start) // block),)
+    return _untouched(node, touched, views)
 
 
 def slice_local(ctx: Local, x: Value) -> Any:
-    limits = tuple(n if ctx.ranks(i) > 1 else limit
-                   for i, (n, limit) in enumerate(zip(x.shape, ctx.node.attrs["limits"])))
-    return ctx.emit(x, limits=limits)
+    starts, limits = list(ctx.node.attrs["starts"]), list(ctx.node.attrs["limits"])
+    for i, n in enumerate(x.shape):
+        if (ranks := ctx.ranks(("blocks", i))) > 1:
+            starts[i], limits[i] = starts[i] // ranks, limits[i] // ranks
+        elif ctx.ranks(i) > 1:
+            limits[i] = n
+    return ctx.emit(x, starts=tuple(starts), limits=tuple(limits))
 
 
 def pad_factors(node: Node) -> Factors:
-    attrs = node.attrs
+    attrs, (x,), views = node.attrs, node.operands, {}
     padded = [i for i in range(node.result.rank) if attrs["low"][i] or attrs["high"][i] or attrs["interior"][i]]
-    made = _untouched(node, padded)
-    return made if attrs["value"] == 0 else Factors(made.operands, made.results)
+    for i in padded:
+        low, high, n = attrs["low"][i], attrs["high"][i], x.shape[i]
+        block = math.gcd(low, high, n) if min(low, high) >= 0 and not attrs["interior"][i] and n else 0
+        if block:
+            views["blocks", i] = (split(i, n // block),), (split(i, (low + n + high) // block),)
+    made = _untouched(node, padded, views)
+    return made if attrs["value"] == 0 else Factors(made.operands, made.results, views=views)
+
+
+def pad_local(ctx: Local, x: Value) -> Any:
+    scale = [ctx.ranks(("blocks", i)) for i in range(x.rank)]
+    return ctx.emit(x, low=tuple(n // k for n, k in zip(ctx.node.attrs["low"], scale)),
+                    high=tuple(n // k for n, k in zip(ctx.node.attrs["high"], scale)))
 
 
 def reverse_factors(node: Node) -> Factors:
@@ -126,7 +184,7 @@ fill("shard", "transpose", Shard(transpose_factors))
 fill("shard", "broadcast_to", Shard(broadcast_factors, _own_shape))
 fill("shard", "concat", Shard(concat_factors))
 fill("shard", "slice", Shard(slice_factors, slice_local))
-fill("shard", "pad", Shard(pad_factors))
+fill("shard", "pad", Shard(pad_factors, pad_local))
 fill("shard", "reverse", Shard(reverse_factors))
 fill("shard", "dynamic_slice", Shard(dynamic_slice_factors, dynamic_slice_local))
 fill("shard", "dynamic_update_slice", Shard(dynamic_update_slice_factors))

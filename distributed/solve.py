@@ -12,6 +12,7 @@ Megatron-LM (Shoeybi et al. 2019, arXiv:1909.08053) has one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -23,8 +24,8 @@ from .cost import Cluster
 from .mesh import Mesh
 from .propagate import Hints, Propagation, RuleTable, to_unfold
 from .reshard import transition
-from .rules import Linear, Strategy
-from .sharding import PARTIAL, WHOLE, Sharding
+from .rules import Linear, Strategy, base
+from .sharding import PARTIAL, WHOLE, Sharding, blocks_of, dim_of, divides, split
 
 INFINITE = float("inf")
 STAYS = 1e6  # factor on the cost of moving an input that is annotated as split: weights stay where they were put
@@ -92,7 +93,7 @@ def _check(graph: Graph, mesh: Mesh, inputs: Mapping[int, Sharding], outputs: Ma
         raise ShapeError(f"graph {graph.name} has symbolic sizes ({', '.join(sorted(graph.dims))}); partitioning needs "
                          "numbers: trace it for arguments of a fixed shape")
     for i, sharding in inputs.items():
-        sharding.check(graph.inputs[i].type, mesh)
+        sharding.check(graph.inputs[i].type, mesh, graph.inputs[i].name)
     for i, sharding in outputs.items():
         sharding.check(graph.outputs[i].type, mesh)
 
@@ -122,10 +123,21 @@ def _all_hints(graph: Graph, mesh: Mesh, table: RuleTable, fixed: Mapping[str, H
             hints[axis] = {}
             continue
         def refused(value: Value, dim: int, axis: str = axis) -> bool:
-            return any(other != axis and (fixed[other].get(value) == dim or hints.get(other, {}).get(value) == dim)
-                       for other in mesh.names)
+            others = {other: place for other in mesh.names if other != axis
+                      for place in (fixed[other].get(value, hints.get(other, {}).get(value, WHOLE)),)}
+            return not shares(value, split(dim), axis, others, mesh)
         hints[axis] = Propagation(graph, table, mesh[axis], fixed[axis], links, refused).run()
     return hints
+
+
+def shares(value: Value, place: int, axis: str, others: Mapping[str, int], mesh: Mesh) -> bool:
+    """Whether a dimension can be split over an axis, besides what other axes make of it."""
+    same = {a: p for a, p in others.items() if p >= 0 and dim_of(p) == dim_of(place)}
+    size = value.shape[dim_of(place)]
+    if not same or not isinstance(size, int):
+        return not same
+    same[axis] = place
+    return divides(size, [(blocks_of(same[a]), mesh[a]) for a in reversed(mesh.names) if a in same])
 
 
 class _AxisSolver:
@@ -158,12 +170,9 @@ class _AxisSolver:
 
     def hint(self, v: Value) -> int:
         """Where a value would like to lie."""
-        dim = self.hints.get(v, WHOLE)
-        return WHOLE if dim >= 0 and self.clashes(v, dim) else dim
-
-    def clashes(self, v: Value, dim: int) -> bool:
-        """Whether the dimension is split over an earlier axis."""
-        return any(dim in s.have.get(v, ()) for s in self.before)
+        place = self.hints.get(v, WHOLE)
+        earlier = {s.axis: s.have.get(v, [WHOLE])[0] for s in self.before}
+        return place if place < 0 or shares(v, place, self.axis, earlier, self.plan.mesh) else WHOLE
 
     def whole_bytes(self, v: Value) -> float:
         """Bytes of the value that the ranks along this axis hold together."""
@@ -181,23 +190,36 @@ class _AxisSolver:
 
     def candidates(self, node: Node) -> list[Strategy]:
         """Labels first, whole last: of equal cost the first is taken."""
-        factors, found = self.table.factors[node], {}
-        taken = [self.plan.strategies[node][s.axis] for s in self.before]
-        for labels, v in zip(factors.operands, node.operands):
-            for place in self.have[v]:
-                if place >= 0:
-                    found[labels[place]] = True
-        for labels, v in zip(factors.results, node.results):
-            if self.hints.get(v, WHOLE) >= 0:
-                found[labels[self.hints[v]]] = True
+        factors = self.table.factors[node]
         if self.ranks == 1:
             return [None]
-        kept: list[Strategy] = [x for x in found
-                                if x is not None and x not in taken and self.table.fits(node, x, self.ranks)]
+        found: dict[Strategy, bool] = {}
+        for i, v in enumerate(node.operands):
+            for place in self.have[v]:
+                found.update(dict.fromkeys(factors.strategies(0, i, place) if place >= 0 else (), True))
+        for i, v in enumerate(node.results):
+            place = self.hints.get(v, WHOLE)
+            found.update(dict.fromkeys(factors.strategies(1, i, place) if place >= 0 else (), True))
+        kept = [x for x in found if self.table.fits(node, x, self.ranks) and self.allowed(node, x)]
         for number, operands in enumerate(factors.linear):
             if any(PARTIAL in self.have[node.operands[i]] for i in operands):
                 kept.append(Linear(number))
         return [*kept, None]
+
+    def allowed(self, node: Node, strategy: Strategy) -> bool:
+        """Whether the axes before leave a strategy: where they split the same dimension, they split the same label."""
+        factors, label = self.table.factors[node], base(strategy)
+        earlier = {s.axis: s.plan.strategies[node][s.axis] for s in self.before}
+        same = [s.ranks for s in self.before if base(earlier[s.axis]) == label]
+        if self.table.limits[node][label] % math.prod([self.ranks, *same]):
+            return False
+        for placement, values in ((factors.operand_placement, node.operands), (factors.result_placement, node.results)):
+            for i, v in enumerate(values):
+                place, others = placement(strategy, i), {a: placement(x, i) for a, x in earlier.items()}
+                if place >= 0 and not (shares(v, place, self.axis, others, self.plan.mesh) and all(
+                        dim_of(p) != dim_of(place) or base(earlier[a]) == label for a, p in others.items() if p >= 0)):
+                    return False
+        return True
 
     def cost(self, node: Node, strategy: Strategy) -> float:
         """Seconds of a strategy: moves, work, and what the results will owe."""

@@ -178,7 +178,7 @@ class StageBuilder:
     def _over_data(self, own: Sharding, tensor: Tensor) -> Sharding:
         data = self.plan.data
         assert data is not None
-        return split_over(own, tensor.shape, data, self.mesh[data])
+        return split_over(own, tensor.type, data, self.mesh)
 
     # One stage --------------------------------------------------------------------------------------------------
 

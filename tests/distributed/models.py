@@ -34,6 +34,10 @@ def heads(x, count):
     return emit("transpose", reshape(x, batch, seq, count, width // count), perm=(0, 2, 1, 3))
 
 
+def part(x, i, width):
+    return emit("slice", x, starts=(0, 0, i * width), limits=(*x.shape[:2], (i + 1) * width), strides=(1, 1, 1))
+
+
 def linear(x, w, b=None):
     y = emit("matmul", x, w)
     return y if b is None else y + b
@@ -45,7 +49,7 @@ def norm(inputs, name, x, width, whole):
 
 
 def gpt(batch=4, seq=8, width=8, count=2, layers=1, vocab=12, tensor=None, data=None, sequence=False,
-        vocabulary=False):
+        vocabulary=False, fused=False):
     """The loss of a small GPT, with the shardings that its annotations ask for: (graph, {input: Sharding}).
 
     Only weights (column, row) and the batch are annotated; with `sequence` also the residual stream.
@@ -60,7 +64,13 @@ def gpt(batch=4, seq=8, width=8, count=2, layers=1, vocab=12, tensor=None, data=
         for i in range(layers):
             x = stream(x, tensor, sequence)
             y = norm(inputs, f"{i}.norm1", x, width, (None,))
-            q, k, v = (heads(linear(y, inputs.add(f"{i}.{n}", (width, width), col)), count) for n in "qkv")
+            if fused:  # one projection, then parts, then heads, as GPT-2's
+                blocks = f"{tensor}:3" if tensor else None
+                y = linear(y, inputs.add(f"{i}.qkv", (width, 3 * width), (None, blocks)),
+                           inputs.add(f"{i}.qkv.bias", (3 * width,), (blocks,)))
+                q, k, v = (heads(part(y, j, width), count) for j in range(3))
+            else:
+                q, k, v = (heads(linear(y, inputs.add(f"{i}.{n}", (width, width), col)), count) for n in "qkv")
             y = emit("transpose", emit("attention", q, k, v, causal=True), perm=(0, 2, 1, 3))
             y = linear(reshape(y, batch, seq, width), inputs.add(f"{i}.out", (width, width), row))
             x = stream(x + (y + inputs.add(f"{i}.out.bias", (width,), (None,))), tensor, sequence)

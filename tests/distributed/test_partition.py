@@ -10,6 +10,7 @@ from treadle import autodiff  # noqa: F401
 from treadle.autodiff import grad_graph
 from treadle.distributed import Mesh, MeshError, Sharding, lockstep
 from treadle.distributed.partition import partition
+from treadle.distributed.sharding import split
 from treadle.ir import interp
 from treadle.ir.builder import build, emit
 from treadle.ir.errors import ShapeError
@@ -47,11 +48,20 @@ def some_shardings(draw, values, mesh):
         if draw(st.booleans()):
             placements = {}
             for axis in mesh.names:
-                free = [d for d in range(v.rank) if d not in placements.values() and v.shape[d] % mesh[axis] == 0]
-                if free and draw(st.booleans()):
-                    placements[axis] = draw(st.sampled_from(free))
+                ways = [split(d, blocks) for d in range(v.rank) for blocks in (1, 1, 2, 3)]
+                fit = [p for p in ways if fits(v, {**placements, axis: p}, mesh)]
+                if fit and draw(st.booleans()):
+                    placements[axis] = draw(st.sampled_from(fit))
             found[i] = Sharding.of(v.rank, placements)
     return found
+
+
+def fits(v, placements, mesh):
+    try:
+        Sharding.of(v.rank, placements).check(v.type, mesh)
+    except ShapeError:
+        return False
+    return True
 
 
 @settings(max_examples=60)
@@ -80,8 +90,8 @@ def axes_of(mesh):
 
 
 @pytest.mark.parametrize("axes", MESHES.values(), ids=MESHES)
-@pytest.mark.parametrize("extra", [{}, {"sequence": True}, {"vocabulary": True}],
-                         ids=["plain", "sequence", "vocabulary"])
+@pytest.mark.parametrize("extra", [{}, {"sequence": True}, {"vocabulary": True}, {"fused": True}],
+                         ids=["plain", "sequence", "vocabulary", "fused"])
 def test_gpt(axes, extra):
     mesh = Mesh(axes)
     if extra and "tensor" not in mesh:
@@ -99,10 +109,11 @@ def test_convnet(axes):
     check(graph, mesh, shardings, outputs)
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["apart", "fused"])
 @pytest.mark.parametrize("layers", [1, 3])
-def test_a_transformer_block_has_one_all_reduce_per_half_and_direction(layers):
+def test_a_transformer_block_has_one_all_reduce_per_half_and_direction(layers, fused):
     mesh = Mesh({"tensor": 2})
-    graph, shardings = gpt(layers=layers, tensor="tensor")
+    graph, shardings = gpt(layers=layers, tensor="tensor", fused=fused)
     forward = check(graph, mesh, shardings)
     assert forward.collectives() == {"all_reduce:tensor": 2 * layers}
     graph, outputs = with_gradients(graph, shardings)
@@ -117,8 +128,8 @@ def test_sequence_parallelism_scatters_and_gathers_instead():
     graph, shardings = gpt(tensor="tensor", sequence=True)
     forward = check(graph, mesh, shardings).collectives()
     assert forward["all_reduce:tensor"] <= 1  # of the loss
-    # two halves of the block, and once more before the head
-    assert forward["reduce_scatter:tensor"] == 2 and forward["all_gather:tensor"] == 2 + 1
+    # for the two halves of the block; the head and the loss work on the rank's tokens
+    assert forward["reduce_scatter:tensor"] == 2 and forward["all_gather:tensor"] == 2
 
 
 def test_vocabulary_parallel_loss_sends_no_logits():
@@ -138,6 +149,23 @@ def test_data_parallelism_reduces_each_gradient_once():
     assert made.collectives() == {"all_reduce:data": len(outputs) + 1}  # and the loss
     wanted = sum(graph.outputs[i].type.nbytes for i in outputs) + 8
     assert made.traffic()["all_reduce:data"] == pytest.approx(2 * 3 / 4 * wanted, abs=len(outputs) + 1)
+
+
+def test_a_dimension_over_two_axes():
+    """The batch over data and experts, or a weight over data (ZeRO-3) and tensor on its one dimension that divides."""
+    mesh = Mesh({"data": 2, "expert": 2})
+    graph, shardings = gpt(data=("data", "expert"))
+    made = check(graph, mesh, shardings)
+    assert made.inputs[0].dims == (("data", "expert"), None) and made.graph.inputs[0].shape == (1, 8)
+    assert made.collectives() == {"all_reduce:data": 1, "all_reduce:expert": 1}
+    mesh = Mesh({"data": 2, "tensor": 2})
+    whole = {"dims": ("", ""), "whole": ("data",)}
+    graph = build("half", lambda x, up, down: half(x, emit("annotate", up, **whole), emit("annotate", down, **whole)),
+                  *(TensorType(s, "float64") for s in ((256, 7), (7, 8), (8, 7))))
+    made = check(graph, mesh, {0: Sharding(("data", None)), 1: Sharding((None, ("data", "tensor"))),
+                               2: Sharding((("data", "tensor"), None))}, {0: Sharding(("data", None))})
+    assert [v.shape for v in made.graph.inputs[1:]] == [(7, 2), (2, 7)]
+    assert made.collectives() == {"all_gather:data": 2, "all_reduce:tensor": 1}
 
 
 GOLDEN = """

@@ -11,7 +11,7 @@ from treadle.distributed.cost import Cluster
 from treadle.distributed.mesh import Mesh
 from treadle.distributed.partition import _Emitter
 from treadle.distributed.propagate import RuleTable
-from treadle.distributed.rules import Linear
+from treadle.distributed.rules import Blocked, Linear
 from treadle.distributed.sharding import PARTIAL, Sharding
 from treadle.distributed.solve import Plan
 from treadle.ir import interp
@@ -78,6 +78,8 @@ def test_strategies(name):
         (node,) = graph.nodes
         for ranks in (2, 3):
             strategies = [label for label in table.limits[node] if table.fits(node, label, ranks)]
+            strategies += [Blocked(label, 2) for label in strategies if label not in table.factors[node].ordered
+                           and label not in table.factors[node].views and table.fits(node, Blocked(label, 2), ranks)]
             if dtype == "float64":
                 finite = all(np.isfinite(a).all() for a in arrays if a.dtype.kind == "f")
                 strategies += [Linear(k) for k in range(len(table.factors[node].linear)) if finite]
