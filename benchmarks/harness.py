@@ -52,13 +52,11 @@ class ContenderFailed(Exception):
 class Running:
     """A contender's process and the conversation with it (see contender.py)."""
 
-    def __init__(self, contender: Contender, case: str, threads: int, caches: Path, mode: str = ""):
-        self.name = contender.name
+    def __init__(self, name: str, command: list[str], environment: dict[str, str], cores: int):
+        self.name = name
         self.errors = tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "contenders" / contender.script), case, str(threads), mode],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
-            env=environment(contender, threads, caches), preexec_fn=lambda: pin(threads))
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
+                                        text=True, env=environment, preexec_fn=lambda: pin(cores))
 
     def ask(self, command: str) -> dict[str, Any]:
         """One command, one reply."""
@@ -88,9 +86,9 @@ class Running:
         self.errors.close()
 
 
-def pin(threads: int) -> None:
-    """Runs in the child: the first `threads` cores this process may use."""
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+def pin(cores: int) -> None:
+    """Runs in the child: the first `cores` cores this process may use."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
 
 
 def environment(contender: Contender, threads: int, caches: Path) -> dict[str, str]:
@@ -128,7 +126,8 @@ class Result:
 @contextlib.contextmanager
 def running(contender: Contender, case: str, threads: int, caches: Path, mode: str = "") -> Iterator[Running]:
     """A contender's process for as long as the block."""
-    process = Running(contender, case, threads, caches, mode)
+    command = [sys.executable, str(HERE / "contenders" / contender.script), case, str(threads), mode]
+    process = Running(contender.name, command, environment(contender, threads, caches), threads)
     try:
         yield process
     finally:

@@ -15,7 +15,6 @@ import ast
 import functools
 import hashlib
 import importlib.util
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,8 +44,6 @@ class Job:
         batches: compares what the ranks are given.
         step: counted by whoever runs steps; errors name it.
         calls, seconds: what was communicated so far, by `op:axis`.
-        timeline: None, or a list: every communication appends (op:axis, when it began, when it ended), on the clock
-            `time.monotonic`, which the processes of a host share.
         error: what ended a collective; a compiled program can only pass on its text.
 
     Raises:
@@ -66,7 +63,6 @@ class Job:
         self.groups = {axis: self.world.Split(self._color(axis), self.here[axis]) for axis in mesh.names}
         self.calls: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
-        self.timeline: list[tuple[str, float, float]] | None = None
         self.error: BaseException | None = None
         self.far = {axis: Far(mpi, group, self.watch) for axis, group in self.groups.items()}
         self.near = {axis: Near(mpi, self.groups[axis], self.watch) for axis in self._on_one_host()}
@@ -113,7 +109,6 @@ class Job:
             run = bind(arrays, **attrs)
 
             def call() -> None:
-                started = time.monotonic()
                 self.watch.enter(label)
                 try:
                     run()
@@ -121,20 +116,12 @@ class Job:
                     self.error = error
                     fail(error)
                     raise
-                self.watch.leave()
-                self.count(label, started)
+                self.calls[label] = self.calls.get(label, 0) + 1
+                self.seconds[label] = self.seconds.get(label, 0.0) + self.watch.leave()
 
             return call
 
         return bound
-
-    def count(self, label: str, started: float) -> None:
-        """Notes one communication that ends now; `started` by `time.monotonic`."""
-        ended = time.monotonic()
-        self.calls[label] = self.calls.get(label, 0) + 1
-        self.seconds[label] = self.seconds.get(label, 0.0) + ended - started
-        if self.timeline is not None:
-            self.timeline.append((label, started, ended))
 
     def all_reduce(self, arrays: Arrays, axis: str, size: int, reduce: str) -> Run:
         """Operands, then results."""
