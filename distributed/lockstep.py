@@ -6,7 +6,7 @@ laptop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from ..ir.errors import VerifyError
 from ..ir.graph import Graph, Node, Value
 from .mesh import Mesh
 from .partition import Partitioned
+from .regions import LOOPS
 
 Arrays = list[np.ndarray]
 
@@ -57,6 +58,8 @@ def run_whole(made: Partitioned, arrays: Sequence[Any]) -> Arrays:
 
 def _run_node(node: Node, mesh: Mesh, given: list[Arrays], boxes: dict[Any, Any]) -> list[Arrays]:
     name = node.op.name
+    if name in LOOPS:
+        return _loop(node, mesh, given)
     if name == "axis_index":
         return [[np.asarray(mesh.coordinates(rank)[node.attrs["axis"]], np.int64)] for rank in range(mesh.size)]
     if name == "start":
@@ -69,6 +72,35 @@ def _run_node(node: Node, mesh: Mesh, given: list[Arrays], boxes: dict[Any, Any]
     if name not in TOGETHER:
         return [interp.run_node(node, own) for own in given]
     return _together(TOGETHER[name], node, mesh, given)
+
+
+def _loop(node: Node, mesh: Mesh, given: list[Arrays]) -> list[Arrays]:
+    """All ranks go through the regions together."""
+    attrs = node.attrs
+    if node.op.name == "cond":
+        return run(node.regions[0 if _agreed(own[0] for own in given) else 1], mesh, [own[1:] for own in given])
+    n_carry = attrs["n_carry"]
+    state, rest = [own[:n_carry] for own in given], [own[n_carry:] for own in given]
+    if node.op.name == "while_loop":
+        while _agreed(out[0] for out in run(node.regions[0], mesh, [s + r for s, r in zip(state, rest)])):
+            state = run(node.regions[1], mesh, [s + r for s, r in zip(state, rest)])
+        return state
+    n_xs, rows = attrs["n_xs"], []
+    for i in reversed(range(attrs["length"])) if attrs["reverse"] else range(attrs["length"]):
+        found = run(node.regions[0], mesh, [[*s, *(x[i] for x in r[:n_xs]), *r[n_xs:]] for s, r in zip(state, rest)])
+        state = [own[:n_carry] for own in found]
+        rows.append([own[n_carry:] for own in found])
+    if not rows:
+        return [interp.run_node(node, own) for own in given]
+    ordered = rows[::-1] if attrs["reverse"] else rows
+    return [[*own, *(np.stack(ys) for ys in zip(*(row[rank] for row in ordered)))] for rank, own in enumerate(state)]
+
+
+def _agreed(conditions: Iterable[np.ndarray]) -> bool:
+    found = {bool(c) for c in conditions}
+    if len(found) != 1:
+        raise VerifyError("the ranks do not agree on a condition")
+    return found.pop()
 
 
 def _together(collective: Callable[[Arrays, int, dict[str, Any]], Arrays], node: Node, mesh: Mesh,

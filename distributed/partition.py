@@ -8,7 +8,7 @@ the cheapest steps from any of the ways it lies already, and kept for later read
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,8 @@ from ..ir.ops_collective import COLLECTIVES
 from ..ir.text import node_text
 from .cost import Cluster, sent_bytes
 from .mesh import Mesh
-from .reshard import Step, path, seconds
+from .regions import counted, first_operand, operand_shift, outwards, result_shift
+from .reshard import Step, filled_with, path, seconds
 from .rules import Local, base
 from .sharding import Sharding, blocks_of, dim_of
 from .solve import Plan, solve
@@ -47,17 +48,21 @@ class Partitioned:
 
     def collectives(self) -> Counter[str]:
         """How often a step calls each collective, by `op:axis`."""
-        return Counter(f"{kind_of(n)}:{n.attrs['axis']}" for n in self.graph.walk() if kind_of(n))
+        found: Counter[str] = Counter()
+        for node, times in counted(self.graph):
+            if kind := kind_of(node):
+                found[f"{kind}:{node.attrs['axis']}"] += times
+        return found
 
     def traffic(self) -> Counter[str]:
         """Bytes that each rank sends in a step, by `op:axis` (ring algorithms)."""
         found: Counter[str] = Counter()
-        for node in self.graph.walk():
+        for node, times in counted(self.graph):
             if kind := kind_of(node):
                 size, whole = node.attrs["size"], sum(float(v.type.nbytes) for v in node.operands)
                 if kind in ("all_gather", "all_to_all"):
                     whole *= size
-                found[f"{kind}:{node.attrs['axis']}"] += int(sent_bytes(kind, size, whole))
+                found[f"{kind}:{node.attrs['axis']}"] += times * int(sent_bytes(kind, size, whole))
         return found
 
     def under_way(self) -> int:
@@ -89,32 +94,33 @@ def partition(graph: Graph, mesh: Mesh, inputs: Mapping[int, Sharding], outputs:
     """The program of each rank. Arguments and errors as of `solve`."""
     plan = solve(graph, mesh, inputs, outputs, cluster)
     emitter = _Emitter(plan)
-    made = emitter.run()
+    made = emitter.run(plan.inputs, plan.outputs)
     return Partitioned(made, graph, mesh, plan.inputs, plan.outputs, plan)
 
 
 class _Emitter:
     """Emits the program. `ways`: for each value of the whole graph the ways in which a rank has it."""
 
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: Plan, graph: Graph | None = None):
         self.plan, self.mesh, self.cluster = plan, plan.mesh, plan.cluster
-        self.builder = GraphBuilder(plan.graph.name)
+        self.graph = graph or plan.graph
+        self.builder = GraphBuilder(self.graph.name)
         self.ways: dict[Value, dict[Sharding, Value]] = {}
         self.indices: dict[str, Value] = {}
 
-    def run(self) -> Graph:
+    def run(self, inputs: Sequence[Sharding], outputs: Sequence[Sharding]) -> Graph:
         """The program."""
-        graph = self.plan.graph
+        graph = self.graph
         with self.builder as builder:
-            for v, role, sharding in zip(graph.inputs, graph.roles, self.plan.inputs):
+            for v, role, sharding in zip(graph.inputs, graph.roles, inputs):
                 self.ways[v] = {sharding: builder.input(sharding.local(v.type, self.mesh), v.name, role)}
             for node in graph.nodes:
                 with builder.at(node.loc):
                     self.node(node)
             given: set[Value] = set()
-            for i, (v, sharding) in enumerate(zip(graph.outputs, self.plan.outputs)):
+            for i, (v, sharding) in enumerate(zip(graph.outputs, outputs)):
                 local = self.need(v, sharding)
-                if local in given or local in builder.graph.inputs:
+                if graph is self.plan.graph and (local in given or local in builder.graph.inputs):
                     local = emit("identity", local)
                 given.add(local)
                 alias = builder.graph.inputs[graph.aliases[i]] if i in graph.aliases else None
@@ -125,6 +131,9 @@ class _Emitter:
     def node(self, node: Node) -> None:
         """One node on a rank's parts."""
         assert self.plan.table is not None
+        if node in self.plan.loops:
+            self.loop(node)
+            return
         factors, shard = self.plan.table.factors[node], self.plan.table.rules[node]
         chosen = self.plan.strategies.get(node, {})
         operands = [self.need(v, Sharding.of(v.rank, {a: factors.operand_placement(s, i) for a, s in chosen.items()}))
@@ -144,10 +153,31 @@ class _Emitter:
         if [r.type for r in results] != types:
             raise VerifyError(f"the shard rule of {node_text(node)} gives {[str(r.type) for r in results]}, not "
                               f"{list(map(str, types))}, for the strategy {chosen}", node.loc)
+        self.results(node, shardings, results)
+
+    def results(self, node: Node, shardings: Sequence[Sharding], results: Sequence[Value]) -> None:
+        """Notes how the results of a node lie."""
         for v, sharding, local in zip(node.results, shardings, results):
             local.name = local.name or v.name
             self.ways[v] = {sharding: local}
             self.settle(v, sharding)
+
+    def loop(self, node: Node) -> None:
+        """A node with regions: these on a rank's parts."""
+        chosen, first, regions = self.plan.loops[node], first_operand(node), []
+        for number, region in enumerate(node.regions):
+            inputs = [Sharding.of(v.rank, {a: loop.places[first + i] for a, loop in chosen.items()})
+                      for i, v in enumerate(region.inputs)]
+            outputs = [Sharding.of(v.rank, {a: loop.ends[number][i] for a, loop in chosen.items()})
+                       for i, v in enumerate(region.outputs)]
+            regions.append(_Emitter(self.plan, region).run(inputs, outputs))
+        operands = [self.need(v, Sharding.of(v.rank, {
+            a: outwards(loop.places[i], operand_shift(node, i)) for a, loop in chosen.items()}))
+            for i, v in enumerate(node.operands)]
+        shardings = [Sharding.of(v.rank, {a: outwards(loop.ends[-1][i], result_shift(node, i))
+                                          for a, loop in chosen.items()}) for i, v in enumerate(node.results)]
+        found = emit(node.op.name, *operands, regions=tuple(regions), **node.attrs)
+        self.results(node, shardings, found if isinstance(found, tuple) else (found,))
 
     def combined(self, values: tuple[Value, ...], axis: str, kind: str) -> tuple[Value, ...]:
         found = emit("all_reduce", *values, axis=axis, size=self.mesh[axis], reduce=kind)
@@ -164,6 +194,9 @@ class _Emitter:
     def need(self, v: Value, sharding: Sharding) -> Value:
         """A rank's part of a value under a sharding, brought there if it does not lie so yet."""
         ways = self.ways[v]
+        if sharding not in ways and (number := filled_with(v)) is not None and not (sharding.partial and number):
+            scalar = emit("constant", value=np.asarray(number, v.dtype.np))
+            ways[sharding] = emit("broadcast_to", scalar, shape=sharding.local(v.type, self.mesh).shape)
         if sharding not in ways:
             start = min(ways, key=lambda s: seconds(v.type, s, sharding, self.mesh, self.cluster))
             local = ways[start]

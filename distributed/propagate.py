@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ..ir.graph import Graph, Node, Value
 from ..ir.opdef import rule
+from .regions import LOOPS, circles, ends, inwards, links, outwards
 from .rules import Blocked, Factors, Label, Shard, Strategy, base
 from .sharding import WHOLE, blocks_of, dim_of, divides
 
@@ -22,7 +23,7 @@ class RuleTable:
     """The rules of a graph's nodes, each asked once."""
 
     def __init__(self, graph: Graph):
-        self.rules: dict[Node, Shard] = {n: rule("shard", n.op, n.loc) for n in graph.nodes}
+        self.rules: dict[Node, Shard] = {n: rule("shard", n.op, n.loc) for n in graph.walk()}
         self.factors: dict[Node, Factors] = {n: r.factors(n) for n, r in self.rules.items()}
         self.limits: dict[Node, dict[Label, int]] = {n: f.splittable(n) for n, f in self.factors.items()}
 
@@ -60,11 +61,31 @@ class Propagation:
             if strategy is not None:
                 for i, value in enumerate(targets):
                     self.add(value, (factors.result_placement if forwards else factors.operand_placement)(strategy, i))
+            if node.op.name in LOOPS:
+                self.through(node, forwards)
         for one, other in self.links:  # an output that takes over an input's storage lies as the input does
             for a, b in ((one, other), (other, one)):
                 if a in self.hints:
                     self.add(b, self.hints[a])
         return len(self.hints) > before
+
+    def through(self, node: Node, forwards: bool) -> None:
+        """One pass over the regions of a node: what its operands say of them, and they of its results; or back."""
+        into, out = list(links(node)), list(ends(node))
+        for outer, inner, shift in into if forwards else out:
+            self.pass_on(outer, inner, inwards(self.hints.get(outer, WHOLE), shift))
+        for region in node.regions:
+            self.sweep(region.nodes if forwards else list(reversed(region.nodes)), forwards)
+        for one, other in circles(node):
+            for a, b in ((one, other), (other, one)):
+                self.pass_on(a, b, self.hints.get(a, WHOLE))
+        for outer, inner, shift in out if forwards else into:
+            self.pass_on(inner, outer, outwards(self.hints.get(inner, WHOLE), shift))
+
+    def pass_on(self, source: Value, target: Value, place: int) -> None:
+        """A hint of one value for another."""
+        if source in self.hints:
+            self.add(target, place)
 
     def strongest(self, node: Node, sources: Sequence[Value], side: int) -> Strategy:
         """The strategy under which the weightiest of some values lies as it does."""

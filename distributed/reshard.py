@@ -14,7 +14,11 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+
+from ..ir.graph import Value
 from ..ir.types import TensorType
 from .cost import Cluster
 from .mesh import Mesh, MeshError
@@ -48,6 +52,16 @@ def transition(cluster: Cluster, axis: str, ranks: int, whole: float, source: in
 def _moves(source: int, target: int) -> bool:
     """Whether an all-to-all takes a split from one dimension to another; blocks are gathered and cut again."""
     return dim_of(source) != dim_of(target) and blocks_of(source) == blocks_of(target) == 1
+
+
+def filled_with(v: Value) -> Any:
+    """The number that all elements of a value are: nobody has to send such a value. None: they may differ."""
+    if v.producer is None or v.producer.op.name != "broadcast_to":
+        return None
+    source = v.producer.operands[0].producer
+    if source is None or source.op.name != "constant" or np.size(source.attrs["value"]) != 1:
+        return None
+    return np.asarray(source.attrs["value"]).reshape(())[()]
 
 
 KINDS: dict[tuple[object, object], str] = {

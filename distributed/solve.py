@@ -12,6 +12,7 @@ Megatron-LM (Shoeybi et al. 2019, arXiv:1909.08053) has one.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,8 @@ from ..ir.graph import Graph, Node, Value
 from .cost import Cluster
 from .mesh import Mesh
 from .propagate import Hints, Propagation, RuleTable, to_unfold
-from .reshard import transition
+from .regions import LOOPS, Loop, choose_loop, outwards, result_shift
+from .reshard import filled_with, transition
 from .rules import Linear, Strategy, base
 from .sharding import PARTIAL, WHOLE, Sharding, blocks_of, dim_of, divides, split
 
@@ -39,6 +41,7 @@ class Plan:
         graph: the graph of one process, big ops decomposed where that was needed.
         inputs, outputs: where each lies between steps.
         strategies: node -> mesh axis -> strategy (`rules.py`).
+        loops: node with regions -> mesh axis -> how it runs.
         settled: partial sums that are brought somewhere as soon as they are there.
         seconds: what a step takes by the cost model, along each mesh axis: messages, and work as the axis splits it.
     """
@@ -50,6 +53,7 @@ class Plan:
     outputs: list[Sharding] = field(default_factory=list)
     table: RuleTable | None = None
     strategies: dict[Node, dict[str, Strategy]] = field(default_factory=dict)
+    loops: dict[Node, dict[str, Loop]] = field(default_factory=dict)
     settled: dict[Value, dict[str, int]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -78,9 +82,9 @@ def solve(graph: Graph, mesh: Mesh, inputs: Mapping[int, Sharding], outputs: Map
         graph = decompose(graph, unfold.__contains__).graph
         fixed = _fixed(graph, mesh, inputs, outputs)
     plan = Plan(graph, mesh, cluster or Cluster(), table=table)
-    solvers: list[_AxisSolver] = []
+    solvers: list[AxisSolver] = []
     for axis in mesh.names:
-        solvers.append(_AxisSolver(plan, axis, hints[axis], fixed[axis], solvers))
+        solvers.append(AxisSolver(plan, axis, hints[axis], fixed[axis], solvers))
         solvers[-1].run()
     plan.inputs = [Sharding.of(v.rank, {s.axis: s.stored[v] for s in solvers}) for v in graph.inputs]
     plan.outputs = [outputs.get(i) or (plan.inputs[graph.aliases[i]] if i in graph.aliases else Sharding.whole(v.rank))
@@ -106,11 +110,12 @@ def _fixed(graph: Graph, mesh: Mesh, inputs: Mapping[int, Sharding],
         found: Hints = {graph.inputs[i]: s.placement(axis) for i, s in inputs.items()}
         for i, s in outputs.items():
             found.setdefault(graph.outputs[i], s.placement(axis))
-        for node in graph.nodes:
-            if node.op.name == "annotate" and axis in (*node.attrs["dims"], *node.attrs["whole"]):
+        for node in graph.walk():
+            if node.op.name == "annotate":
                 wish = Sharding(node.attrs["dims"])
                 wish.check(node.result.type, mesh)
-                found[node.result] = wish.placement(axis)
+                if axis in (*wish.split_axes, *node.attrs["whole"]):
+                    found[node.result] = wish.placement(axis)
         fixed[axis] = found
     return fixed
 
@@ -140,21 +145,26 @@ def shares(value: Value, place: int, axis: str, others: Mapping[str, int], mesh:
     return divides(size, [(blocks_of(same[a]), mesh[a]) for a in reversed(mesh.names) if a in same])
 
 
-class _AxisSolver:
+class AxisSolver:
     """Chooses strategies along one axis, given those along the axes before it."""
 
-    def __init__(self, plan: Plan, axis: str, hints: Hints, fixed: Hints, before: Sequence[_AxisSolver]):
+    def __init__(self, plan: Plan, axis: str, hints: Hints, fixed: Hints, before: Sequence[AxisSolver]):
         assert plan.table is not None
         self.plan, self.axis, self.hints, self.fixed, self.before = plan, axis, hints, fixed, list(before)
-        self.graph, self.table, self.cluster, self.ranks = plan.graph, plan.table, plan.cluster, plan.mesh[axis]
-        self.have: dict[Value, list[int]] = {}
+        self.table, self.cluster, self.ranks = plan.table, plan.cluster, plan.mesh[axis]
+        self.have: dict[Value, list[int]] = {}  # of the values of regions as well
         self.stored: dict[Value, int] = {}
-        self.total = 0.0
-        readers = self.graph.uses()
-        ends = {v: sum(o is v for o in self.graph.outputs) for v in self.graph.outputs}
-        self.readers = {v: len(dict.fromkeys(readers.get(v, ()))) + ends.get(v, 0)
-                        for v in (*self.graph.inputs, *(r for n in self.graph.nodes for r in n.results))}
+        self.stays = STAYS
+        self.read(plan.graph)
+
+    def read(self, graph: Graph) -> None:
+        """Turns to a graph: the plan's, or a region."""
+        self.graph, self.total = graph, 0.0
         self.wanted: dict[Value, int] = {}
+        readers = graph.uses()
+        ends = {v: sum(o is v for o in graph.outputs) for v in graph.outputs}
+        self.readers = {v: len(dict.fromkeys(readers.get(v, ()))) + ends.get(v, 0)
+                        for v in (*graph.inputs, *(r for n in graph.nodes for r in n.results))}
 
     def run(self) -> None:
         """Fills in the strategies of every node."""
@@ -167,6 +177,18 @@ class _AxisSolver:
         for node in self.graph.nodes:
             self.choose(node)
         self.plan.seconds[self.axis] = self.total
+
+    def inside(self, region: Graph, places: Mapping[Value, int], ends: Sequence[int | None]) -> AxisSolver:
+        """The solver of a region whose inputs lie as told, and its outputs (None: as they come); after it ran."""
+        inner = copy.copy(self)
+        inner.stays = 1.0
+        inner.read(region)
+        for v in region.inputs:
+            inner.have[v] = [places[v]]
+        inner.wanted = {v: place for v, place in zip(region.outputs, ends) if place is not None}
+        for node in region.nodes:
+            inner.choose(node)
+        return inner
 
     def hint(self, v: Value) -> int:
         """Where a value would like to lie."""
@@ -184,9 +206,11 @@ class _AxisSolver:
 
     def move(self, v: Value, target: int) -> float:
         """Seconds to bring a value where it is needed, from the cheapest place where it lies."""
+        if (number := filled_with(v)) is not None and not (target == PARTIAL and number):
+            return 0.0
         least = min(transition(self.cluster, self.axis, self.ranks, self.whole_bytes(v), source, target)
                     for source in self.have[v])
-        return least * STAYS if v.producer is None and self.fixed.get(v, WHOLE) >= 0 else least
+        return least * self.stays if v.producer is None and self.fixed.get(v, WHOLE) >= 0 else least
 
     def candidates(self, node: Node) -> list[Strategy]:
         """Labels first, whole last: of equal cost the first is taken."""
@@ -233,10 +257,14 @@ class _AxisSolver:
                 seconds += self.move(v, factors.operand_placement(strategy, i))
         for i, v in enumerate(node.results):
             place = factors.result_placement(strategy, i)
-            if split and strategy in factors.combined:
+            if split and base(strategy) in factors.combined:
                 seconds += self.cluster.all_reduce(self.axis, self.ranks, self.whole_bytes(v))
-            seconds += transition(self.cluster, self.axis, self.ranks, self.whole_bytes(v), place, self.goal(v, place))
+            seconds += self.owed(v, place)
         return seconds
+
+    def owed(self, v: Value, place: int) -> float:
+        """Seconds that a result will take to get where it has to be."""
+        return transition(self.cluster, self.axis, self.ranks, self.whole_bytes(v), place, self.goal(v, place))
 
     def goal(self, v: Value, place: int) -> int:
         """Where a result will have to be: as annotated, as the output lies, as hinted, or just not a partial sum."""
@@ -254,6 +282,12 @@ class _AxisSolver:
         factors = self.table.factors[node]
         for v in node.results:  # the axes before may ask
             self.have.setdefault(v, [WHOLE])
+        if node.op.name in LOOPS:
+            loop = choose_loop(self, node)
+            self.plan.loops.setdefault(node, {})[self.axis] = loop
+            for i, v in enumerate(node.results):
+                self.note(v, outwards(loop.ends[-1][i], result_shift(node, i)))
+            return
         best, least = None, INFINITE
         for strategy in self.candidates(node):
             seconds = self.cost(node, strategy)
@@ -266,8 +300,12 @@ class _AxisSolver:
             if place not in self.have[v]:
                 self.have[v].append(place)
         for i, v in enumerate(node.results):
-            place = factors.result_placement(best, i)
-            if place == PARTIAL and self.readers[v] != 1 or v in self.fixed:
-                place = self.goal(v, place)
-                self.plan.settled.setdefault(v, {})[self.axis] = place
-            self.have[v] = [place]
+            self.note(v, factors.result_placement(best, i))
+
+    def note(self, v: Value, place: int) -> None:
+        """Where a result lies, or is brought at once."""
+        self.plan.settled.get(v, {}).pop(self.axis, None)
+        if place == PARTIAL and self.readers[v] != 1 or v in self.fixed:
+            place = self.goal(v, place)
+            self.plan.settled.setdefault(v, {})[self.axis] = place
+        self.have[v] = [place]

@@ -18,6 +18,7 @@ from ..ir.graph import Graph, Node, Value
 from ..ir.ops_control import split
 from ..ir.rewrite import Rewriter, rewrite
 
+MOST_STEPS = 32
 MOST_NODES = 40_000  # of all steps of a scan together
 
 
@@ -25,7 +26,7 @@ class _Unroller(Rewriter):
     def replace(self, node: Node) -> Sequence[Value] | None:
         if node.op.name != "scan" or not isinstance(node.attrs["length"], int) or not node.attrs["length"]:
             return None
-        if node.attrs["length"] * len(node.regions[0].nodes) > MOST_NODES:
+        if node.attrs["length"] > MOST_STEPS or node.attrs["length"] * len(node.regions[0].nodes) > MOST_NODES:
             return None
         self.stats["unrolled"] += 1
         return written_out(node)

@@ -47,7 +47,7 @@ def check(graph, arrays, strategy, ranks):
     placements = [factors.operand_placement(strategy, i) for i in range(len(node.operands))]
     plan.inputs = [Sharding.of(v.rank, {"axis": p}) for v, p in zip(node.operands, placements)]
     plan.outputs = [Sharding.whole(v.rank) for v in node.results]
-    made = _Emitter(plan).run()
+    made = _Emitter(plan).run(plan.inputs, plan.outputs)
     verify(made)
     rng = np.random.default_rng(0)
     cut = [parts_of(a, s, mesh, rng) for a, s in zip(arrays, plan.inputs)]
