@@ -1,39 +1,148 @@
-"""Runs a script as one rank of `treadle launch`, its output in a log of its own; rank 0 also prints."""
+"""Keeps one rank of `treadle launch`: starts it, passes on what it prints and how it ends, and ends it when told.
 
+MPI launchers end all ranks of a job, unasked and at once, when one dies; the others could not say what they miss. So
+what the MPI launcher starts is this: it starts the rank, a process of its own, sends every line and at last the exit
+status to `treadle launch` over a socket, and outlives the rank until that socket closes. If it closes early, the rank
+is ended, wherever it hangs; if this process dies, the kernel ends the rank. Nothing of Treadle is imported.
+"""
+
+import contextlib
+import ctypes
 import os
-import runpy
+import selectors
+import signal
+import socket
+import subprocess
 import sys
-from pathlib import Path
-from typing import Any, TextIO
+import time
+
+RANK = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+NEAR = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
+LAUNCH = "TREADLE_LAUNCH"  # `PORT SECRET ADDRESS...` of `treadle launch`
+CHUNK = 1 << 16
+LINGER = 3600.0  # seconds that this process waits at most for the socket to close after its rank has failed
 
 
-class _Tee:
-    """Writes to several files."""
-
-    def __init__(self, *files: TextIO):
-        self.files = files
-
-    def write(self, text: str) -> int:
-        for file in self.files:
-            file.write(text)
-            file.flush()
-        return len(text)
-
-    def flush(self) -> None:
-        for file in self.files:
-            file.flush()
+def given(names, default):
+    """The first of some environment variables that is set."""
+    return next((os.environ[name] for name in names if name in os.environ), default)
 
 
-def main() -> None:
-    rank = next((os.environ[name] for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
-                 if name in os.environ), "0")
-    log = open(Path(sys.argv[1]) / f"rank{rank}.log", "w")
-    shown: Any = (sys.__stdout__,) if rank == "0" else ()
-    sys.stdout, sys.stderr = _Tee(log, *shown), _Tee(log, sys.__stderr__)  # type: ignore[arg-type]
-    sys.argv = sys.argv[2:]
-    sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
-    runpy.run_path(sys.argv[0], run_name="__main__")
+def connect(rank):
+    """The socket to `treadle launch`; None without it. Ends the process if none of its addresses answers."""
+    if LAUNCH not in os.environ:
+        return None
+    port, secret, *addresses = os.environ[LAUNCH].split()
+    for address in addresses:
+        with contextlib.suppress(OSError):
+            link = socket.create_connection((address, int(port)), 5)
+            link.sendall(f"{secret} {rank} {socket.gethostname()}\n".encode())
+            if link.recv(3) == b"ok\n":
+                link.settimeout(None)
+                return link
+            link.close()
+    where = f"{', '.join(addresses)} port {port}"
+    sys.exit(f"rank {rank} on {socket.gethostname()} cannot reach `treadle launch` at {where}")
+
+
+def environment():
+    """What the rank finds: threads are this host's cores, shared out among its ranks, unless they are given."""
+    found = dict(os.environ)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    found.setdefault("TREADLE_NUM_THREADS", str(max(1, cores // max(1, int(given(NEAR, "1"))))))
+    found.setdefault("OMP_NUM_THREADS", found["TREADLE_NUM_THREADS"])
+    found.pop(LAUNCH, None)
+    return found
+
+
+def follow_parent():
+    """In the rank: the kernel kills it when its keeper dies (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+class Keeper:
+    """One rank, its pipes, the socket, and the log."""
+
+    def __init__(self, rank, link, log, command):
+        self.link, self.log = link, log
+        self.child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                      close_fds=False, env=environment(), preexec_fn=follow_parent)
+        self.pipes = {self.child.stdout.fileno(): "o", self.child.stderr.fileno(): "e"}
+        self.selector = selectors.DefaultSelector()
+        for number in self.pipes:
+            self.selector.register(number, selectors.EVENT_READ)
+        if link is not None:
+            self.selector.register(link, selectors.EVENT_READ)
+
+    def send(self, kind, data):
+        """A frame to `treadle launch`, and output to the log; without either, to this process's own output."""
+        if self.log is not None and kind in "oe":
+            self.log.write(data)
+            self.log.flush()
+        if self.link is not None:
+            with contextlib.suppress(OSError):
+                self.link.sendall(f"{kind} {len(data)}\n".encode() + data)
+        elif kind in "oe":
+            with contextlib.suppress(OSError):
+                os.write(1 if kind == "o" else 2, data)
+
+    def run(self):
+        """The exit status of the rank, as `subprocess` gives it, once all is said; None if `treadle launch` left."""
+        while True:
+            ended = self.child.poll() is not None
+            ready = self.selector.select(0 if ended else 0.05)
+            for key, _ in ready:
+                if key.fd not in self.pipes:
+                    if not self.link.recv(CHUNK):
+                        return None
+                    continue
+                data = os.read(key.fd, CHUNK)
+                if data:
+                    self.send(self.pipes[key.fd], data)
+                else:
+                    self.selector.unregister(key.fd)
+                    del self.pipes[key.fd]
+            if ended and not ready:
+                return self.child.returncode
+
+    def end(self):
+        """Ends the rank: politely, then not."""
+        for send in (self.child.terminate, self.child.kill):
+            send()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.child.wait(2)
+                return
+
+    def linger(self):
+        """Until `treadle launch` closes the socket: the MPI launcher would end the job if this process went first."""
+        deadline = time.monotonic() + LINGER
+        while time.monotonic() < deadline and self.selector.get_map():
+            for key, _ in self.selector.select(1.0):
+                if key.fileobj is not self.link or not self.link.recv(CHUNK):
+                    return
+
+
+def main():
+    folder, *command = sys.argv[1:]
+    rank = given(RANK, "0")
+    link, log = connect(rank), None
+    if folder != "-":
+        os.makedirs(folder, exist_ok=True)
+        log = open(os.path.join(folder, f"rank{rank}.log"), "ab")
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # MPICH's notice that another rank has died
+    keeper = Keeper(rank, link, log, command)
+    status = keeper.run()
+    if status is None:
+        keeper.end()
+        return 0
+    keeper.send("x", str(status).encode())
+    if link is None:
+        return status if status >= 0 else 128 - status
+    if status:
+        keeper.linger()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,19 +1,65 @@
-"""Starts a script on several ranks: `treadle launch -n 4 script.py`.
+"""Starts a script on several ranks, of one host or many: `treadle launch -n 4 script.py`.
 
-Wraps mpiexec: the one of the running Python's environment (the wheel `mpich`), else the one on the path. Every rank
-gets its share of the cores as threads, and writes to a log of its own; what rank 0 prints is shown.
+mpiexec (of the running Python's environment, as the wheel `mpich` brings it, or the one on the path) places the ranks
+and connects them. What it starts on each place is a keeper (`_rank.py`) that connects back to here: what ranks print
+arrives over these sockets and is shown with the rank in front; how a rank ended is known exactly; and when one has
+failed, the others have some seconds to say what they missed before all are ended, on every host, hung or not. Then the
+whole job may be started again, to go on from its last checkpoint.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
+import selectors
+import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from .errors import LaunchError
+from .links import keep_alive, own_addresses
+
+GRACE = 5.0   # seconds that the other ranks have after the first has failed
+ENDING = 5.0   # seconds that mpiexec has to end when all ranks have
+CHUNK = 1 << 16
+RESTART = "TREADLE_RESTART"  # in the ranks' environment: how often the job was started again
+KEEPER = str(Path(__file__).with_name("_rank.py"))
+
+
+@dataclass(frozen=True)
+class Request:
+    """A job.
+
+    Attributes:
+        script: the script and its arguments.
+        ranks: how many; None: one for each slot of the hosts, or 2.
+        threads: of each rank; None: the cores of its host, shared out among the ranks there.
+        logs: a folder for `rankN.log` on each host; then only rank 0, and errors, are shown.
+        hosts: `a:2,b:2`; hostfile: the same, a host in a line. None of both: this host.
+        restarts: how often the job is started again when it fails.
+        prefix: shown lines begin with the rank.
+        more: further arguments of mpiexec.
+    """
+
+    script: Sequence[str]
+    ranks: int | None = None
+    threads: int | None = None
+    logs: Path | None = None
+    hosts: str | None = None
+    hostfile: Path | None = None
+    restarts: int = 0
+    prefix: bool = True
+    more: str = ""
 
 
 def find_mpiexec() -> str | None:
@@ -22,13 +68,9 @@ def find_mpiexec() -> str | None:
     return str(beside) if beside.exists() else shutil.which("mpiexec")
 
 
-def threads_per_rank(ranks: int, cores: int) -> int:
-    """The cores shared out, at least one each."""
-    return max(1, cores // ranks)
-
-
-def command(ranks: int, script: Sequence[str], hosts: str | None = None) -> list[str]:
-    """The command line of mpiexec.
+def command(ranks: int, script: Sequence[str], hosts: str | None = None, hostfile: Path | None = None,
+            more: Sequence[str] = ()) -> list[str]:
+    """The command line of mpiexec, for MPICH's and its relatives' or for Open MPI's.
 
     Raises:
         LaunchError: there is no mpiexec, or fewer than one rank.
@@ -38,11 +80,12 @@ def command(ranks: int, script: Sequence[str], hosts: str | None = None) -> list
     mpiexec = find_mpiexec()
     if mpiexec is None:
         raise LaunchError("mpiexec was not found; install it with: pip install 'treadle[mpi]' (or your system's MPI)")
-    found = [mpiexec, "-n", str(ranks)]
-    if _is_hydra(mpiexec):
-        found.insert(1, "-disable-auto-cleanup")  # ranks that remain say what they missed, and end by themselves
+    hydra = _is_hydra(mpiexec)
+    found = [mpiexec, *(["-disable-auto-cleanup"] if hydra else ["--oversubscribe"]), "-n", str(ranks), *more]
     if hosts:
-        found += ["-hosts", hosts]
+        found += ["-hosts" if hydra else "--host", hosts]
+    if hostfile:
+        found += ["-f" if hydra else "--hostfile", str(hostfile)]
     return [*found, sys.executable, "-u", *script]
 
 
@@ -54,26 +97,267 @@ def _is_hydra(mpiexec: str) -> bool:
     return "HYDRA" in shown.upper()
 
 
-def environment(ranks: int, threads: int | None, cores: int,
-                base: Mapping[str, str] | None = None) -> dict[str, str]:
-    """What the ranks find in their environment."""
-    found = dict(os.environ if base is None else base)
-    found["TREADLE_NUM_THREADS"] = str(threads or threads_per_rank(ranks, cores))
-    found.setdefault("OMP_NUM_THREADS", found["TREADLE_NUM_THREADS"])
-    return found
-
-
-def launch(ranks: int, script: Sequence[str], threads: int | None = None, logs: Path | None = None,
-           hosts: str | None = None) -> int:
-    """Runs the job; gives its exit code.
+def slots(request: Request) -> int | None:
+    """How many ranks the hosts take; None if they do not say.
 
     Raises:
-        LaunchError: the script does not exist, or mpiexec is missing.
+        LaunchError: a host is written in another way than NAME or NAME:RANKS, or the file cannot be read.
     """
-    if not script or not Path(script[0]).is_file():
-        raise LaunchError(f"there is no script {script[0] if script else ''!r}")
+    if request.hosts and request.hostfile:
+        raise LaunchError("give --hosts or --hostfile, not both")
+    lines = [h for h in (request.hosts or "").split(",") if h]
+    if request.hostfile:
+        try:
+            lines = [line.split("#")[0].strip() for line in request.hostfile.read_text().splitlines()]
+        except OSError as error:
+            raise LaunchError(f"the hosts' file {request.hostfile} cannot be read: {error.strerror}") from error
+        lines = [line for line in lines if line]
+        if not lines:
+            raise LaunchError(f"the hosts' file {request.hostfile} names no host")
+    if not lines:
+        return None
+    total = 0
+    for line in lines:
+        name, _, count = line.partition(":")
+        if not name or not (count or "1").isdigit() or int(count or 1) < 1:
+            raise LaunchError(f"a host is written NAME or NAME:RANKS, not {line!r}")
+        total += int(count or 1)
+    return total
+
+
+def ranks_of(request: Request) -> int:
+    """How many ranks to start.
+
+    Raises:
+        LaunchError: more than the hosts take.
+    """
+    room = slots(request)
+    if request.ranks is None:
+        return room or 2
+    if room is not None and request.ranks > room:
+        raise LaunchError(f"{request.ranks} ranks do not fit the hosts, which take {room}: write the ranks of each, "
+                          "--hosts a:4,b:4")
+    return request.ranks
+
+
+def launch(request: Request) -> int:
+    """Runs the job, again if it fails and restarts are left.
+
+    Returns:
+        0, or the exit code of the rank that failed first (128 and the number of the signal that killed it), or 130
+        after Ctrl-C.
+
+    Raises:
+        LaunchError: the script does not exist, mpiexec is missing, or the ranks do not fit the hosts.
+    """
+    if not request.script or not Path(request.script[0]).is_file():
+        raise LaunchError(f"there is no script {request.script[0] if request.script else ''!r}")
+    ranks = ranks_of(request)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if logs is not None:
-        logs.mkdir(parents=True, exist_ok=True)
-    runner = [str(Path(__file__).with_name("_rank.py")), str(logs), *script] if logs is not None else list(script)
-    return subprocess.run(command(ranks, runner, hosts), env=environment(ranks, threads, cores)).returncode
+    if ranks * (request.threads or 1) > cores and not request.hosts and not request.hostfile:
+        _say(f"{ranks} ranks of {request.threads or 1} threads on {cores} cores: they will wait for each other")
+    code = 0
+    for attempt in range(request.restarts + 1):
+        code = _Attempt(request, ranks, attempt).run()
+        if code in (0, 130):
+            break
+        if attempt < request.restarts:
+            _say(f"starting again ({attempt + 1} of {request.restarts})")
+    return code
+
+
+def _say(text: str) -> None:
+    print(f"treadle launch: {text}", file=sys.stderr, flush=True)
+
+
+@dataclass
+class _Rank:
+    """What is known of a rank: its socket, what came in part, and how it ended (as `subprocess` says it)."""
+
+    number: int
+    link: socket.socket
+    host: str
+    data: bytes = b""
+    lines: dict[str, bytes] = field(default_factory=lambda: {"o": b"", "e": b""})
+    status: int | None = None
+    lost: bool = False
+
+    @property
+    def failed(self) -> bool:
+        return self.lost or bool(self.status)
+
+    @property
+    def end(self) -> str:
+        """`rank 1 (on vm) was killed by SIGKILL`."""
+        name = f"rank {self.number} (on {self.host})"
+        if self.lost or self.status is None:
+            return f"{name} is lost: its host does not answer" if self.lost else f"{name} was still running"
+        if self.status < 0:
+            with contextlib.suppress(ValueError):
+                return f"{name} was killed by {signal.Signals(-self.status).name}"
+        return f"{name} ended with exit code {self.status}"
+
+    @property
+    def code(self) -> int:
+        return 1 if self.lost or self.status is None else self.status if self.status >= 0 else 128 - self.status
+
+
+class _Attempt:
+    """One start of the job."""
+
+    def __init__(self, request: Request, ranks: int, attempt: int):
+        self.request, self.count = request, ranks
+        self.ranks: dict[int, _Rank] = {}
+        self.failed: list[_Rank] = []  # in the order in which it became known
+        self.selector = selectors.DefaultSelector()
+        self.secret = secrets.token_hex(16)
+        self.server = socket.create_server(("", 0), backlog=ranks)
+        self.env = dict(os.environ)
+        self.env["TREADLE_LAUNCH"] = " ".join([str(self.server.getsockname()[1]), self.secret, *own_addresses()])
+        self.env[RESTART] = str(attempt)
+        if request.threads:
+            self.env["TREADLE_NUM_THREADS"] = str(request.threads)
+
+    def run(self) -> int:
+        """The exit code."""
+        logs = "-" if self.request.logs is None else str(self.request.logs)
+        keeper = [KEEPER, logs, sys.executable, "-u", *self.request.script]
+        line = command(self.count, keeper, self.request.hosts, self.request.hostfile, shlex.split(self.request.more))
+        before = signal.signal(signal.SIGTERM, _interrupt) if _main_thread() else None
+        # A session of its own: Ctrl-C comes here, and what the ranks say about it is still shown.
+        mpiexec = subprocess.Popen(line, env=self.env, stdin=subprocess.DEVNULL, start_new_session=True)
+        code = 130
+        try:
+            self.selector.register(self.server, selectors.EVENT_READ)
+            self._serve(mpiexec)
+            code = self._code(mpiexec)
+        except KeyboardInterrupt:
+            _say("interrupted; ending the ranks")
+        finally:
+            self._end(mpiexec)
+            if before is not None:
+                signal.signal(signal.SIGTERM, before)
+        return code
+
+    def _serve(self, mpiexec: Any) -> None:
+        """Shows what comes until all ranks have ended, or the time is up after one has failed."""
+        deadline = None
+        while True:
+            for key, _ in self.selector.select(0.1):
+                if key.fileobj is self.server:
+                    self._accept()
+                else:
+                    self._read(key.data)
+            if self.failed and deadline is None:
+                deadline = time.monotonic() + GRACE
+            running = self.count - sum(r.status is not None or r.lost for r in self.ranks.values())
+            if not running or deadline is not None and time.monotonic() > deadline:
+                return
+            if mpiexec.poll() is not None and len(self.ranks) < self.count and not self.selector.select(0.5):
+                return  # it could not start them
+
+    def _accept(self) -> None:
+        link, _ = self.server.accept()
+        link.settimeout(5)
+        try:
+            secret, number, host = _line(link).split()
+            if not secrets.compare_digest(secret, self.secret):
+                raise ValueError("another job's")
+            link.sendall(b"ok\n")
+        except (OSError, ValueError):
+            link.close()
+            return
+        keep_alive(link)
+        link.setblocking(False)
+        rank = self.ranks[int(number)] = _Rank(int(number), link, host)
+        self.selector.register(link, selectors.EVENT_READ, rank)
+
+    def _read(self, rank: _Rank) -> None:
+        try:
+            data = rank.link.recv(CHUNK)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        rank.data += data
+        while b"\n" in rank.data:
+            head, _, rest = rank.data.partition(b"\n")
+            kind, size = head.decode().split()
+            if len(rest) < int(size):
+                break
+            rank.data = rest[int(size):]
+            if kind == "x":
+                self._ended(rank, int(rest[:int(size)]))
+            else:
+                self._show(rank, kind, rest[:int(size)])
+        if not data:
+            self.selector.unregister(rank.link)
+            if rank.status is None:
+                rank.lost = True
+                self._ended(rank, None)
+
+    def _ended(self, rank: _Rank, status: int | None) -> None:
+        rank.status = status
+        for kind in rank.lines:
+            self._show(rank, kind, b"", last=True)
+        if rank.failed:
+            self.failed.append(rank)
+
+    def _show(self, rank: _Rank, kind: str, data: bytes, last: bool = False) -> None:
+        """Whole lines, so that those of different ranks do not mix."""
+        *lines, rest = (rank.lines[kind] + data).split(b"\n")
+        if last and rest:
+            lines, rest = [*lines, rest], b""
+        rank.lines[kind] = rest
+        if self.request.logs is not None and kind == "o" and rank.number:
+            return
+        out = sys.stdout if kind == "o" else sys.stderr
+        mark = f"[{rank.number}] " if self.request.prefix and self.count > 1 else ""
+        for line in lines:
+            out.write(f"{mark}{line.decode(errors='replace')}\n")
+        out.flush()
+
+    def _code(self, mpiexec: Any) -> int:
+        if not self.failed:
+            if len(self.ranks) < self.count:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    mpiexec.wait(ENDING)
+                _say(f"mpiexec started {len(self.ranks)} of {self.count} ranks; what it says stands above")
+                return mpiexec.returncode or 1
+            return 0
+        first, others = self.failed[0], [r for r in self.ranks.values() if r is not self.failed[0]]
+        _say("; ".join([f"{first.end} first", *(r.end for r in sorted(others, key=lambda r: r.number))]))
+        if self.request.logs is not None:
+            _say(f"logs: {self.request.logs}/rank*.log on each host")
+        return first.code
+
+    def _end(self, mpiexec: Any) -> None:
+        """Closing the sockets ends the keepers and what still runs under them; mpiexec follows."""
+        for rank in self.ranks.values():
+            rank.link.close()
+        self.server.close()
+        self.selector.close()
+        for send in (None, mpiexec.terminate, mpiexec.kill):
+            if send is not None:
+                send()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                mpiexec.wait(ENDING)
+                return
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _line(link: socket.socket) -> str:
+    data = b""
+    while not data.endswith(b"\n") and len(data) < 300:
+        byte = link.recv(1)
+        if not byte:
+            break
+        data += byte
+    return data.decode(errors="replace")

@@ -7,10 +7,12 @@ says so, too, since the others may still wait for it. mpi4py is imported when a 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import hashlib
 import importlib.metadata
 import os
 import platform
+import signal
 import sys
 import time
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from ..ir import config
 from .errors import LaunchError
 from .watch import Watch
 
@@ -83,11 +86,19 @@ def fail(error: BaseException) -> None:
             _State.watch.tell(error)
 
 
+def ignore_notices() -> None:
+    """MPICH's launcher tells the ranks of another one's death by SIGUSR1, of which a process dies by default."""
+    with contextlib.suppress(ValueError):  # not the main thread
+        if signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
 def _at_exit(mpi: Any) -> None:
     if _State.registered:
         return
     _State.registered = True
     atexit.register(_leave, mpi)
+    ignore_notices()
     previous = sys.excepthook
 
     def hook(kind: Any, error: Any, trace: Any) -> None:
@@ -107,7 +118,8 @@ def _leave(mpi: Any) -> None:
         return
     sys.stdout.flush()
     sys.stderr.flush()
-    time.sleep(1.5)  # the launcher may end a job when its first process leaves: let the others say what they know
-    if _State.watch is not None:
-        _State.watch.end_others()
+    if config.get("TREADLE_RESTART") is None:  # not under `treadle launch`, which gives the others time and ends them
+        time.sleep(1.5)
+        if _State.watch is not None:
+            _State.watch.end_others()
     os._exit(1)

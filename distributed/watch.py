@@ -200,7 +200,10 @@ class Watch:
                 late.append(f"rank {rank} of another host has not come")
             elif calls < self.calls:
                 late.append(f"rank {rank} of another host has not come, it waits in {label} of step {step}")
-        return "; ".join(late) or "every rank has come: they wait for each other"
+        if late:
+            return "; ".join(late)
+        others = "; ".join(f"rank {r} in {self.position(r)}" for r in self.near_ranks if r != self.rank)
+        return f"every rank has come, and one of them hangs{': ' * bool(others)}{others}"
 
     def tell(self, error: BaseException) -> None:
         """Last words to all other ranks."""

@@ -54,6 +54,7 @@ VARIABLES = {
         Variable("TREADLE_COMM_TIMEOUT", _count, 300, "seconds after which a rank that does not come is given up"),
         Variable("TREADLE_SHARED_MEMORY", _flag, True, "0: ranks of one host send each other messages like any others"),
         Variable("TREADLE_NUM_THREADS", _count, None, "threads of a kernel; default: the cores of this process"),
+        Variable("TREADLE_RESTART", int, None, "set by treadle launch: how often the job was started again"),
         Variable("TREADLE_VERIFY", _flag, False, "1: check the graph after every pass"),
         Variable("TREADLE_DUMP", str, None, "folder that receives the graph after every pass, numbered"),
         Variable("TREADLE_LOG", _topics, frozenset(), "comma-separated: recompiles, cache, passes, kernels"),

@@ -123,19 +123,45 @@ def run_finetune(
     finetune.run(Console(), task, settings)
 
 
-@app.command("launch", context_settings={"allow_extra_args": True, "ignore_unknown_options": True,
-                                         "allow_interspersed_args": False})
+LAUNCH_EXAMPLES = """Examples:
+
+    treadle launch -n 4 train.py --epochs 3
+
+    treadle launch -n 4 --logs out/logs train.py          rank 0 is shown, the others write to out/logs
+
+    treadle launch -n 4 --max-restarts 3 train.py         with step.resume(folder) in train.py
+
+    treadle launch --hosts a:4,b:4 train.py               8 ranks on two hosts, started by ssh
+
+A mesh of as many ranks as the job has: td.distributed.make_mesh({"data": -1, "tensor": 2}).
+"""
+
+
+@app.command("launch", epilog=LAUNCH_EXAMPLES, context_settings={
+    "allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False})
 def run_launch(
     script: Annotated[list[str], typer.Argument(metavar="SCRIPT [ARGUMENT]...", help="A script, its arguments.")],
-    ranks: Annotated[int, typer.Option("-n", "--ranks", min=1, help="Processes to start.")] = 2,
-    threads: Annotated[int, typer.Option(min=0, help="Threads of each; 0: the cores, shared out.")] = 0,
-    logs: Annotated[Path | None, typer.Option(help="Folder for a log of each rank; only rank 0 is shown.")] = None,
-    hosts: Annotated[str, typer.Option(help="Names of hosts with commas between; default: this one.")] = "",
+    ranks: Annotated[int | None, typer.Option("-n", "--ranks", min=1, help="Processes to start; default: one for each "
+                                                                           "slot of the hosts, or 2.")] = None,
+    threads: Annotated[int, typer.Option(min=0, help="Threads of each; 0: its host's cores, shared out.")] = 0,
+    logs: Annotated[Path | None, typer.Option(help="Folder, on each host, for a log of each rank; only rank 0 and "
+                                                   "errors are shown.")] = None,
+    hosts: Annotated[str, typer.Option(help="Hosts and how many ranks each takes, a:4,b:4; default: this one.")] = "",
+    hostfile: Annotated[Path | None, typer.Option(help="The same as a file, a host in a line.")] = None,
+    restarts: Annotated[int, typer.Option("--max-restarts", "--restarts", min=0, help="Start the job again so often "
+                                                                                     "if it fails.")] = 0,
+    prefix: Annotated[bool, typer.Option("--prefix/--no-prefix", help="Begin shown lines with the rank.")] = True,
+    mpiexec: Annotated[str, typer.Option(help="Further arguments of mpiexec, '-iface eth1'.")] = "",
 ) -> None:
-    """Run a script on several ranks under MPI (pip install 'treadle[mpi]')."""
-    from ...distributed.launch import launch
+    """Run a script on several ranks under MPI (pip install 'treadle[mpi]').
 
-    raise typer.Exit(launch(ranks, script, threads or None, logs, hosts or None))
+    If a rank fails, the others have five seconds to say what they missed; then all are ended, on all hosts. The exit
+    code is that of the rank that failed first: its own, or 128 and the number of the signal that killed it.
+    """
+    from ...distributed.launch import Request, launch
+
+    raise typer.Exit(launch(Request(script, ranks, threads or None, logs, hosts or None, hostfile, restarts, prefix,
+                                    mpiexec)))
 
 
 @app.command("plan")

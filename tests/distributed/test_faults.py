@@ -1,48 +1,92 @@
-"""A rank that raises, dies, hangs or runs something else: the others end within seconds and say so."""
+"""A rank that raises, dies, hangs, ends early or runs something else: the others end within seconds and say so, and a
+restarted job ends as one that nothing happened to."""
 
+import json
 import re
-import sys
 import time
 
+import numpy as np
 import pytest
 
 from treadle.distributed.comm import mpi_available
-from treadle.distributed.errors import LaunchError
-from treadle.distributed.launch import command, environment, threads_per_rank
 
-from .test_mpi import start
+from .launched import launched
 
 MISSING = mpi_available()
-needs_mpi = pytest.mark.skipif(MISSING is not None, reason=f"no MPI: {MISSING}")
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"no MPI: {MISSING}")
 
+DATA, PIPE = {"data": 2}, {"pipe": 2}
+OP = r"[\w: .>]+"
 WORDS = {
-    "raise": r"DistributedError: rank 1 failed: ValueError in .* of step \d: out of data. Rank 0 was in \w+:data of "
-             r"step 2",
-    "kill": r"DistributedError: rank 1 \(process \d+\) is gone; it was last in .*\. Rank 0 was in \w+:data of step 2",
-    "hang": r"DistributedError: rank 0 waited 3 s in \w+:data of step 2: rank 1 has not come, it was last in",
-    "mismatch": r"the ranks do not agree on the program: ranks \[1\] differ from rank 0, first in line 1: rank 0 has "
-                r"`graph train_step\(.*f32\[4,4\].*rank 1 has `graph train_step\(.*f32\[6,4\]",
+    "kill": rf"rank 1 \(process \d+\) is gone; it was last in ({OP}) of step \d \(call \d+\). Rank 0 was in {OP} of "
+            r"step \d",
+    "hang": rf"rank 0 waited 3 s in {OP} of step \d: (rank 1 has not come, it was last in|every rank has come, and one "
+            rf"of them hangs: rank 1 in) ({OP}) of step \d",
+    "raise": rf"rank 1 failed: ValueError in ({OP}) of step \d: on purpose. Rank 0 was in {OP} of step \d",
+}
+FAST = {("kill", "collective"), ("raise", "receive"), ("kill", "save")}
+ACCIDENTS = [pytest.param(kind, place, id=f"{kind} {place}",
+                          marks=() if (kind, place) in FAST else pytest.mark.slow)
+             for kind in WORDS for place in ("compute", "collective", "receive", "save")]
+
+
+def run(folder, mesh, kind="none", place="none", *options):
+    return launched("-n", "2", *options, "faults.py", json.dumps(mesh), kind, place, folder, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The final state of a job on a mesh, each run once."""
+    folder, found = tmp_path_factory.mktemp("undisturbed"), {}
+
+    def get(mesh):
+        name = "-".join(mesh)
+        if name not in found:
+            done = run(folder / name, mesh)
+            assert done.returncode == 0 and done.stdout.count("done") == 2, done.stderr[-3000:]
+            found[name] = dict(np.load(folder / f"{name}.npz"))
+        return found[name]
+
+    return get
+
+
+@pytest.mark.parametrize(("kind", "place"), ACCIDENTS)
+def test_a_restarted_job_ends_as_if_nothing_had_happened(kind, place, undisturbed, tmp_path):
+    mesh = PIPE if place == "receive" else DATA
+    expected, started = undisturbed(mesh), time.monotonic()
+    done = run(tmp_path / "run", mesh, kind, place, "--max-restarts", "1")
+    assert done.returncode == 0 and done.stdout.count("done") == 2, done.stderr[-3000:]
+    assert time.monotonic() - started < 100
+    said = re.search(WORDS[kind], done.stderr)
+    assert said, done.stderr[-3000:]
+    assert "starting again (1 of 1)" in done.stderr and "half-written: []" in done.stdout
+    found = dict(np.load(tmp_path / "run.npz"))
+    assert set(found) == set(expected)
+    for name, array in expected.items():
+        assert found[name].tobytes() == array.tobytes(), name
+
+
+MISTAKES = {
+    "shape": r"different batches: rank 0 has step 2: checksum \w+ of float64\[8,8\].*, rank 1 has step 2: checksum "
+             r"\w+ of float64\[4,8\]",
+    "data": r"different batches: rank 0 has step 0: checksum (\w+) of .* rank 1 has step 0: checksum (?!\1)",
+    "rate": r"different batches: rank 0 .*numbers (\w+), rank 1 .*numbers (?!\1)",
+    "fewer": r"rank 1 has ended after step 2, but rank 0 waits in [\w: ]+ of step 3: every rank has to do as many steps",
+    "model": r"do not agree on the program: ranks \[1\] differ from rank 0, first in line \d+: rank 0 has",
+    "dtype": r"do not agree on the program: .*rank 0 has `graph train_step\(.*f64.*rank 1 has `graph train_step\(.*f32",
+    "plan": r"do not agree on the program: .*rank 0 has",
+    "mesh": r"do not agree on the mesh, or on what is installed: .* rank 0 has `mesh: data=2`, rank 1 has "
+            r"`mesh: other=2`",
+    "version": r"do not agree on .* installed: .* rank 0 has `NumPy: [\d.]+`, rank 1 has `NumPy: 0.1`",
+    "early": r"rank 1 \(on .*\) ended with exit code 1 first; rank 0 \(on .*\) was still running",
 }
 
 
-@needs_mpi
-@pytest.mark.parametrize("kind", WORDS)
-def test_the_others_say_what_happened(kind):
-    started = time.monotonic()
-    done = start(2, "faults.py", kind, timeout=50, TREADLE_COMM_TIMEOUT="3")
-    assert done.returncode != 0
-    assert re.search(WORDS[kind], done.stderr), done.stderr[-3000:]
-    assert "done" not in done.stdout
-    assert time.monotonic() - started < 45
-
-
-def test_threads_are_shared_out():
-    assert [threads_per_rank(n, 8) for n in (1, 2, 3, 8, 16)] == [8, 4, 2, 1, 1]
-    assert environment(2, None, 8, {})["TREADLE_NUM_THREADS"] == "4"
-    assert environment(2, 1, 8, {})["TREADLE_NUM_THREADS"] == "1"
-
-
-def test_no_mpiexec(monkeypatch):
-    monkeypatch.setattr(sys.modules["treadle.distributed.launch"], "find_mpiexec", lambda: None)
-    with pytest.raises(LaunchError, match="mpiexec was not found; install it with"):
-        command(2, ["x.py"])
+@pytest.mark.parametrize("kind", [k if k in ("shape", "fewer", "version") else pytest.param(k, marks=pytest.mark.slow)
+                                  for k in MISTAKES])
+def test_ranks_that_differ_are_told(kind, tmp_path):
+    done = run(tmp_path / "run", DATA, kind)
+    assert done.returncode == 1 and "done" not in done.stdout
+    assert re.search(MISTAKES[kind], done.stderr), done.stderr[-3000:]
+    if kind not in ("shape", "fewer"):
+        assert not (tmp_path / "run").exists(), "nothing was computed"
