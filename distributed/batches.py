@@ -29,9 +29,11 @@ class BatchCheck:
         self.own = np.zeros(BYTES, np.uint8)
         self.request: Any = None
 
-    def begin(self, arrays: Sequence[Any], step: int) -> None:
-        """Sends what this rank was given."""
-        self.own[:] = np.frombuffer(describe(arrays, step).encode()[:BYTES].ljust(BYTES, b"\0"), np.uint8)
+    def begin(self, arrays: Sequence[Any], numbers: Sequence[Any], step: int) -> None:
+        """Sends what this rank was given: the batch, and numbers such as the learning rate."""
+        self.finish()
+        text = f"step {step}: {describe(arrays)}; numbers {describe(numbers)[9:17]}"
+        self.own[:] = np.frombuffer(text.encode()[:BYTES].ljust(BYTES, b"\0"), np.uint8)
         self.request = self.comm.Iallgather(self.own, self.told)
 
     def finish(self) -> None:
@@ -51,11 +53,12 @@ class BatchCheck:
             first, other = (bytes(row).rstrip(b"\0").decode(errors="replace") for row in self.told[[0, others[0]]])
             raise DistributedError(f"the ranks were given different batches: rank 0 has {first}, rank {others[0]} has "
                                    f"{other}" + (f" (and so on: ranks {others.tolist()})" if others.size > 1 else "")
-                                   + ". Every rank gives the whole batch, the same one, and takes its part of it")
+                                   + ". Every rank gives the whole batch, the same one, and takes its part of it; numbers are those of the "
+                                     "optimizer, such as the learning rate")
 
 
-def describe(arrays: Sequence[Any], step: int) -> str:
-    """`step 3: checksum 1f00a3c2 of float32[8,4] int64[8]`."""
+def describe(arrays: Sequence[Any]) -> str:
+    """`checksum 1f00a3c2 of float32[8,4] int64[8]`."""
     checksum, shapes = 0, []
     for x in arrays:
         array = np.asarray(x)
@@ -63,4 +66,4 @@ def describe(arrays: Sequence[Any], step: int) -> str:
         sample = np.ascontiguousarray(row[::max(1, row.size // SAMPLE)])
         checksum = zlib.crc32(sample.view(np.uint8).data, checksum)
         shapes.append(f"{array.dtype}{list(array.shape)}".replace(" ", ""))
-    return f"step {step}: checksum {checksum:08x} of {' '.join(shapes)}"
+    return f"checksum {checksum:08x} of {' '.join(shapes)}"

@@ -38,6 +38,7 @@ from . import tree
 from .compile import build_executable
 from .dispatch import apply, as_tensor
 from .eager import ALIGNMENT
+from .pending import waiting
 from .signature import scan
 from .tensor import Tensor
 from .train import TrainStep
@@ -142,19 +143,26 @@ class ParallelStep:
             DistributedError: another rank failed, or was given another batch.
         """
         step = self.inner
+        self.settle()
         numbers, structure = step._scalars(), step._structure()
         found = scan(batch, {})
         key = (found.key, structure, tuple(numbers))
+        job = self.job
+        if job is not None:
+            job.step = step.opt.steps
+            job.batches.begin(found.arrays, list(numbers.values()), step.opt.steps)
         if key not in self._programs:
+            if job is not None:
+                job.batches.finish()  # before ranks of different batches go different ways
             self._programs[key] = self._build(batch, numbers)
-        if self.job is not None:
-            self.job.step = step.opt.steps
         try:
             result = self._programs[key](found.arrays, numbers)
         except RuntimeError:
-            if self.job is not None and self.job.error is not None:
-                raise self.job.error from None
+            if job is not None and job.error is not None:
+                raise job.error from None
             raise
+        if job is not None:
+            job.batches.finish()
         step.opt.steps += 1
         if step._any_frozen:
             step.opt.skip(step._trainable)
@@ -220,16 +228,39 @@ class ParallelStep:
         if sharding.is_whole:
             return tensor._pin() if tensor.role is not None else tensor._value.array
         if id(tensor) not in self.parts:
-            self.parts[id(tensor)] = (tensor, sharding, aligned(sharding.cut(tensor.numpy(), self.mesh, self.rank)))
+            self.parts[id(tensor)] = (tensor, sharding, self._part(tensor, sharding))
+            self._give_up(tensor)
         return self.parts[id(tensor)][2]
 
-    def gather(self) -> None:
-        """Brings the model's (and optimizer's) tensors up to date on every rank: parts are gathered.
+    def _part(self, tensor: Tensor, sharding: Sharding) -> np.ndarray:
+        """This rank's part; of a parameter that was not drawn yet no more than that is drawn."""
+        if waiting(tensor._value) and not sharding.partial:
+            return aligned(tensor._value.source.part(sharding.part(self.mesh, self.rank, tensor.shape)))
+        return aligned(sharding.cut(tensor.numpy(copy=False), self.mesh, self.rank))
 
-        While training, a tensor that is split lives in parts; the tensor itself keeps what it held before.
+    def _give_up(self, tensor: Tensor) -> None:
+        tensor._park(f"lives in parts on the ranks of the mesh ({self.mesh}) while it is trained; call step.gather() "
+                     "on every rank to have it whole")
+
+    def settle(self) -> None:
+        """Takes over what was assigned to tensors that live in parts, and gives up their elements; no rank waits.
+
+        Every step begins with it. After `gather` the tensors hold their elements until then.
+        """
+        for tensor, sharding, part in self.parts.values():
+            if not waiting(tensor._value):
+                part[...] = sharding.cut(tensor.numpy(copy=False), self.mesh, self.rank)
+                self._give_up(tensor)
+
+    def gather(self) -> None:
+        """Brings the model's (and optimizer's) tensors to every rank whole; called by all of them.
+
+        A tensor that is split lives in parts while it is trained: from the first step on it has no elements, and
+        whoever asks for them is told to gather. They are given up again by the next step, which sees what was assigned.
         """
         if self.job is None:
             return
+        self.settle()
         for tensor, sharding, part in self.parts.values():
             into = np.empty((self.mesh.size, part.nbytes), np.uint8)
             self.job.watch.enter("gather")

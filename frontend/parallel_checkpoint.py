@@ -23,8 +23,10 @@ import numpy as np
 from ..distributed import Sharding
 from ..distributed.errors import DistributedError
 from ..ir.errors import CheckpointError
+from ..ir.types import TensorType
 from . import random
 from .parallel import ParallelStep
+from .pending import Elsewhere, Pending
 from .safetensors import sync_folder, write_safetensors
 from .stored import (
     INDEX,
@@ -46,12 +48,27 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class _Held:
-    """A tensor as this rank has it: its part, and whether this rank is the one that writes it."""
+    """A tensor as this rank has it: its part if it has one, where that lies, and whether this rank writes it."""
 
     tensor: Tensor
-    part: np.ndarray
+    part: np.ndarray | None
     place: Place
     writes: bool
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """Elements that a checkpoint has: of a parameter that nobody has looked at yet, a rank reads its part alone."""
+
+    type: TensorType
+    stored: Stored
+    name: str
+
+    def part(self, place: Place) -> np.ndarray:
+        """The elements of a part."""
+        into = np.empty([s.stop - s.start for s in place], self.type.dtype.np)
+        self.stored.read(self.name, place, into)
+        return into
 
 
 def _tensors(step: ParallelStep) -> Iterator[tuple[str, Tensor]]:
@@ -73,7 +90,7 @@ def _held(step: ParallelStep, tensor: Tensor) -> _Held:
     if id(tensor) in step.parts:
         _, sharding, part = step.parts[id(tensor)]
     else:
-        sharding, part = Sharding.whole(tensor.ndim), tensor.numpy(copy=False)
+        sharding, part = Sharding.whole(tensor.ndim), None
     writes = step.holds(tensor) and all(
         here[a] == 0 for a in step.mesh.names if a not in sharding.dims and a != step.stage_axis)
     return _Held(tensor, part, sharding.part(step.mesh, step.rank, tensor.shape), writes)
@@ -120,6 +137,7 @@ def save(path: Any, step: ParallelStep, metadata: Mapping[str, str] | None = Non
     Raises:
         CheckpointError: the folder cannot be written. DistributedError: another rank failed.
     """
+    step.settle()
     folder, job = Path(path), step.job
     notes = notes_of(metadata, step=step.inner.opt.steps, mesh=step.mesh,
                      data=None if data is None else json.dumps(data.state_dict()))
@@ -155,7 +173,8 @@ def _pieces(step: ParallelStep) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         held = _held(step, tensor)
         shapes[name] = list(tensor.shape)
         if held.writes:
-            pieces[f"{name}|{place_text(held.place)}"] = np.ascontiguousarray(held.part)
+            part = tensor.numpy(copy=False) if held.part is None else held.part
+            pieces[f"{name}|{place_text(held.place)}"] = np.ascontiguousarray(part)
     if step.rank == 0:
         pieces |= {f"{name}|{place_text(tuple(slice(0, n) for n in a.shape))}": a for name, a in numbers.items()}
     return pieces, {"version": VERSION, "shapes": shapes, "aliases": aliases}
@@ -220,6 +239,7 @@ def load(path: Any, step: ParallelStep, data: Any = None) -> dict[str, str]:
     Raises:
         CheckpointError: it is missing, damaged or incomplete, or does not fit the model, on any rank.
     """
+    step.settle()
     with _named(step, f"load {Path(path).name}"):
         targets: dict[str, _Held] = {}
         seen: set[int] = set()
@@ -231,16 +251,23 @@ def load(path: Any, step: ParallelStep, data: Any = None) -> dict[str, str]:
         if data is not None:
             _agreed(step, lambda: data.load_state_dict(json.loads(stored.notes["data"])))
         for name, held in targets.items():
-            if id(held.tensor) in step.parts:
+            if held.part is not None:
                 stored.read(name, held.place, held.part)
             else:
-                array = np.empty(held.part.shape, held.part.dtype)
-                stored.read(name, held.place, array)
-                held.tensor.assign(array)
+                _restore(held.tensor, _Loaded(held.tensor.type, stored, name), held.place)
         opt = step.inner.opt
         opt.steps = int(stored.array(f"{OPTIMIZER}steps"))
         opt.skipped = [int(n) for n in stored.array(f"{OPTIMIZER}skipped")]
     return stored.metadata
+
+
+def _restore(tensor: Tensor, source: _Loaded, place: Place) -> None:
+    """A tensor that this rank does not have in parts: at once if it has elements, else when they are asked for."""
+    value = tensor._value
+    if not isinstance(value, Pending) or not value.waiting:
+        tensor.assign(source.part(place))
+    elif not isinstance(value.source, Elsewhere):
+        value.source = source
 
 
 def _fitting(path: Any, step: ParallelStep, targets: Mapping[str, _Held], data: Any) -> Stored:

@@ -116,6 +116,8 @@ class SafetensorsFile:
             self.metadata: dict[str, str] = header.pop("__metadata__", {})
             self.begin, self.end = 8 + length, size
             self.entries = self._entries(header)
+            # Mapped once: what is asked for later is there even if the file has been replaced.
+            self._data = np.memmap(self.path, np.uint8, "r")
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
         except CheckpointError as error:
@@ -143,8 +145,7 @@ class SafetensorsFile:
         entry = self.entries[name]
         if entry.start == entry.stop:
             return np.empty(entry.shape, entry.dtype.np)
-        data = np.memmap(self.path, np.uint8, "r", entry.start, (entry.stop - entry.start,))
-        return np.asarray(data).view(entry.dtype.np).reshape(entry.shape)
+        return np.asarray(self._data)[entry.start:entry.stop].view(entry.dtype.np).reshape(entry.shape)
 
     def verify(self) -> None:
         """Compares the data with the checksum in the header, if there is one; holds a chunk at a time.
@@ -155,10 +156,8 @@ class SafetensorsFile:
         if "crc32" not in self.metadata:
             return
         checksum = 0
-        with open(self.path, "rb") as file:
-            file.seek(self.begin)
-            while chunk := file.read(_CHUNK):
-                checksum = zlib.crc32(chunk, checksum)
+        for start in range(self.begin, self.end, _CHUNK):
+            checksum = zlib.crc32(self._data[start:start + _CHUNK].data, checksum)
         if f"{checksum:08x}" != self.metadata["crc32"]:
             raise CheckpointError(f"{self.path}: damaged: the checksum of the data does not match; use another copy")
 
