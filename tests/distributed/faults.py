@@ -9,6 +9,7 @@ script: ranks that differ in what they run or are given.
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,7 +17,6 @@ from pathlib import Path
 import numpy as np
 
 import treadle as td
-from treadle.distributed import process
 from treadle.distributed.watch import Watch
 
 WIDTH, BATCH, STEPS = 8, 8, 5
@@ -48,6 +48,9 @@ def have_accident(kind):
         os.kill(os.getpid(), signal.SIGKILL)
     if kind == "hang":
         time.sleep(600)
+    if kind == "unplug":
+        subprocess.run(["ip", "link", "set", os.environ["TEST_WIRE"], "down"], check=True)
+        return
     raise ValueError("on purpose")
 
 
