@@ -24,11 +24,13 @@ from .conv_tir import (
     accumulators,
     opaque,
     parallel,
+    row_parts,
     serial,
     vectorized,
     when,
     within,
 )
+from .sizes import is_dynamic
 
 
 def channels_last(problem: ConvProblem, layout: str, spatial: tuple[int, ...], wide: int) -> ChannelsLastPack | None:
@@ -116,7 +118,7 @@ class DepthwiseWeightGrad:
         self.padded = -(-problem.in_channels // self.wide) * self.wide
         self.x_pack = channels_last(problem, problem.layout, problem.spatial, self.wide)
         self.dy_pack = channels_last(problem, problem.out_layout, problem.out_spatial, self.wide)
-        self.chunks = min(problem.batch, config.chunks)
+        self.chunks = config.chunks if is_dynamic(problem.batch) else min(problem.batch, config.chunks)
 
     def transposes(self) -> list[Transpose]:
         return _transposes(self.x_pack, self.dy_pack)
@@ -154,15 +156,9 @@ class DepthwiseWeightGrad:
                 base, out = base * axis.in_extent + position, out * axis.count + q
             base = opaque(base * width.in_extent * self.padded + channel)
             out = opaque(out * width.count * self.padded + channel)
-            spans = [width.valid(j0 + j) for j in range(count)]
-            low, high = max(s[0] for s in spans), max(max(s[0] for s in spans), min(s[1] for s in spans))
-            with serial(high - low) as q:
-                self._emit_pixel(acc, base, out, low + q, range(count), j0)
-            for j, (a, b) in enumerate(spans):
-                for start, stop in ((a, min(b, low)), (max(a, high), b)):
-                    if start < stop:
-                        with serial(stop - start) as q:
-                            self._emit_pixel(acc, base, out, start + q, [j], j0)
+            for start, length, inside in row_parts(width, j0, count):
+                with serial(length) as q:
+                    self._emit_pixel(acc, base, out, start + q, inside, j0)
 
     def _emit_pixel(self, acc, base, out, q, taps, j0: int) -> None:
         wide = self.wide

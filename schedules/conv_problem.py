@@ -14,12 +14,12 @@ Both `k` and `offset` run in arithmetic progressions, so that an `AxisTaps` of a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from ..ir.errors import AttributeValueError, DTypeError, ShapeError
-from .sizes import at_least, hint, is_dynamic
+from .sizes import at_least, hint, is_dynamic, smaller
 
 LAYOUTS = ("NCHW", "NHWC")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -50,11 +50,17 @@ class AxisTaps:
     def offset(self, j: int) -> int:
         return self.offset0 + j * self.offset_step
 
-    def valid(self, j: int) -> tuple[int, int]:
-        """The range of `q` for which tap `j` reads inside the input; empty ranges come out as (0, 0)."""
+    def valid(self, j: int) -> tuple[int, Any]:
+        """The range of `q` for which tap `j` reads inside the input; empty ranges come out as (0, 0), those of sizes
+        that are not known as ranges that may end before they begin."""
         low = max(0, -(self.offset(j) // self.in_stride))
-        high = min(self.count, (self.in_extent - 1 - self.offset(j)) // self.in_stride + 1)
-        return (low, high) if low < high else (0, 0)
+        high = smaller(self.count, (self.in_extent - 1 - self.offset(j)) // self.in_stride + 1)
+        return (low, high) if not isinstance(high, int) or low < high else (0, 0)
+
+    @property
+    def expected(self) -> AxisTaps:
+        """The same with the sizes that are expected."""
+        return replace(self, count=hint(self.count), in_extent=hint(self.in_extent))
 
     @property
     def reach(self) -> tuple[int, int]:
@@ -319,7 +325,7 @@ def _propose_weight_grad(problem: ConvProblem, target) -> ConvConfig:
     tasks = problem.groups * -(-out // (vectors * wide))
     register = target.vector_bits // 8
     pixel = red * math.prod(problem.stride) * register // wide  # bytes of x for each pixel of a band, in the L2 cache
-    rows = max(1, min(BAND_PIXELS, max(32, target.l2_bytes // 2 // pixel)) // problem.out_spatial[-1])
+    rows = max(1, min(BAND_PIXELS, max(32, target.l2_bytes // 2 // pixel)) // max(hint(problem.out_spatial[-1]), 1))
     area = math.prod(problem.kernel) * red * vectors * register
     blocks = max(1, min(tasks // target.threads, target.l2_bytes // 4 // area))
     chunks = 1 if tasks % target.threads == 0 or tasks >= 4 * target.threads else target.threads

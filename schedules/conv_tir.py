@@ -5,6 +5,7 @@ Everything here emits into the current `tvm.script.ir_builder` frame.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -140,6 +141,29 @@ def tap_range(axis, q):
     low, high = (-at, last - at) if axis.offset_step > 0 else (at - last, at)  # of tap * step
     first = T.max(0, (low + step - 1) // step)
     return first, T.max(0, T.min(axis.taps, high // step + 1) - first)
+
+
+def _lesser(x, y):
+    """min(x, y) of numbers and sizes."""
+    return min(x, y) if isinstance(x, int) and isinstance(y, int) else T.min(_long(x), _long(y))
+
+
+def row_parts(axis, first, count: int) -> Iterator[tuple[Any, Any, list[int]]]:
+    """A row of outputs in parts, as (start, length, taps that read inside): the one where all of the taps `first ..
+    first + count` do, and for each tap what is left. Lengths are expressions where sizes are not known."""
+    spans = [axis.valid(first + j) for j in range(count)]
+    low = max(start for start, _ in spans)
+    high = functools.reduce(_lesser, (stop for _, stop in spans))
+    high = max(low, high) if isinstance(high, int) else T.bind(T.max(expression(high), tirx.const(low, "int64")))
+    parts = [(low, high, list(range(count)))]
+    for j, (start, stop) in enumerate(spans):
+        parts += [(start, _lesser(stop, low), [j]), (high, stop, [j])]
+    for start, stop, taps in parts:
+        length = stop - start
+        if not isinstance(length, int):
+            yield start, T.max(length, tirx.const(0, "int64")), taps
+        elif length > 0:
+            yield start, length, taps
 
 
 @dataclass(frozen=True)

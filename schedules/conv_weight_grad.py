@@ -27,6 +27,7 @@ from .conv_tir import (
     accumulators,
     opaque,
     parallel,
+    row_parts,
     serial,
     unroll,
     vectorized,
@@ -34,6 +35,7 @@ from .conv_tir import (
     widen,
     within,
 )
+from .sizes import expression, is_dynamic
 
 
 class WeightGrad:
@@ -50,7 +52,7 @@ class WeightGrad:
         self.red, self.out = problem.in_channels // self.groups, problem.out_channels // self.groups
         self.blocks = -(-self.out // self.tile)
         self.rows = problem.batch * self.depth.count * self.height.count
-        self.chunks = min(config.chunks, self.rows)
+        self.chunks = config.chunks if is_dynamic(self.rows) else min(config.chunks, self.rows)
         self.size = self.groups * self.blocks * self.taps * self.red * self.tile
         needs_pack = problem.out_layout == "NCHW" or problem.dtype != self.acc_dtype or self.out % self.tile
         self.pack = ChannelsLastPack(
@@ -66,7 +68,7 @@ class WeightGrad:
         self.partial = T.alloc_buffer((self.chunks * self.size,), self.acc_dtype)
         self.x = widen(x, self.acc_dtype)
         self.dy = self.pack.emit(dy) if self.pack else dy
-        band = min(self.config.block, -(-self.rows // self.chunks))
+        band = self.config.block if is_dynamic(self.rows) else min(self.config.block, -(-self.rows // self.chunks))
         every = self.groups * self.blocks
         tasks = -(-every // self.config.blocks)
         with parallel(self.chunks * tasks) as task:
@@ -108,7 +110,8 @@ class WeightGrad:
         """How many taps of a kernel row share a tile: several only where input channels are too few to fill it."""
         if size != self.red or size * 2 > self.config.pixels or self.red >= 8:
             return 1
-        edges = sum(self.width.count - (high - low) for low, high in map(self.width.valid, range(self.width.taps)))
+        width = self.width.expected
+        edges = sum(width.count - (high - low) for low, high in map(width.valid, range(width.taps)))
         return max(1, min(self.config.pixels // size, self.width.taps)) if edges <= 16 else 1
 
     def _emit_tile(self, start, stop, home, block, channel, size: int, jd, jh, jw, count: int) -> None:
@@ -159,18 +162,13 @@ class WeightGrad:
         if count == 1:
             offset = width.offset(0) + jw * width.offset_step
             low = T.max(0, (width.in_stride - 1 - offset) // width.in_stride)
-            high = T.min(width.count, (width.in_extent - 1 - offset) // width.in_stride + 1)
+            high = T.min(expression(width.count), (width.in_extent - 1 - offset) // width.in_stride + 1)
             with serial(T.max(high - low, 0)) as q:
                 pixel.emit(low + q, [(0, offset)])
             return
-        spans = [width.valid(jw + k) for k in range(count)]
-        low, high = max(s[0] for s in spans), min(s[1] for s in spans)
-        taps = [(k, width.offset(jw + k)) for k in range(count)]
-        if low < high:
-            with serial(high - low) as q:
-                pixel.emit(low + q, taps)
-        for q in [q for q in range(width.count) if not low <= q < high]:
-            pixel.emit(q, [tap for tap, span in zip(taps, spans) if span[0] <= q < span[1]])
+        for first, length, taps in row_parts(width, jw, count):
+            with serial(length) as q:
+                pixel.emit(first + q, [(k, width.offset(jw + k)) for k in taps])
 
     def _emit_result(self, store) -> None:
         """Add the chunks, transpose [tap, channel, lanes of o] to [o, channel, tap] and call the epilogue."""

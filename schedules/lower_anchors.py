@@ -275,7 +275,7 @@ def conv_input_grad(node: Node, epilogue: Epilogue, target: Any, name: str) -> A
 
 
 def conv_weight_grad(node: Node, epilogue: Epilogue, target: Any, name: str) -> Any:
-    if needs_plain(node) or is_dynamic(node.operands[0].type.size):
+    if needs_plain(node):
         return plain_kernel(node, epilogue, name)
     x, w = node.operands[0].shape, node.result.shape
     kept = _long_axes(node, x[1:-1] if node.attrs["channels_last"] else x[2:], w[2:])

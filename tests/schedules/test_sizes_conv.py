@@ -61,9 +61,40 @@ def test_convolutions(name):
     check_sizes(graph_of(fn, *specs), sizes, tol=2e-4 if name != "bfloat16" else 5e-2)
 
 
-@pytest.mark.parametrize("groups, kernel", [(1, 3), (2, 3), (1, 1)])
-def test_gradients_to_weights(groups, kernel):
+HALF = ((H - 1) // 2 + 1, (W - 1) // 2 + 1)
+GRADIENTS = {
+    "3x3": (8, 16, 3, {"padding": 1}),
+    "groups": (8, 16, 3, {"padding": 1, "groups": 2}),
+    "1x1": (24, 40, 1, {}),
+    "1x1, channels last": (24, 40, 1, {"channels_last": True}),
+    "three channels, 7x7, stride 2": (3, 24, 7, {"padding": 3, "stride": 2}),
+    "stride 2": (12, 32, 3, {"padding": 1, "stride": 2}),
+    "dilation 2": (5, 16, 3, {"padding": 2, "dilation": 2}),
+    "depthwise": (24, 24, 3, {"padding": 1, "groups": 24}),
+    "depthwise, 5x5, stride 2, channels last": (16, 16, 5, {"padding": 2, "stride": 2, "groups": 16,
+                                                             "channels_last": True}),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_to_weights(name):
+    inner, out, kernel, given = GRADIENTS[name]
+    last = given.get("channels_last", False)
+
+    def image(channels, spatial):
+        return (B, *spatial, channels) if last else (B, channels, *spatial)
+
     def gradient(x, dy):
-        return emit("conv_weight_grad", x, dy, kernel_spatial=(kernel, kernel),
-                    **flags(2, padding=kernel // 2, groups=groups))
-    check_sizes(graph_of(gradient, (B, 8, H, W), (B, 16, H, W)), IMAGES, tol=2e-3)
+        return emit("conv_weight_grad", x, dy, kernel_spatial=(kernel, kernel), **flags(2, **given))
+
+    after = HALF if given.get("stride") == 2 else (H, W)
+    check_sizes(graph_of(gradient, image(inner, (H, W)), image(out, after)), IMAGES, tol=2e-3)
+
+
+@pytest.mark.parametrize("dtype, tol", [("float64", 1e-11), ("bfloat16", 5e-2)])
+def test_gradients_to_weights_in_other_dtypes(dtype, tol):
+    def gradient(x, dy):
+        return emit("conv_weight_grad", x, dy, kernel_spatial=(3,), **flags(1, padding=1))
+
+    check_sizes(graph_of(gradient, ((B, 8, W), dtype), ((B, 16, W), dtype)), combinations(b=(0, 1, 3), w=(1, 5, 33)),
+                tol=tol)
