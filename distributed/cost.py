@@ -9,7 +9,9 @@ bytes each; an all-to-all of parts that hold B / n each n - 1 messages of B / n^
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from .mesh import Mesh
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,28 @@ class Cluster:
         link: between ranks; `links` gives another one for some mesh axes, as (axis, link).
         flops: floating-point operations a second of one rank.
         memory: bytes a second that one rank reads or writes.
+        near: the link between ranks of one host, of which there are `per_host`; None: all links are alike.
     """
 
     link: Link = Link()
     links: tuple[tuple[str, Link], ...] = ()
     flops: float = 5e10
     memory: float = 1e10
+    near: Link | None = None
+    per_host: int = 0
+
+    def on(self, mesh: Mesh) -> Cluster:
+        """The cluster as the axes of a mesh see it: an axis whose groups never leave a host has the near link.
+
+        Ranks are numbered host by host, so the last axes of a mesh stay inside.
+        """
+        if self.near is None or self.per_host < 2:
+            return self
+        found, span = [], 1
+        for axis, size in reversed(mesh.axes):
+            span *= size
+            found.append((axis, self.near if self.per_host % span == 0 else self.link))
+        return replace(self, links=(*found, *(x for x in self.links if x[0] not in mesh)))
 
     def along(self, axis: str) -> Link:
         """The link between the ranks of an axis."""

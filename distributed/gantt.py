@@ -1,42 +1,39 @@
-"""A played pipeline schedule as a picture: one row a device, forward passes blue, backward passes green, waiting white.
-
-The PNG is written directly (W3C, "Portable Network Graphics", third edition): an array of pixels, deflated.
-"""
+"""A played pipeline schedule as a picture: a row for each device, forward passes blue, backward green, waits white."""
 
 from __future__ import annotations
 
-import struct
-import zlib
+import importlib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from ..ir.errors import ArgumentsError
 from .pipeline import FORWARD, Played
 
-ROW, GAP = 24, 4  # pixels
-COLOURS = {FORWARD: (66, 115, 190), "B": (90, 165, 105)}
+SHADES = {FORWARD: ("#4273be", "#2f5590"), "B": ("#5aa569", "#417a4c")}  # by turns, for odd and even micro-batches
+MOST_LABELS = 400  # tasks; with more of them numbers cannot be read
 
 
-def pixels(played: Played, devices: int, width: int = 1200) -> np.ndarray:
-    """(height, width, 3) bytes. Shades alternate with the micro-batches."""
-    image = np.full((devices * (ROW + GAP) + GAP, width, 3), 255, np.uint8)
-    scale = width / played.makespan if played.makespan else 0.0
-    for task, (start, end) in played.spans.items():
-        top = GAP + task.stage % devices * (ROW + GAP)
-        shade = 1.0 if task.micro % 2 else 0.82
-        left, right = int(start * scale), max(int(end * scale), int(start * scale) + 1)
-        image[top:top + ROW, left:right] = [int(c * shade) for c in COLOURS[task.phase]]
-    return image
+def draw(path: Any, played: Played, devices: int, title: str = "") -> None:
+    """Writes the schedule as a picture; the file's ending says which kind (.png, .svg, .pdf).
 
-
-def write_png(path: Any, image: np.ndarray) -> None:
-    """Writes (height, width, 3) bytes as a PNG file."""
-    height, width, _ = image.shape
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    rows = b"".join(b"\0" + row.tobytes() for row in image)
-    Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-                           + chunk(b"IDAT", zlib.compress(rows, 9)) + chunk(b"IEND", b""))
+    Raises:
+        ArgumentsError: matplotlib is not installed, or does not know the kind.
+    """
+    try:
+        figure_type = importlib.import_module("matplotlib.figure").Figure
+    except ImportError:
+        raise ArgumentsError("a chart needs matplotlib; install it with: pip install 'treadle[plan]'") from None
+    figure = figure_type(figsize=(12, 1.2 + 0.35 * devices), layout="constrained")
+    axes = figure.subplots()
+    for task, (start, end) in sorted(played.spans.items()):
+        row = task.stage % devices
+        axes.barh(row, (end - start) * 1e3, left=start * 1e3, height=0.9, color=SHADES[task.phase][task.micro % 2])
+        if len(played.spans) <= MOST_LABELS and end - start > played.makespan / 80:
+            axes.text((start + end) * 500, row, str(task.micro), ha="center", va="center", fontsize=7, color="white")
+    axes.set(yticks=range(devices), ylabel="device", xlabel="milliseconds", xlim=(0, played.makespan * 1e3),
+             title=f"{title}  bubble {played.bubble:.1%}".strip())
+    axes.invert_yaxis()
+    kinds = sorted(figure.canvas.get_supported_filetypes())
+    if Path(path).suffix.lstrip(".") not in kinds:
+        raise ArgumentsError(f"a chart cannot be written as {Path(path).name!r}; endings: {', '.join(kinds)}")
+    figure.savefig(path, dpi=120)

@@ -135,13 +135,17 @@ def needs(task: Task, stages: int) -> list[Task]:
     return [Task(FORWARD, task.stage, task.micro), *after]
 
 
-def simulate(plan: Schedule, forward: Sequence[float], backward: Sequence[float], transfer: float = 0.0) -> Played:
+def simulate(plan: Schedule, forward: Sequence[float], backward: Sequence[float],
+             transfer: float | Sequence[float] = 0.0) -> Played:
     """Plays a schedule: stage s takes `forward[s]` and `backward[s]` seconds, a hop between devices `transfer`.
+
+    `transfer`: one number, or one for every stage but the last: from it to the next, or back.
 
     Raises:
         AttributeValueError: tasks wait for each other for ever; the message names them.
     """
     stages = len(forward)
+    hops = [transfer] * (stages - 1) if isinstance(transfer, (int, float)) else list(transfer)
     spans: dict[Task, tuple[float, float]] = {}
     at, clock = [0] * len(plan), [0.0] * len(plan)
     left = sum(map(len, plan))
@@ -153,7 +157,8 @@ def simulate(plan: Schedule, forward: Sequence[float], backward: Sequence[float]
                 before = needs(task, stages)
                 if any(b not in spans for b in before):
                     break
-                ready = max((spans[b][1] + (transfer if b.stage != task.stage else 0.0) for b in before), default=0.0)
+                ready = max((spans[b][1] + (hops[min(b.stage, task.stage)] if b.stage != task.stage else 0.0)
+                             for b in before), default=0.0)
                 start = max(clock[d], ready)
                 clock[d] = start + (forward if task.phase == FORWARD else backward)[task.stage]
                 spans[task] = (start, clock[d])

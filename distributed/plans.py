@@ -14,8 +14,10 @@ what stage 2 promises.
 from __future__ import annotations
 
 import fnmatch
+import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 from ..ir.errors import AttributeValueError
@@ -26,6 +28,7 @@ from .regather import gather_at_use
 from .sharding import Sharding
 
 Dims = tuple["str | None", ...]
+FORMAT = "plan 1"
 PIECES = 64  # under ZeRO joined messages are at most this part of the parameters
 
 
@@ -36,7 +39,8 @@ class Plan:
     Attributes:
         data: the mesh axis along which the batch's first dimension is split; None: every rank has all of it.
         shard: pattern of parameter names (as of `fnmatch`) -> a mesh axis or None for each dimension. The first match
-            counts; what matches none is whole.
+            counts; what matches none is whole. `"tensor:3"`: the dimension holds three parts, such as query, key and
+            value, each of which is split; `("data", "tensor")`: it is split over both.
         zero: ZeRO stage, 0 to 3, over the axis `data`.
         pipe: the mesh axis along which the model is cut into stages; None, or an axis that the mesh lacks: it is not.
             `accumulate` of the training step is the number of micro-batches.
@@ -44,8 +48,11 @@ class Plan:
         overlap: gradients are sent while the backward pass still runs, and waited for by the update.
         weight: what a micro-batch of a pipeline counts in the loss, from its arrays: `lambda x, y: (y != -100).sum()`
             makes a mean over tokens that of the whole batch, however they are spread. None: its examples.
-        recompute: a stage of a pipeline keeps only what it was handed, and computes the rest again in its backward
-            pass.
+        recompute: layers keep only what they were handed, and are computed again in the backward pass.
+        mesh: axes and their ranks that the plan was made for; `parallelize` takes them where no mesh is given.
+        accumulate: the micro-batches that it was made for: those of `train_step(accumulate=)`.
+        cut: where the stages of a pipeline end but for the last, counted in the steps of the loss's graph, as
+            `treadle plan --out` writes it. None: found.
         bucket_bytes: collectives of one kind that may go together are joined into messages of at most so many bytes.
     """
 
@@ -59,10 +66,44 @@ class Plan:
     chunks: int = 1
     weight: Callable[..., Any] | None = field(default=None, repr=False)
     recompute: bool = False
+    mesh: Mapping[str, int] | None = None
+    accumulate: int | None = None
+    cut: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.zero not in (0, 1, 2, 3):
             raise AttributeValueError(f"zero is {self.zero!r}; ZeRO has the stages 0 (off), 1, 2 and 3")
+
+    def save(self, path: Any) -> None:
+        """Writes the plan as JSON.
+
+        Raises:
+            AttributeValueError: its `weight` is a function, which a file cannot hold.
+        """
+        if self.weight is not None:
+            raise AttributeValueError("a plan with a `weight` cannot be saved: it is a function. Save the plan without "
+                                      "it, and give it where the plan is loaded: dataclasses.replace(plan, weight=...)")
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "weight"}
+        Path(path).write_text(json.dumps({"treadle": FORMAT, **found}, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Any) -> Plan:
+        """Reads what `save`, or `treadle plan --out`, wrote.
+
+        Raises:
+            AttributeValueError: there is no such file, or it holds no plan of this version.
+        """
+        try:
+            found = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise AttributeValueError(f"{path} holds no plan ({error}); `treadle plan ... --out` writes one") from None
+        known = {f.name for f in fields(cls)} - {"weight"}
+        if not isinstance(found, dict) or found.pop("treadle", None) != FORMAT or not found.keys() <= known:
+            raise AttributeValueError(f"{path} holds no plan that this version reads ({FORMAT!r}); write it anew with "
+                                      "`treadle plan ... --out`")
+        found["shard"] = {name: tuple(dims) for name, dims in found.get("shard", {}).items()}
+        found["cut"] = None if found.get("cut") is None else tuple(found["cut"])
+        return cls(**found)
 
     def of(self, name: str, rank: int) -> Sharding:
         """The sharding of a parameter between ranks that differ in tensors, not in data."""
@@ -73,7 +114,7 @@ class Plan:
 
     def alone(self) -> Plan:
         """The plan of one process, on whatever mesh."""
-        return replace(self, shard={}, zero=0)
+        return replace(self, shard={}, zero=0, cut=None)
 
     def message_bytes(self, parameters: int) -> int:
         """How large a joined message may become, of a model with so many bytes of parameters.
@@ -88,7 +129,7 @@ class Plan:
         Raises:
             MeshError: it names an axis that is not there, or a pattern matches no parameter.
         """
-        for axis in (d for dims in self.shard.values() for d in dims if d and mesh.size > 1):
+        for axis in (a for dims in self.shard.values() for a in Sharding(tuple(dims)).split_axes if mesh.size > 1):
             mesh[axis]
         if self.zero and mesh.size > 1 and (self.data is None or self.data not in mesh):
             raise MeshError(f"ZeRO needs the batch's axis {self.data!r} in the mesh, which is {mesh}")

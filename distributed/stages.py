@@ -296,15 +296,14 @@ def cut_graph(graph: Graph, data: Collection[int], count: int, memory: float = f
 
 def stages_of(chain: Chain, found: Cut) -> list[Stage]:
     """The stages of a cut."""
-    ends = [*(b - 1 for b in found.bounds[1:]), len(chain.layers) - 1]
-    handed: tuple[Value, ...] = ()
-    stages: list[Stage] = []
-    start = 0
-    for number, end in enumerate(ends):
-        results = sorted({i for numbers in chain.results[start:end + 1] for i in numbers} | set(chain.alike))
-        stages.append(_stage(chain.graph, handed, chain.crossing[end], results, number))
-        handed, start = chain.crossing[end], end + 1
-    return stages
+    ends = [*found.bounds[1:], len(chain.layers)]
+    return [stage_at(chain, first, end, number) for number, (first, end) in enumerate(zip(found.bounds, ends))]
+
+
+def stage_at(chain: Chain, first: int, end: int, number: int = 0) -> Stage:
+    """Layers first to end - 1 as a stage."""
+    results = sorted({i for numbers in chain.results[first:end] for i in numbers} | set(chain.alike))
+    return _stage(chain.graph, chain.crossing[first - 1] if first else (), chain.crossing[end - 1], results, number)
 
 
 def _stage(graph: Graph, handed: tuple[Value, ...], out: tuple[Value, ...], results: Sequence[int],

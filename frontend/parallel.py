@@ -92,14 +92,24 @@ def constrain(x: Any, *dims: str | None) -> Tensor:
     return made
 
 
-def parallelize(step: TrainStep, mesh: Mesh, plan: Plan | None = None) -> ParallelStep:
+def parallelize(step: TrainStep, mesh: Mesh | None = None, plan: Plan | None = None) -> ParallelStep:
     """The training step, run by all ranks of the mesh together. See the module's text.
+
+    Args:
+        mesh: default: the mesh of the plan, if it has one, as plans from `treadle plan --out` do.
 
     Raises:
         MeshError: the job has another number of processes than the mesh, or the plan does not fit the model.
         LaunchError: mpi4py is missing.
     """
     plan = plan or Plan()
+    if mesh is None:
+        if plan.mesh is None:
+            raise MeshError("give parallelize a mesh, as of td.distributed.make_mesh, or a plan that has one")
+        mesh = make_mesh(plan.mesh)
+    if mesh.size > 1 and plan.accumulate not in (None, step.accumulate):
+        raise MeshError(f"the plan counts {plan.accumulate} micro-batches, the training step {step.accumulate}: make "
+                        f"it with td.train_step(..., accumulate={plan.accumulate})")
     if plan.pipe in mesh:
         from .pipelined import PipelineStep  # a subclass of what this module makes
 

@@ -166,21 +166,35 @@ def run_launch(
 
 @app.command("plan")
 def run_plan(
-    what: Annotated[str, typer.Argument(metavar="FILE.py:NAME", help="A loss function, or an nn.Module.")],
+    what: Annotated[str, typer.Argument(metavar="MODEL", help="FILE.py:NAME, a training step, a module or a loss "
+                                                              "function; or MODEL.onnx.")],
     inputs: Annotated[list[str], typer.Argument(metavar="TYPE...", help="Types of a whole batch: i64[64,1024].")],
     devices: Annotated[int, typer.Option(min=1, help="Devices of the cluster.")] = 8,
     memory: Annotated[str, typer.Option(help="Of a device.")] = "24GB",
-    bandwidth: Annotated[str, typer.Option(help="Between two devices.")] = "12GB/s",
-    latency: Annotated[str, typer.Option(help="Of a message.")] = "10us",
+    bandwidth: Annotated[str, typer.Option(help="Between two devices; or inside a host, between hosts: "
+                                                "600GB/s,25GB/s.")] = "12GB/s",
+    latency: Annotated[str, typer.Option(help="Of a message; one, or inside a host, between hosts.")] = "10us",
+    devices_per_host: Annotated[int, typer.Option(min=0, help="With two bandwidths.")] = 0,
     flops: Annotated[str, typer.Option(help="That a device reaches, not its peak.")] = "1TFLOPS",
     memory_bandwidth: Annotated[str, typer.Option(help="Of a device's memory.")] = "100GB/s",
+    measure: Annotated[bool, typer.Option("--measure", help="Time the layers on this machine instead.")] = False,
+    optimizer: Annotated[str, typer.Option(help="adamw, sgd, momentum...; a training step has its own.")] = "adamw",
+    amp: Annotated[str, typer.Option(help="Mixed precision: bfloat16.")] = "",
+    shard: Annotated[list[str] | None, typer.Option(help="How parameters are split, '*.up.weight=tensor,-'; default: "
+                                                         "found.")] = None,
+    zero: Annotated[str, typer.Option(help="ZeRO stages to search: 0,1,2,3.")] = "",
+    schedule: Annotated[str, typer.Option(help="Schedules to search: gpipe,1f1b,interleaved.")] = "",
+    recompute: Annotated[str, typer.Option(help="yes or no; default: both are searched.")] = "",
     most: Annotated[int, typer.Option(min=1, help="Layouts to list.")] = 5,
     gantt: Annotated[Path | None, typer.Option(help="Draw the best pipeline into this PNG file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the best layout as JSON, for Plan.load.")] = None,
 ) -> None:
-    """Search data x tensor x pipeline x micro-batches for a model on a described cluster, offline."""
-    from .plan import show
+    """Search data x tensor x pipeline x micro-batches x recomputation x ZeRO for a described cluster, offline."""
+    from .plan import Request, show
 
-    show(Console(), what, inputs, devices, memory, bandwidth, latency, flops, memory_bandwidth, most, gantt)
+    show(Console(), what, inputs, Request(
+        devices, memory, bandwidth, latency, devices_per_host, flops, memory_bandwidth, optimizer, amp, shard or [],
+        zero, schedule, recompute, measure, most, gantt, out))
 
 
 @app.command("doctor")

@@ -1,63 +1,175 @@
-"""`treadle plan FILE.py:NAME TYPE... --devices 64 --memory 24GB`: lays a model out on a described cluster, offline."""
+"""`treadle plan MODEL TYPE... --devices 64 --memory 24GB`: lays a model out on a described cluster, offline.
+
+MODEL is FILE.py:NAME (a `train_step`, a module, or a function of the batch that gives the loss), or an ONNX file, of
+whose first output the mean is taken as the loss.
+"""
 
 from __future__ import annotations
 
 import re
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from ...distributed.cost import Cluster, Link
-from ...distributed.gantt import pixels, write_png
-from ...distributed.pipeline import chart
-from ...distributed.planner import Layout, Machine, merged, plan
-from ...distributed.stages import chain_of
+from ...distributed.gantt import draw
+from ...distributed.layouts import Layout, Machine
+from ...distributed.pipeline import SCHEDULES, chart
+from ...distributed.planner import Choices
 from ...ir.errors import ArgumentsError
 from ...ir.parse import parse_type
-from ...ir.passes import TIDY
-from ...ir.pipeline import Pipeline
-from .inspect import graph_of, resolve, rounded
+from ..measured import measure
+from ..nn.module import Module
+from ..planning import ModelPrices, Planned, plan_of, search
+from ..pricing import Dims
+from .inspect import resolve, rounded
 
 UNITS = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "m": 1e-3, "u": 1e-6, "n": 1e-9}
-MOST_LAYERS = 96
+KINDS = {"B": "24GB", "B/s": "12GB/s", "s": "10us", "FLOPS": "1TFLOPS"}
 
 
-def quantity(text: str, what: str) -> float:
+@dataclass
+class Request:
+    """What the command line says; texts as they were given."""
+
+    devices: int = 8
+    memory: str = "24GB"
+    bandwidth: str = "12GB/s"
+    latency: str = "10us"
+    per_host: int = 0
+    flops: str = "1TFLOPS"
+    memory_bandwidth: str = "100GB/s"
+    optimizer: str = "adamw"
+    amp: str = ""
+    shard: list[str] = field(default_factory=list)
+    zero: str = ""
+    schedule: str = ""
+    recompute: str = ""
+    measure: bool = False
+    most: int = 5
+    gantt: Path | None = None
+    out: Path | None = None
+
+
+def quantity(text: str, what: str, kind: str) -> float:
     """`24GB`, `12.5GB/s`, `10us`, `1TFLOPS` as bytes, bytes a second, seconds, operations a second.
 
     Raises:
-        ArgumentsError: not a positive number with a known unit.
+        ArgumentsError: not a positive number with a unit of that kind.
     """
-    match = re.fullmatch(r"([0-9.]+(?:e-?[0-9]+)?)\s*([kKMGTPmun]?)(B/s|B|s|FLOPS|FLOP/s)?", text.strip())
-    if match is None or not float(match[1]) > 0:
-        raise ArgumentsError(f"{what} is {text!r}; expected a number with a unit, such as 24GB, 12GB/s, 10us, 1TFLOPS")
+    number = r"([0-9]+(?:\.[0-9]*)?(?:e[+-]?[0-9]+)?)"
+    match = re.fullmatch(number + r"\s*([kKMGTPmun]?)(B/s|B|s|FLOPS|FLOP/s)?", text.strip())
+    unit = (match[3] or kind).replace("FLOP/s", "FLOPS") if match is not None else ""
+    if match is None or not float(match[1]) > 0 or unit != kind:
+        raise ArgumentsError(f"{what} is {text!r}; expected a number with a unit, such as {KINDS[kind]}")
     return float(match[1]) * UNITS[match[2]]
 
 
-def show(console: Console, what: str, inputs: list[str], devices: int, memory: str, bandwidth: str, latency: str,
-         flops: str, memory_bandwidth: str, most: int, picture: Path | None) -> None:
-    """Prints the best layouts (`micro`: micro-batches, `again`: recomputation), and the pipeline of the best."""
-    fn, types = resolve(what), [parse_type(t) for t in inputs]
-    if not types or not types[0].rank:
-        raise ArgumentsError("give the type of a whole batch for each tensor, such as i64[64,1024]: it is split")
-    graph = Pipeline(list(TIDY)).run(graph_of(what, fn, types, grad=False))
-    cluster = Cluster(Link(quantity(latency, "--latency"), quantity(bandwidth, "--bandwidth")),
-                      flops=quantity(flops, "--flops"), memory=quantity(memory_bandwidth, "--memory-bandwidth"))
-    layers = merged(chain_of(graph, range(len(types)), cluster).layers, MOST_LAYERS)
-    batch = int(types[0].shape[0])
-    found = plan(layers, Machine(devices, quantity(memory, "--memory"), cluster), batch)
-    console.print(f"{what}: {len(layers)} layers, {rounded(sum(x.parameters for x in layers) / 4)}B of parameters, "
-                  f"batch {batch}, {devices} devices; {len(found)} layouts fit in memory")
-    console.print(_table(found[:most]))
-    best = found[0]
-    console.print(f"the best: {best}")
-    console.print(best.cut.show(layers), highlight=False)
-    if best.pipe > 1:
-        console.print(chart(best.played, best.pipe, min(console.width - 8, 120)), highlight=False, markup=False)
-    if picture is not None:
-        write_png(picture, pixels(best.played, best.pipe))
-        console.print(f"drawn in {picture}")
+def cluster_of(request: Request) -> Cluster:
+    """The described cluster.
+
+    Raises:
+        ArgumentsError: two bandwidths without the size of a host, or a quantity that is none.
+    """
+    bandwidths = [quantity(t, "--bandwidth", "B/s") for t in request.bandwidth.split(",")]
+    latencies = [quantity(t, "--latency", "s") for t in request.latency.split(",")]
+    count = max(len(bandwidths), len(latencies))
+    if count > 2 or (count == 2) != (request.per_host > 1):
+        raise ArgumentsError("give --devices-per-host and two bandwidths, inside a host and between hosts "
+                             "(--bandwidth 600GB/s,25GB/s --devices-per-host 8), or one bandwidth and neither")
+    near, far = Link(latencies[0], bandwidths[0]), Link(latencies[-1], bandwidths[-1])
+    return Cluster(far, flops=quantity(request.flops, "--flops", "FLOPS"),
+                   memory=quantity(request.memory_bandwidth, "--memory-bandwidth", "B/s"),
+                   near=near if count == 2 else None, per_host=request.per_host)
+
+
+def shard_patterns(texts: Sequence[str]) -> Mapping[str, Dims] | None:
+    """`*.up.weight=tensor,-` as a pattern and what each dimension is split over.
+
+    Raises:
+        ArgumentsError: it does not read so.
+    """
+    found: dict[str, Dims] = {}
+    for text in texts:
+        pattern, eq, dims = text.partition("=")
+        names = [d.strip() for d in dims.split(",")]
+        if not eq or any(d not in ("tensor", "-") for d in names):
+            raise ArgumentsError(f"--shard is {text!r}; expected PATTERN=DIMENSIONS, such as '*.up.weight=tensor,-'")
+        found[pattern] = tuple(None if d == "-" else d for d in names)
+    return found or None
+
+
+def choices_of(request: Request) -> Choices:
+    """What the search is narrowed to.
+
+    Raises:
+        ArgumentsError: no such ZeRO stage, schedule, or word.
+    """
+    def listed(text: str, what: str, allowed: Sequence[str]) -> list[str]:
+        words = [w for w in text.split(",") if w] or list(allowed)
+        if wrong := [w for w in words if w not in allowed]:
+            raise ArgumentsError(f"{what} is {', '.join(wrong)}; expected some of {', '.join(allowed)}")
+        return words
+
+    again = {"": (False, True), "yes": (True,), "no": (False,)}
+    (word,) = [request.recompute] if request.recompute in again else listed(request.recompute, "--recompute",
+                                                                            ["yes", "no"])
+    return Choices(zero=[int(z) for z in listed(request.zero, "--zero", ["0", "1", "2", "3"])],
+                   schedules=listed(request.schedule, "--schedule", SCHEDULES), recompute=again[word])
+
+
+def load(what: str) -> tuple[Any, list[Module]]:
+    """The model, and the modules of its file: a function's parameters have their names from there."""
+    if Path(what).suffix == ".onnx":
+        from ..onnx import load as load_onnx
+
+        return load_onnx(what), []
+    found = resolve(what)
+    module = sys.modules.get(Path(what.rpartition(":")[0]).stem)
+    return found, [m for m in vars(module).values() if isinstance(m, Module)] if module is not None else []
+
+
+def show(console: Console, what: str, inputs: list[str], request: Request) -> list[Layout]:
+    """Searches, and prints the best layouts, and stages and pipeline of the best.
+
+    Raises:
+        ArgumentsError: something on the command line is wrong; AttributeValueError: nothing fits.
+    """
+    cluster, choices, shard = cluster_of(request), choices_of(request), shard_patterns(request.shard)
+    memory = quantity(request.memory, "--memory", "B")
+    thing, modules = load(what)
+    model = Planned.of(thing, [parse_type(t) for t in inputs], modules, request.optimizer, request.amp or None)
+    started = time.perf_counter()
+    prices = ModelPrices(model, cluster, shard, measure(model, cluster) if request.measure else None)
+    found = search(prices, Machine(request.devices, memory, cluster), request.most, choices)
+    best = found.layouts[0]
+    whole = sum(float(p.nbytes) for p in model.traced(model.batch)[0].captures.values() if p.role == "parameter")
+    console.print(f"{what}: {len(model.traced(model.batch)[1].layers)} layers, {rounded(whole)}B of parameters; batch "
+                  f"{model.batch} on {request.devices} devices", highlight=False)
+    console.print(f"{found.candidates} layouts, {found.costed} of them costed, the others cannot be faster: "
+                  f"{time.perf_counter() - started:.1f} s", highlight=False)
+    console.print(layouts_table(found.layouts))
+    console.print(f"the best: {best.candidate}", highlight=False)
+    console.print(stages_table(best))
+    if best.candidate.size("pipe") > 1:
+        console.print(chart(best.played, best.candidate.size("pipe"), min(console.width - 8, 120)), highlight=False,
+                      markup=False)
+    if request.gantt is not None:
+        draw(request.gantt, best.played, best.candidate.size("pipe"), str(best.candidate))
+        console.print(f"drawn in {request.gantt}", highlight=False)
+    if request.out is not None:
+        plan_of(model, prices, best).save(request.out)
+        console.print(f"written to {request.out}: td.distributed.parallelize(td.train_step(..., accumulate="
+                      f"{best.candidate.micro}), plan=td.distributed.Plan.load({str(request.out)!r}))", highlight=False,
+                      soft_wrap=True)
+    return list(found.layouts)
 
 
 def duration(seconds: float) -> str:
@@ -65,11 +177,27 @@ def duration(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
-def _table(layouts: list[Layout]) -> Table:
-    table = Table(title="layouts, the fastest first", title_justify="left")
-    for name in ("data", "tensor", "pipe", "micro", "again", "step", "bubble", "memory", "sent"):
-        table.add_column(name, justify="right")
+def layouts_table(layouts: Sequence[Layout]) -> Table:
+    """One row a layout."""
+    table = Table(title="layouts, the fastest first (data x tensor x pipe)", title_justify="left", box=SIMPLE_HEAD)
+    for name in ("mesh", "schedule", "micro", "zero", "again", "step", "bubble", "memory", "sent"):
+        table.add_column(name, justify="left" if name == "schedule" else "right", no_wrap=True)
     for x in layouts:
-        table.add_row(*map(str, (x.data, x.tensor, x.pipe, x.micro)), "yes" if x.recompute else "no",
-                      duration(x.seconds), f"{x.bubble:.1%}", f"{rounded(x.nbytes)}B", f"{rounded(x.sent)}B")
+        c = x.candidate
+        kind = "" if c.size("pipe") == 1 else c.schedule if c.chunks == 1 else f"{c.schedule} {c.chunks}"
+        table.add_row(" x ".join(str(c.size(a)) for a in ("data", "tensor", "pipe")), kind, str(c.micro), str(c.zero),
+                      "yes" if c.recompute else "no", duration(x.seconds), f"{x.bubble:.1%}", f"{rounded(x.nbytes)}B",
+                      f"{rounded(x.sent)}B")
+    return table
+
+
+def stages_table(layout: Layout) -> Table:
+    """One row a stage: where the model is cut."""
+    table = Table(title="stages: time of a micro-batch, memory of the device", title_justify="left", box=SIMPLE_HEAD)
+    for name in ("stage", "layers", "from", "to", "time", "parameters", "memory"):
+        table.add_column(name, justify="left" if name in ("from", "to") else "right")
+    ends = (*layout.cut[1:], sum(u.layers for u in layout.units))
+    for s, (units, (seconds, nbytes)) in enumerate(zip(layout.runs(), layout.stages)):
+        table.add_row(str(s), f"{layout.cut[s]}-{ends[s] - 1}", units[0].name, units[-1].name, duration(seconds),
+                      f"{rounded(sum(u.parameters for u in units))}B", f"{rounded(nbytes)}B")
     return table
