@@ -196,9 +196,13 @@ class PipelineStep(ParallelStep):
         if self.job is None:
             return
         assert self.stage_comm is not None
+        self.settle()
         for tensor, device in self._tensors():
-            whole = np.array(tensor.numpy())
-            if id(tensor) in self.parts and device == self.here:
+            if device != self.here:
+                whole = np.empty(tensor.shape, tensor.dtype.np)
+            elif id(tensor) not in self.parts:
+                whole = tensor.numpy()
+            else:
                 _, sharding, part = self.parts[id(tensor)]
                 into = np.empty((self.stage_mesh.size, part.nbytes), np.uint8)
                 self.job.watch.wait(self.stage_comm.Iallgather(part.reshape(-1).view(np.uint8), into))

@@ -1,16 +1,22 @@
 """What a rank holds during a step, under ZeRO: the plan of the arena, by what its tensors are for, against the formulas
-of the paper (arXiv:1910.02054, section 5). All ranks in one process."""
+of the paper (arXiv:1910.02054, section 5), and the memory of processes under mpiexec."""
 
+import json
+
+import numpy as np
 import pytest
 
 import treadle as td
 from treadle.distributed import Mesh
+from treadle.distributed.comm import mpi_available
 from treadle.frontend.compile import passes
 from treadle.ir.pipeline import Pipeline
 
 from . import gpt8
+from .test_mpi import start
 
-RANKS = 4
+RANKS, NOISE = 4, 1 << 20
+MISSING = mpi_available()
 
 
 def planned(plan, ranks=RANKS, **options):
@@ -49,3 +55,24 @@ def test_without_zero_everything_is_whole():
     made, whole, _ = planned(td.distributed.Plan(), clip=1.0)
     found = accounted(made)
     assert found["parameters"] >= whole and found["gradients"] >= 0.99 * whole and found["states"] >= 2 * whole
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(MISSING is not None, reason=f"no MPI: {MISSING}")
+def test_the_process_of_a_rank_holds_no_more(tmp_path):
+    """The same, of the memory that processes fill under mpiexec: from making the model to the third step no rank ever
+    has the whole of it. (Programs are compiled by a first job: that takes memory of another kind.)"""
+    cases = [{"name": name, "zero": zero, "width": width, "clip": 1.0}
+             for name, zero, width in (("warm", 3, 64), ("zero3", 3, 256), ("zero2", 2, 256))]
+    for _ in range(2):
+        done = start(RANKS, "parts_job.py", tmp_path, *map(json.dumps, cases))
+        assert done.returncode == 0, done.stderr[-4000:]
+    for rank in range(RANKS):
+        three, two = (json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for name in ("zero3", "zero2"))
+        model, layer = three["model"], three["layer"]
+        assert three["made"] < layer / 2  # nothing is drawn until the parts are known
+        assert max(three["peaks"]) <= 4 * model / RANKS + layer + NOISE
+        assert max(two["peaks"]) <= model + 3 * model / RANKS + layer + NOISE
+        assert sum(three["memory"].values()) <= 4 * model / RANKS + layer
+        assert "lives in parts" in three["read"] and "call step.gather()" in three["read"]
+        np.testing.assert_allclose(three["losses"], two["losses"], rtol=1e-4)
