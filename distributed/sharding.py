@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -206,6 +206,14 @@ class Sharding:
         for runs in itertools.product(*(_runs(self.indices(i, mesh, rank, size)) for i, size in enumerate(shape))):
             yield (tuple(slice(at, at + n) for at, _, n in runs),
                    tuple(slice(start, start + n) for _, start, n in runs))
+
+    def assemble(self, mesh: Mesh, rank: int, type: TensorType,
+                 read: Callable[[tuple[slice, ...]], np.ndarray]) -> np.ndarray:
+        """A rank's part from what `read` gives of places in the whole."""
+        part = np.zeros(self.local(type, mesh).shape, type.dtype.np)
+        for own, at in self.pieces(mesh, rank, type.shape):
+            part[own] = read(at)
+        return part
 
     def cut(self, array: Any, mesh: Mesh, rank: int) -> np.ndarray:
         """A rank's part of a whole array, a copy; of a partial sum the first rank has all, the others have zeros."""

@@ -48,11 +48,14 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class _Held:
-    """A tensor as this rank has it: its part if it has one, where that lies, and whether this rank writes it."""
+    """A tensor as this rank has it: its part if it has one, the pieces of that, and whether this rank writes it.
+
+    A piece is where it lies in the part, and where in the whole tensor.
+    """
 
     tensor: Tensor
     part: np.ndarray | None
-    place: Place
+    pieces: list[tuple[Place, Place]]
     writes: bool
 
 
@@ -92,8 +95,8 @@ def _held(step: ParallelStep, tensor: Tensor) -> _Held:
     else:
         sharding, part = Sharding.whole(tensor.ndim), None
     writes = step.holds(tensor) and all(
-        here[a] == 0 for a in step.mesh.names if a not in sharding.dims and a != step.stage_axis)
-    return _Held(tensor, part, sharding.part(step.mesh, step.rank, tensor.shape), writes)
+        here[a] == 0 for a in step.mesh.names if a not in sharding.split_axes and a != step.stage_axis)
+    return _Held(tensor, part, list(sharding.pieces(step.mesh, step.rank, tensor.shape)), writes)
 
 
 def _agreed(step: ParallelStep, action: Callable[[], Result]) -> Result:
@@ -174,7 +177,8 @@ def _pieces(step: ParallelStep) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         shapes[name] = list(tensor.shape)
         if held.writes:
             part = tensor.numpy(copy=False) if held.part is None else held.part
-            pieces[f"{name}|{place_text(held.place)}"] = np.ascontiguousarray(part)
+            for own, place in held.pieces:
+                pieces[f"{name}|{place_text(place)}"] = np.ascontiguousarray(part[own])
     if step.rank == 0:
         pieces |= {f"{name}|{place_text(tuple(slice(0, n) for n in a.shape))}": a for name, a in numbers.items()}
     return pieces, {"version": VERSION, "shapes": shapes, "aliases": aliases}
@@ -251,10 +255,11 @@ def load(path: Any, step: ParallelStep, data: Any = None) -> dict[str, str]:
         if data is not None:
             _agreed(step, lambda: data.load_state_dict(json.loads(stored.notes["data"])))
         for name, held in targets.items():
-            if held.part is not None:
-                stored.read(name, held.place, held.part)
-            else:
-                _restore(held.tensor, _Loaded(held.tensor.type, stored, name), held.place)
+            for own, place in held.pieces:
+                if held.part is not None:
+                    stored.read(name, place, held.part[own] if own else held.part)
+                else:
+                    _restore(held.tensor, _Loaded(held.tensor.type, stored, name), place)
         opt = step.inner.opt
         opt.steps = int(stored.array(f"{OPTIMIZER}steps"))
         opt.skipped = [int(n) for n in stored.array(f"{OPTIMIZER}skipped")]
@@ -284,7 +289,8 @@ def _fitting(path: Any, step: ParallelStep, targets: Mapping[str, _Held], data: 
         if stored.shapes.get(name) != tuple(held.tensor.shape):
             there = list(stored.shapes[name]) if name in stored.shapes else "nothing"
             raise CheckpointError(f"{path} has {there} for {name}, the model {list(held.tensor.shape)}")
-        stored.pieces(name, held.place)
+        for _, place in held.pieces:
+            stored.pieces(name, place)
     stored.verify(step.rank, step.mesh.size)
     return stored
 
