@@ -62,6 +62,29 @@ def halves(graph: Graph, count: int = 1, varying: Collection[int] | None = None)
     return Halves(forward, backward, forward_inputs, backward_inputs, tuple(place[v] for v in kept))
 
 
+def overwriting(graph: Graph, sums: Collection[Value]) -> tuple[Graph, set[Value]]:
+    """A backward program that writes these inputs, sums of gradients, where it would add to them: for the first
+    micro-batch of a step. Gives it, and those that it could not be done for."""
+    left = set(sums)
+    with GraphBuilder(graph.name) as builder:
+        mapping = {v: builder.input(v.type, v.name, role) for v, role in zip(graph.inputs, graph.roles)}
+        outputs = list(graph.outputs)
+        for i, j in graph.aliases.items():
+            total, node = graph.inputs[j], graph.outputs[i].producer
+            if total in left and node is not None and node.op.name == "add" and total in node.operands:
+                (outputs[i],) = (v for v in node.operands if v is not total)
+                left.discard(total)
+        replay(needed(graph, outputs), mapping, builder)
+        given: set[Value] = set()
+        for i, v in enumerate(outputs):
+            local = mapping[v]
+            if local in given or local in builder.graph.inputs:
+                (local,) = builder.emit("identity", [local], {})
+            given.add(local)
+            builder.output(local, alias=builder.graph.inputs[graph.aliases[i]] if i in graph.aliases else None)
+    return builder.graph, left
+
+
 def _program(graph: Graph, name: str, nodes: Sequence[Node], lazy: Collection[Node], first: Sequence[Value],
              outputs: Sequence[Value], aliases: dict[int, int]) -> tuple[Graph, tuple[int, ...]]:
     """A program of some nodes; of these the `lazy` ones stand right before their first reader."""

@@ -58,10 +58,12 @@ class StageProgram:
         back: which of `handed` get a cotangent; `returned`: which of `out` do.
         kept: which of the forward program's outputs the backward program reads.
         results: numbers of the whole graph's outputs -> place among the forward program's outputs.
+        first: the backward program of the first micro-batch, which starts the sums of gradients.
     """
 
     forward: Program
     backward: Program
+    first: Program
     parts: Callable[[Sequence[np.ndarray]], list[np.ndarray]]
     handed: list[TensorType]
     out: list[TensorType]
@@ -185,7 +187,8 @@ class Runner:
         else:
             cotangents, received = self.take(task)
         held = self.held.pop((task.stage, task.micro))
-        outputs = program.backward(held.parts, held.handed, held.kept, cotangents)
+        run = program.backward if task.micro else program.first
+        outputs = run(held.parts, held.handed, held.kept, cotangents)
         if task.stage:
             self.give(outputs[:len(program.back)], task, task.stage - 1)
         self.release(cotangents, received)

@@ -14,9 +14,9 @@ as a counter does, is moved by every stage for itself: each has a copy, and they
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ..ir.builder import GraphBuilder, copy_into, replay
+from ..ir.builder import GraphBuilder, replay
 from ..ir.errors import AttributeValueError
 from ..ir.graph import Graph, Node, Value
 from ..ir.opdef import op
@@ -27,6 +27,7 @@ from .cost import Cluster
 BACKWARD_WORK = 2.0  # of the forward pass
 GOOD = 1.1           # a cut is good enough if its slowest stage takes at most so much of the least possible
 MOST_LAYERS = 600    # that a cut is searched among
+NARROW = 1.5         # segments end where at most so many times the least bytes cross
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ def chain_at(graph: Graph, data: Collection[int], ends: Sequence[int], cluster: 
 
 
 def regions(chain: Chain) -> tuple[int, ...]:
-    """The ends of layers with one product at least: what hardly computes is with the layer before it.
+    """The ends of layers with one product at least: what hardly computes is with the layer before it, if there is one.
 
     That is where a cut changes something, and what recomputation computes again at a time.
     """
@@ -220,7 +221,7 @@ def regions(chain: Chain) -> tuple[int, ...]:
     some = False
     for i, end in enumerate(chain.ends):
         some = some or heavy[i]
-        if i + 1 == len(chain.ends) or some and heavy[i + 1]:
+        if i + 1 == len(chain.ends) or heavy[i + 1] and (some or not found):
             found.append(end)
             some = False
     return tuple(found)
@@ -294,16 +295,18 @@ def cut_graph(graph: Graph, data: Collection[int], count: int, memory: float = f
     return next((chain, found) for seconds, chain, found in tried if seconds <= GOOD * least)
 
 
-def stages_of(chain: Chain, found: Cut) -> list[Stage]:
-    """The stages of a cut."""
+def stages_of(chain: Chain, found: Cut, again: bool = False) -> list[Stage]:
+    """The stages of a cut. `again`: they compute their layers again in the backward pass."""
     ends = [*found.bounds[1:], len(chain.layers)]
-    return [stage_at(chain, first, end, number) for number, (first, end) in enumerate(zip(found.bounds, ends))]
+    return [stage_at(chain, first, end, number, again) for number, (first, end) in enumerate(zip(found.bounds, ends))]
 
 
-def stage_at(chain: Chain, first: int, end: int, number: int = 0) -> Stage:
+def stage_at(chain: Chain, first: int, end: int, number: int = 0, again: bool = False) -> Stage:
     """Layers first to end - 1 as a stage."""
     results = sorted({i for numbers in chain.results[first:end] for i in numbers} | set(chain.alike))
-    return _stage(chain.graph, chain.crossing[first - 1] if first else (), chain.crossing[end - 1], results, number)
+    handed = chain.crossing[first - 1] if first else ()
+    made = _stage(chain.graph, handed, chain.crossing[end - 1], results, number)
+    return recomputed(chain, first, end, made) if again else made
 
 
 def _stage(graph: Graph, handed: tuple[Value, ...], out: tuple[Value, ...], results: Sequence[int],
@@ -325,14 +328,48 @@ def _stage(graph: Graph, handed: tuple[Value, ...], out: tuple[Value, ...], resu
     return Stage(builder.graph, handed, out, tuple(numbers), tuple(results))
 
 
-def recomputed(stage: Graph) -> Graph:
-    """The stage as one region that its backward pass computes again, so that only its inputs are kept."""
-    with GraphBuilder(stage.name) as builder:
-        inputs = [builder.input(v.type, v.name, role) for v, role in zip(stage.inputs, stage.roles)]
-        body = Graph(f"{stage.name}_body")
-        with GraphBuilder(body.name) as inner:
-            inner.output(*copy_into(stage, [inner.input(v.type, v.name) for v in stage.inputs]))
-        results = builder.emit("remat", inputs, {}, [inner.graph])
-        for i, v in enumerate(results):
-            builder.output(v, alias=inputs[stage.aliases[i]] if i in stage.aliases else None)
-    return builder.graph
+def recomputed(chain: Chain, first: int, end: int, stage: Stage) -> Stage:
+    """A stage whose backward pass computes segments of it again from what they were handed, and keeps only that."""
+    graph, whole = stage.graph, chain.graph
+    with GraphBuilder(graph.name) as builder:
+        inputs = [builder.input(v.type, v.name, role) for v, role in zip(graph.inputs, graph.roles)]
+        mapping = dict(zip((*stage.handed, *(whole.inputs[i] for i in stage.inputs)), inputs))
+        found: dict[int, Value] = {}
+        for begin, stop in segments(chain, first, end):
+            handed = chain.crossing[begin - 1] if begin else ()
+            own = sorted(i for numbers in chain.results[begin:stop] for i in numbers)
+            part = _stage(whole, handed, chain.crossing[stop - 1], own, begin)
+            body = Graph(part.graph.name, part.graph.inputs, ["data"] * len(part.graph.inputs), part.graph.nodes,
+                         part.graph.outputs)
+            operands = [*(mapping[v] for v in handed), *(mapping[whole.inputs[i]] for i in part.inputs)]
+            results = builder.emit("remat", operands, {}, [body])
+            mapping.update(zip(part.out, results))
+            found.update(zip(part.results, results[len(part.out):]))
+        alike = [i for i in chain.alike if i in stage.results]
+        replay(needed(whole, [whole.outputs[i] for i in alike]), mapping, builder)
+        found.update((i, mapping[whole.outputs[i]]) for i in alike)
+        builder.output(*(mapping[v] for v in stage.out))
+        for i in stage.results:
+            alias = mapping[whole.inputs[whole.aliases[i]]] if i in whole.aliases else None
+            builder.output(found[i], alias=alias)
+    return replace(stage, graph=builder.graph)
+
+
+def segments(chain: Chain, first: int, end: int) -> list[tuple[int, int]]:
+    """Runs of layers to compute again, which end where little crosses.
+
+    Of k equal segments a backward pass has k inputs of x bytes in memory, and the activations of one, A / k: least for
+    k = sqrt(A / x) (Chen et al. 2016, arXiv:1604.06174).
+    """
+    layers = chain.layers[first:end]
+    every = sum(x.activations for x in layers)
+    narrow = min((x.output for x in layers[:-1]), default=0.0)
+    if not every or not narrow:
+        return [(first, end)]
+    target, found, begin, held = (every * narrow) ** 0.5, [], first, 0.0
+    for i, layer in enumerate(layers, start=first + 1):
+        held += layer.activations
+        if i == end or (held >= target and layer.output <= NARROW * narrow):
+            found.append((begin, i))
+            begin, held = i, 0.0
+    return found

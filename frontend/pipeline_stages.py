@@ -7,7 +7,7 @@ stage holds, mixed precision and recomputation are decided on the joint graph, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +17,12 @@ from ..autodiff import backward
 from ..autodiff.amp import amp_pass
 from ..distributed import Sharding
 from ..distributed.buckets import bucket
-from ..distributed.halves import halves
+from ..distributed.halves import Halves, halves, overwriting
 from ..distributed.partition import Partitioned, partition
 from ..distributed.plans import split_over
 from ..distributed.regather import gather_at_use, in_groups
 from ..distributed.stage_run import Program, StageProgram
-from ..distributed.stages import Stage, moved_with_data, reached, recomputed
+from ..distributed.stages import Stage, moved_with_data, reached
 from ..ir.builder import GraphBuilder, copy_into
 from ..ir.context import emit
 from ..ir.dtypes import float32
@@ -98,9 +98,9 @@ class Joint:
         return len(self.stage.graph.outputs)
 
 
-def join(loss: LossGraph, stage: Stage, again: bool = False) -> Joint:
-    """Differentiates a stage; `again`: it keeps what it is handed alone and computes the rest again."""
-    graph = recomputed(stage.graph) if again else stage.graph
+def join(loss: LossGraph, stage: Stage) -> Joint:
+    """Differentiates a stage."""
+    graph = stage.graph
     first = len(stage.handed)
     back = tuple(i for i, v in enumerate(stage.handed) if loss.wants(v))
     returned = tuple(i for i, v in enumerate(stage.out) if loss.wants(v))
@@ -140,6 +140,7 @@ class StageBuilder:
 
     Attributes:
         sums: id of a parameter -> the array in which its gradients add up; stages of one device share it.
+        cleared: those of them that have to be zero when a step begins.
         copies: state that every stage moves for itself: (stage, id of the tensor) -> (tensor, the stage's copy).
         kept_bytes: stage -> bytes that it keeps of a micro-batch.
     """
@@ -148,6 +149,7 @@ class StageBuilder:
         self.step, self.plan, self.mesh = step, step.plan, step.mesh
         self.sums: dict[int, np.ndarray] = {}
         self.copies: dict[tuple[int, int], tuple[Tensor, np.ndarray]] = {}
+        self.cleared: dict[int, np.ndarray] = {}
         self.kept_bytes: dict[int, int] = {}
 
     # How things lie ---------------------------------------------------------------------------------------------
@@ -182,26 +184,43 @@ class StageBuilder:
 
     # One stage --------------------------------------------------------------------------------------------------
 
-    def build(self, loss: LossGraph, stage: Stage, number: int, last: bool) -> StageProgram:
-        """The programs of a stage on this rank."""
-        joint = join(loss, stage, self.plan.recompute)
+    def build(self, loss: LossGraph, stage: Stage, number: int, held: int, starts: Collection[int]) -> StageProgram:
+        """The programs of a stage on this rank.
+
+        Args:
+            held: micro-batches whose activations the device keeps at most.
+            starts: numbers of the inputs whose sums of gradients no other stage of this device adds to.
+        """
+        last = number + 1 == self.step.count
+        joint = join(loss, stage)
         made = self.partitioned(loss, joint, last)
         varying = [i for i in range(len(made.graph.inputs)) if not self._stays(loss, joint, i)]
         parts = halves(made.graph, joint.ahead, varying)
-        forward, backward_run = (self.compiled(g) for g in (parts.forward, parts.backward))
+        starting, left = self.starting(parts, joint, starts)
+        forward = self.compiled(parts.forward, held + 1)
+        again, first = (self.compiled(g, 2) for g in (parts.backward, starting))
         kept = [parts.forward.outputs[i] for i in parts.kept]
         self.kept_bytes[number] = sum(int(v.type.nbytes) for v in kept)
         fixed = self.arrays(loss, joint, made, number)
+        self.cleared.update((id(loss.captures[i]), self.sums[id(loss.captures[i])]) for i in left)
         inputs = made.graph.inputs
         return StageProgram(
             _program(forward, parts.forward_inputs, 0, joint, loss, fixed),
-            _program(backward_run, parts.backward_inputs, len(parts.kept), joint, loss, fixed),
+            _program(again, parts.backward_inputs, len(parts.kept), joint, loss, fixed),
+            _program(first, parts.backward_inputs, len(parts.kept), joint, loss, fixed),
             self.cutter(loss, joint, made),
             [v.type for v in inputs[:len(stage.handed)]],
             [v.type for v in made.graph.outputs[:len(stage.out)]],
             list(joint.back), list(joint.returned), list(parts.kept),
             {number: len(stage.out) + k for k, number in enumerate(stage.results)
              if number not in loss.graph.aliases})
+
+    def starting(self, parts: Halves, joint: Joint, starts: Collection[int]) -> tuple[Graph, set[int]]:
+        """The backward program of the first micro-batch, and the inputs whose sums it adds to all the same."""
+        own = {joint.sums + k: i for k, (_, i) in enumerate(joint.params)}
+        at = {v: own[n] for n, v in zip(parts.backward_inputs, parts.backward.inputs[len(parts.kept):]) if n in own}
+        graph, left = overwriting(parts.backward, [v for v, i in at.items() if i in starts])
+        return graph, {i for v, i in at.items() if v in left or i not in starts}
 
     def _stays(self, loss: LossGraph, joint: Joint, i: int) -> bool:
         """Whether an input is the same for all micro-batches."""
@@ -250,8 +269,8 @@ class StageBuilder:
             graph = gather_at_use(graph, gathered, self.plan.data)
         return partition(graph, self.mesh, inputs, outputs)
 
-    def compiled(self, graph: Graph) -> Callable[[Sequence[Any]], list[np.ndarray]]:
-        """A per-rank program, ready to run."""
+    def compiled(self, graph: Graph, held: int = 1) -> Callable[[Sequence[Any]], list[np.ndarray]]:
+        """A per-rank program, ready to run, of whose results so many are in use at a time."""
         step = self.step
         most = self.plan.message_bytes(sum(int(p.type.nbytes) for p in step.inner.opt.params))
         if not graph.outputs:
@@ -259,7 +278,9 @@ class StageBuilder:
         graph = bucket(in_groups(graph, most), most, keep=(step.pipe,))
         if step.job is not None:
             register(graph, step.job)
-        run: Callable[[Sequence[Any]], list[np.ndarray]] = build_executable(graph, step.inner._compiled.target).run
+        executable = build_executable(graph, step.inner._compiled.target)
+        executable.keep_results(held)
+        run: Callable[[Sequence[Any]], list[np.ndarray]] = executable.run
         return run
 
     def arrays(self, loss: LossGraph, joint: Joint, made: Partitioned, number: int) -> dict[int, np.ndarray]:

@@ -11,18 +11,19 @@ numbers and running statistics go from micro-batch to micro-batch as there.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from ..distributed import Mesh
+from ..distributed import Mesh, MeshError
 from ..distributed.buffers import as_bytes
 from ..distributed.chain import Cut
 from ..distributed.messages import Messages
 from ..distributed.pipeline import schedule, stash_bound
 from ..distributed.stage_run import Runner, StageProgram
-from ..distributed.stages import Chain, Stage, chain_at, cut_graph, stages_of, unwrapped
+from ..distributed.stages import Chain, Stage, chain_at, chain_of, cut_graph, regions, stages_of, unwrapped
 from ..ir.decompose import INLINE
 from ..ir.dtypes import as_dtype
 from ..ir.errors import ArgumentsError, AttributeValueError
@@ -38,6 +39,7 @@ from .tensor import Tensor
 from .trace import Spec, leaf_type, record
 from .train import TrainStep
 
+WIDEST = 1 << 20  # tensors that cross a cut: any number
 FORWARD_TIDY = [p for p in TIDY if p is not INLINE]  # checkpointed code stays apart until it is differentiated
 
 
@@ -90,18 +92,27 @@ class PipelineStep(ParallelStep):
             for i, n in zip(tensors, kind):
                 specs[i] = _micro_spec(leaf_type(leaves[i]), n)
             loss, results = self._loss_graph(tree.unflatten(structure, specs), len(tensors))
-            found[kind] = loss, results, stages_of(*self._cut(loss))
+            found[kind] = loss, results, stages_of(*self._cut(loss), again=self.plan.recompute)
         if self.job is not None:
             texts = [str(loss.graph) for loss, _, _ in found.values()]
             self.job.agree("the model and its cut", "\n".join([*texts, repr(self.cut), str(self.plan)]))
-        programs = {kind: {s: self.stages.build(loss, stage, s, s == self.count - 1)
-                           for s, stage in enumerate(stages) if s % self.devices == self.here}
-                    for kind, (loss, _, stages) in found.items()}
+        programs = {kind: self._own(loss, stages) for kind, (loss, _, stages) in found.items()}
         owner, tied = self._held(next(iter(found.values()))[::2])
         update = build_update(self, numbers, owner)
         run = _Steps(self, [programs[kind] for kind in zip(*sizes)], list(zip(*sizes)), update, tied,
                      _Results([(loss, results, stages) for loss, results, stages in found.values()], self))
         return run
+
+    def _own(self, loss: LossGraph, stages: Sequence[Stage]) -> dict[int, StageProgram]:
+        """The programs of this device's stages."""
+        own = [s for s in range(self.count) if s % self.devices == self.here]
+        readers = Counter(i for s in own for i in stages[s].inputs)
+        starts = {i for i, count in readers.items() if count == 1}
+        return {s: self.stages.build(loss, stages[s], s, self._bound(self.here), starts) for s in own}
+
+    def _bound(self, device: int) -> int:
+        """Micro-batches whose activations the schedule lets a device keep."""
+        return stash_bound(self.plan.schedule, self.devices, self.micro, device, self.plan.chunks)
 
     def _ranks(self) -> int:
         data = self.plan.data
@@ -126,10 +137,11 @@ class PipelineStep(ParallelStep):
 
     def _cut(self, loss: LossGraph) -> tuple[Chain, Cut]:
         """The chain of a graph's layers and the cut; all graphs of a step are cut at the same places."""
-        plan, data = self.plan, range(loss.batch)
+        data = range(loss.batch)
+        if self._ends is None and self.plan.cut is not None:
+            self._ends, self.cut = self._given_cut(loss, self.plan.cut)
         if self._ends is None:
-            kept = [stash_bound(plan.schedule, self.devices, self.micro, s % self.devices, plan.chunks)
-                    for s in range(self.count)]
+            kept = [self._bound(s % self.devices) for s in range(self.count)]
             chain, self.cut = cut_graph(loss.graph, data, self.count, kept=kept)
             self._ends = chain.ends, chain.ops
             return chain, self.cut
@@ -141,6 +153,15 @@ class PipelineStep(ParallelStep):
                                       "one, so its parameters cannot stay in their stages: give it a step of its own",
                                       user_location())
         return chain, self.cut
+
+    def _given_cut(self, loss: LossGraph, ends: Sequence[int]) -> tuple[tuple[tuple[int, ...], tuple[str, ...]], Cut]:
+        """Where layers end under the plan's cut, and the steps of the graph; and the cut."""
+        everywhere = chain_of(loss.graph, range(loss.batch), widest=WIDEST)
+        if len(ends) + 1 != self.count or not set(ends) < set(everywhere.ends):
+            raise MeshError(f"the plan's cut {list(ends)} is not one of this model into {self.count} stages: make the "
+                            "plan anew for this model and mesh, or leave `cut` out", user_location())
+        layers = sorted({*ends, *regions(chain_of(loss.graph, range(loss.batch)))})
+        return (tuple(layers), everywhere.ops), Cut((0, *(layers.index(e) + 1 for e in ends)), 0.0)
 
     def _held(self, found: Any) -> tuple[dict[int, int], list[tuple[Any, np.ndarray]]]:
         """Which device has which tensor; and the sums that several devices have, each with their communicator."""
@@ -256,7 +277,7 @@ class _Steps:
     def __call__(self, arrays: Sequence[Any], numbers: Mapping[str, np.ndarray]) -> Any:
         """One step."""
         step, stages = self.step, self.step.stages
-        for total in stages.sums.values():
+        for total in stages.cleared.values():
             total.fill(0)
         for tensor, copy in stages.copies.values():
             copy[...] = tensor.numpy(copy=False)
@@ -287,7 +308,7 @@ class _Steps:
     def check(self) -> None:
         """That the device held no more activations than the schedule promises."""
         step = self.step
-        bound = stash_bound(step.plan.schedule, step.devices, step.micro, step.here, step.plan.chunks)
+        bound = step._bound(step.here)
         assert step.most_kept <= bound, f"kept {step.most_kept} micro-batches, the schedule promises {bound}"
 
     def add_tied(self) -> None:

@@ -39,7 +39,7 @@ from .tensor import Tensor
 from .trace import Spec, record
 from .train import TrainStep
 
-ENOUGH = 24  # layers: with fewer, cuts where several tensors cross are looked at too
+ENOUGH = 4  # layers: with fewer, cuts where several tensors cross are looked at too
 
 
 @dataclass

@@ -17,6 +17,7 @@ from typing import Any
 
 from ..autodiff.amp import amp_pass
 from ..autodiff.budget import kernels, timeline
+from ..autodiff.save_less import save_less
 from ..distributed.buckets import bucket
 from ..distributed.cost import Cluster, sent_bytes
 from ..distributed.halves import halves
@@ -114,16 +115,17 @@ class Pricer:
         places = tuple(dims.get(i) for i in stage.inputs)
         known = key, ranks, places, again, free
         if known not in self.known:
-            self.known[known] = self._price(stage, ranks, dims, again, free)
+            run = stage_at(self.chain, first, end, again=True) if again else stage
+            self.known[known] = self._price(run, ranks, dims, free)
         found = self.known[known]
         numbers = dict(zip(_numbers(found), (i for i in stage.inputs if i in self.loss.trained)))
         return _renumbered(found, numbers)
 
-    def _price(self, stage: Stage, ranks: int, dims: Mapping[int, Dims], again: bool, free: bool) -> Price:
-        joint = join(self.loss, stage, again)
+    def _price(self, stage: Stage, ranks: int, dims: Mapping[int, Dims], free: bool) -> Price:
+        joint = join(self.loss, stage)
         made, shardings = self._partitioned(joint, ranks, dims, free)
         varying = [k for k in range(len(made.inputs)) if not self._stays(joint, k)]
-        parts = halves(made, joint.ahead, varying)
+        parts = halves(save_less(made).graph, joint.ahead, varying)
         forward, backward = (bucket(g, MESSAGE) for g in (parts.forward, parts.backward))
         outs = len(stage.out)
         inner = [parts.forward.outputs[k] for k in parts.kept if k >= outs]
@@ -282,14 +284,15 @@ class Annotator:
         return self.pricer.loss.graph.inputs[i].rank
 
     def _tied(self) -> list[int]:
-        """The most costly reader of every parameter that several layers read."""
-        readers: dict[int, list[int]] = {}
+        """Of every parameter that several layers read, the layer that computes most with it."""
+        readers: dict[int, list[tuple[float, int]]] = {}
         for layer in range(len(self.pricer.chain.layers)):
-            for i in self.pricer.stage(layer, layer + 1)[0].inputs:
+            stage = self.pricer.stage(layer, layer + 1)[0]
+            for i, v in zip(stage.inputs, stage.graph.inputs[len(stage.handed):]):
                 if i in self.pricer.loss.trained:
-                    readers.setdefault(i, []).append(layer)
-        work = [x.forward for x in self.pricer.chain.layers]
-        return [max(layers, key=work.__getitem__) for layers in readers.values() if len(layers) > 1]
+                    flops = sum(float(n.flops) for n in stage.graph.nodes if v in n.operands)
+                    readers.setdefault(i, []).append((flops, layer))
+        return [max(layers)[1] for layers in readers.values() if len(layers) > 1]
 
     def value(self, price: Price) -> tuple[float, float]:
         """What is made small."""
@@ -317,10 +320,11 @@ class Annotator:
         dims = {i: self.settled[i] for i in own if i in self.settled}
         whole = self.pricer.price(first, end, self.ranks, dims)
         best, some = whole, None
-        for i in own:
-            if i in dims or self._rank(i) < 2:
-                continue
-            tried = [p for k in range(self._rank(i)) if (p := self._try(first, end, dims, i, k)) is not None]
+        waiting = [i for i in own if i not in dims and self._rank(i) >= 2]
+        batches = [waiting, *([i] for i in waiting)]  # the best of all first, then what is left
+        for batch in batches:
+            tried = [p for i in batch if i not in dims for k in range(self._rank(i))
+                     if (p := self._try(first, end, dims, i, k)) is not None]
             if not tried:
                 continue
             found = min(tried, key=self.value)

@@ -91,6 +91,8 @@ class _Result:
         self.dtype = numpy_dtype(info.dtype)
         self.position, self.slot = position, slot  # among the outputs; in the table
         self.held = -1  # bytes of `raw`
+        self.most = 1  # memories that are kept
+        self.others: list[tuple[Any, ...]] = []  # of earlier results that may still be held
         self.resize(info.shape if all(isinstance(n, int) for n in info.shape) else (0,))
         self.raw: np.ndarray | None = np.empty(0, np.uint8)
         self.idle = sys.getrefcount(self.raw)  # references while no caller holds a view
@@ -104,9 +106,20 @@ class _Result:
     def array(self) -> np.ndarray:
         """A fresh array; afterwards `address` is where its data lie."""
         if self.raw is None or self.held < self.nbytes or sys.getrefcount(self.raw) != self.idle:
-            self.raw, self.offset, self.address = _raw(self.nbytes)
-            self.held = self.nbytes
+            self._another()
         return np.ndarray(self.shape, self.dtype, self.raw, self.offset)
+
+    def _another(self) -> None:
+        """Takes up the memory of an earlier result that nobody holds any more, or fresh one."""
+        for _ in range(len(self.others)):
+            self.others.append((self.raw, self.offset, self.address, self.held))
+            self.raw, self.offset, self.address, self.held = self.others.pop(0)
+            if self.held >= self.nbytes and sys.getrefcount(self.raw) == self.idle:
+                return
+        if self.raw is not None and len(self.others) + 1 < self.most:
+            self.others.append((self.raw, self.offset, self.address, self.held))
+        self.raw, self.offset, self.address = _raw(self.nbytes)
+        self.held = self.nbytes
 
 
 class Executable:
@@ -164,6 +177,11 @@ class Executable:
         return f"<Executable {s.name}({ins}) -> ({outs}) for {s.target}, {len(s.kernels)} kernels>"
 
     # -- running ------------------------------------------------------------------------------------------
+
+    def keep_results(self, calls: int) -> None:
+        """The caller will hold the results of so many calls at a time: their memory is used again all the same."""
+        for result in self._results:
+            result.most = calls
 
     def prepare(self) -> None:
         """Load the machine code. `run` does it by itself; `build` and `load` call it to fail early.
