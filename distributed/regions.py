@@ -11,7 +11,7 @@ Conditions are whole: all ranks branch, and stop, alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from .rules import Linear
 from .sharding import PARTIAL, WHOLE, blocks_of, dim_of, split
 
 if TYPE_CHECKING:
+    from .propagate import RuleTable
     from .solve import AxisSolver
 
 LOOPS = ("scan", "while_loop", "cond")
@@ -106,6 +107,26 @@ def accumulators(node: Node) -> list[int]:
     return found
 
 
+def summed(node: Node, table: RuleTable, sums: Collection[int]) -> set[Value]:
+    """The values that a step makes to add them to these carries, back to where they stop being sums of sums."""
+    body = node.regions[-1]
+    readers, found = body.uses(), set()
+    waiting = [v for i in sums for v in (body.outputs[i], *_others(node, i))]
+    while waiting:
+        v = waiting.pop()
+        found.add(v)
+        if v.producer is not None and v.producer in table.factors and table.factors[v.producer].linear:
+            waiting += [x for x in v.producer.operands if len(readers[x]) == 1 and x not in found]
+    return found
+
+
+def _others(node: Node, i: int) -> list[Value]:
+    """What a step adds to a carry."""
+    out, into = node.regions[-1].outputs[i], node.regions[-1].inputs[i]
+    assert out.producer is not None
+    return [v for v in out.producer.operands if v is not into]
+
+
 def choose_loop(solver: AxisSolver, node: Node) -> Loop:
     """The cheapest way found: as hinted, with sums left partial, or with everything whole."""
     body, first = node.regions[-1], first_operand(node)
@@ -126,16 +147,17 @@ def choose_loop(solver: AxisSolver, node: Node) -> Loop:
 
 def _is_sum(solver: AxisSolver, node: Node, i: int) -> bool:
     """Whether what was last tried adds partial sums to a carry."""
-    out, into = node.regions[-1].outputs[i], node.regions[-1].inputs[i]
-    assert out.producer is not None
-    chosen = solver.plan.strategies[out.producer][solver.axis]
-    others = [v for v in out.producer.operands if v is not into]
-    return isinstance(chosen, Linear) and all(solver.have[v][0] == PARTIAL for v in others)
+    add = node.regions[-1].outputs[i].producer
+    assert add is not None
+    return isinstance(solver.plan.strategies[add][solver.axis], Linear) and all(
+        solver.have[v][0] == PARTIAL for v in _others(node, i))
 
 
 def _try(solver: AxisSolver, node: Node, places: Sequence[int]) -> tuple[float, tuple[Places, ...]]:
     """Solves the regions for given places of their inputs: (seconds, where their outputs lie)."""
     total, found, first = 0.0, [], first_operand(node)
+    sums = [i for i in range(carries(node)) if places[i] == PARTIAL]
+    free = summed(node, solver.table, sums) if sums else set()
     for number, region in enumerate(node.regions):
         wanted: list[int | None] = [None] * len(region.outputs)
         if node.op.name == "cond":
@@ -144,7 +166,7 @@ def _try(solver: AxisSolver, node: Node, places: Sequence[int]) -> tuple[float, 
             wanted = [WHOLE]
         else:
             wanted[:carries(node)] = places[:carries(node)]
-        inner = solver.inside(region, dict(zip(region.inputs, places[first:])), wanted)
+        inner = solver.inside(region, dict(zip(region.inputs, places[first:])), wanted, free)
         total += inner.total
         found.append(tuple(inner.have[v][0] if w is None else w for v, w in zip(region.outputs, wanted)))
     total *= steps(node)

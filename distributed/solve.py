@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..ir.dce import sweep
@@ -178,10 +178,15 @@ class AxisSolver:
             self.choose(node)
         self.plan.seconds[self.axis] = self.total
 
-    def inside(self, region: Graph, places: Mapping[Value, int], ends: Sequence[int | None]) -> AxisSolver:
-        """The solver of a region whose inputs lie as told, and its outputs (None: as they come); after it ran."""
+    def inside(self, region: Graph, places: Mapping[Value, int], ends: Sequence[int | None],
+               free: Collection[Value] = ()) -> AxisSolver:
+        """The solver of a region whose inputs lie as told, and its outputs (None: as they come); after it ran.
+
+        `free`: values whose hints do not count.
+        """
         inner = copy.copy(self)
         inner.stays = 1.0
+        inner.hints = {v: place for v, place in self.hints.items() if v not in free} if free else self.hints
         inner.read(region)
         for v in region.inputs:
             inner.have[v] = [places[v]]

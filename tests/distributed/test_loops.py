@@ -47,6 +47,13 @@ def test_gradients_of_weights_are_reduced_once_behind_the_loop(kind, axes):
     assert forward.results[0].shape == (BATCH // axes["data"], WIDTH)
 
 
+def test_gradients_that_are_kept_in_parts_are_scattered_behind_the_loop():
+    graph, labels = recurrent("LSTM")
+    parts = {k + 1: Sharding(("data", *(None,) * (graph.outputs[k + 1].rank - 1))) for k in range(len(labels))}
+    made = check(graph, Mesh({"data": 2}), {0: Sharding(("data", None, None))}, parts)
+    assert not inside(made) and made.collectives() == {"reduce_scatter:data": len(labels), "all_reduce:data": 1}
+
+
 @pytest.mark.parametrize("axes", [{"tensor": 2}, {"data": 2, "tensor": 2}], ids=str)
 def test_gates_are_split_by_blocks(axes):
     """An LSTM's weights hold four gates one after the other: each is split, and the state is gathered in each step."""
