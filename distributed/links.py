@@ -40,7 +40,7 @@ class Links:
         lost: rank -> why it is known to be dead.
         left: rank -> the step in which it ended normally.
         words: rank -> its last words.
-        at: rank -> (step, calls, op) that it told of last.
+        at: rank -> (step, calls, op) in which it has been waiting for long; those that go on are not in it.
         deaf: ranks to which there is no socket; a warning said so.
     """
 
@@ -131,13 +131,15 @@ class Links:
         if kind == "at":
             step, calls, label = rest.split(" ", 2)
             self.at[other] = (int(step), int(calls), label)
+        elif kind == "on":
+            self.at.pop(other, None)
         elif kind == "left":
             self.left[other] = int(rest)
         elif kind == "failed":
             self.words[other] = rest
 
     def tell(self, line: str) -> None:
-        """A line to all: `at STEP CALLS OP`, `left STEP`, `failed TEXT`."""
+        """A line to all: `at STEP CALLS OP`, `on`, `left STEP`, `failed TEXT`."""
         data = line.replace("\n", " ").encode() + b"\n"
         for link in self.sockets.values():
             with contextlib.suppress(OSError):

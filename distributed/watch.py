@@ -28,7 +28,7 @@ LABELS = 96     # bytes that name an op
 WORDS = 1000    # bytes of the last words
 ADDRESS = 512   # bytes of a rank's addresses
 COMPUTING, WAITING, LEFT = range(3)
-SETTLE, SETTLE_FAR = 2.0, 15.0  # seconds in which what a rank sent before it ended arrives, on one host and on several
+SETTLE = 2.0    # seconds in which what a rank sent before it ended arrives
 
 
 class Watch:
@@ -125,6 +125,8 @@ class Watch:
                 time.sleep(0.0002)
             else:
                 os.sched_yield()
+        if self._told:
+            self.links.tell("on")
 
     def _done(self, request: Any) -> bool:
         try:
@@ -151,9 +153,8 @@ class Watch:
             raise DistributedError(f"rank {rank} of another host is gone: {why}. Rank {self.rank} was in "
                                    f"{self.where()}", gone=rank)
         self._ended(waited)
-        if waited > 0.8 * self.timeout and not self._told:
-            self._told = True  # where this rank is, so that each can say who has not come
-            self.links.tell(f"at {self.step} {self.calls} {self.label}")
+        if waited > 0.8 * self.timeout:
+            self._say_where()  # so that each can say who has not come
         if waited > self.timeout:
             raise DistributedError(f"rank {self.rank} waited {waited:.0f} s in {self.where()}: {self.missing()}. If "
                                    "that may take so long, raise TREADLE_COMM_TIMEOUT")
@@ -173,12 +174,20 @@ class Watch:
         now, state = time.monotonic(), tuple(map(bytes, heads))
         if state != self._still[0]:
             self._still = state, now
-        settle = SETTLE_FAR if self.links.others else SETTLE
-        if now - self._still[1] > settle and waited > settle and all(h[2] != COMPUTING for h in heads):
+        if now - self._still[1] < SETTLE or waited < SETTLE or any(h[2] == COMPUTING for h in heads):
+            return
+        self._say_where()
+        if all(r in ended or r in self.links.at for r in self.links.others):
             rank, step = next(iter(ended.items()))
             raise DistributedError(f"rank {rank} has ended after step {step}, but rank {self.rank} waits in "
                                    f"{self.where()}: every rank has to do as many steps (on equally many batches), "
                                    "and to call save, load and gather like the others")
+
+    def _say_where(self) -> None:
+        """Tells the other hosts that this rank waits; `until` takes it back when it goes on."""
+        if not self._told:
+            self._told = True
+            self.links.tell(f"at {self.step} {self.calls} {self.label}")
 
     def where(self) -> str:
         return f"{self.label or 'no op'} of step {self.step}"

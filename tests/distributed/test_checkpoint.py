@@ -221,6 +221,21 @@ def test_an_error_of_the_disk_leaves_what_was_there(tmp_path, monkeypatch):
     assert {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()} == before
 
 
+def test_of_a_parameter_that_nobody_looked_at_a_rank_reads_its_part(tmp_path):
+    model, _, step = linear()
+    step(X)
+    step.save(tmp_path / "a")
+    saved = model.weight.numpy()
+    again, _, resumed = linear()
+    resumed.load(tmp_path / "a")
+    value = again.weight._value
+    assert value.waiting
+    np.testing.assert_array_equal(value.source.part((slice(1, 2), slice(0, 2))), saved[1:2])
+    step(X)
+    step.save(tmp_path / "a")  # what was loaded stays what it was
+    assert value.waiting and again.weight.numpy().tobytes() == saved.tobytes() != model.weight.numpy().tobytes()
+
+
 def test_a_cursor_goes_on_where_it_was():
     cursor, again = resuming.loader(), resuming.loader()
     taken = [batch for batch, _ in zip(cursor, range(4))]

@@ -71,7 +71,7 @@ MISTAKES = {
              r"\w+ of float64\[4,8\]",
     "data": r"different batches: rank 0 has step 0: checksum (\w+) of .* rank 1 has step 0: checksum (?!\1)",
     "rate": r"different batches: rank 0 .*numbers (\w+), rank 1 .*numbers (?!\1)",
-    "fewer": r"rank 1 has ended after step 2, but rank 0 waits in [\w: ]+ of step 3: every rank has to do as many steps",
+    "fewer": r"rank 1 has ended after step 2, but rank 0 waits in [\w: ]+ of step 3: every rank has to do as many",
     "model": r"do not agree on the program: ranks \[1\] differ from rank 0, first in line \d+: rank 0 has",
     "dtype": r"do not agree on the program: .*rank 0 has `graph train_step\(.*f64.*rank 1 has `graph train_step\(.*f32",
     "plan": r"do not agree on the program: .*rank 0 has",
@@ -90,3 +90,9 @@ def test_ranks_that_differ_are_told(kind, tmp_path):
     assert re.search(MISTAKES[kind], done.stderr), done.stderr[-3000:]
     if kind not in ("shape", "fewer"):
         assert not (tmp_path / "run").exists(), "nothing was computed"
+
+
+@pytest.mark.slow
+def test_a_mesh_of_another_size_than_the_job(tmp_path):
+    done = run(tmp_path / "run", {"data": 3})
+    assert done.returncode == 1 and "Start it with `treadle launch -n 3 script.py`" in done.stderr
