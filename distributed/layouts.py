@@ -11,7 +11,8 @@ come from is not asked here (`frontend/pricing.py` runs the partitioner on the r
   runs, from the last unit to the first;
 * a parameter that units of several stages read is on each, and its gradients are added up over the pipeline;
 * in memory are parameters, gradients and states, of which ZeRO divides its part, the activations that the schedule
-  holds at its worst, what the largest unit needs while it runs, and the tensors under way.
+  holds at its worst, what a unit needs besides while it runs, and the tensors under way. The backward pass of a unit
+  runs when those behind it have let go of what they kept, so what it needs may find room there.
 
 Many cuts are costed at once: every figure is an array over cuts. That makes it cheap to try all of them.
 """
@@ -19,7 +20,7 @@ Many cuts are costed at once: every figure is an array over cuts. That makes it 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -137,6 +138,11 @@ class Layout:
         """The units of each stage."""
         return [self.units[a:b] for a, b in zip(self.bounds, (*self.bounds[1:], len(self.units)))]
 
+    def parameters(self, stage: int) -> float:
+        """Bytes of a stage's parameters."""
+        ends = (*self.bounds[1:], len(self.units))
+        return float(Chain(self.units).of("parameters", np.array(self.bounds[stage]), np.array(ends[stage])))
+
     @property
     def cut(self) -> tuple[int, ...]:
         """The first layer of each stage, counted in the model's chain."""
@@ -159,8 +165,9 @@ class Chain:
         sizes = {name: sizes for u in units for name, *sizes in u.tied}
         self.tied = [(at, dict(zip(("parameters", "gradients", "states"), sizes[name])))
                      for name, at in readers.items() if len(at) > 1]
-        # [a, b]: the most that one of the units a to b - 1 needs; the second with its parameters gathered (ZeRO-3)
-        self.largest = [_running(u.work for u in units), _running(u.work + u.parameters for u in units)]
+        # [a, b]: by how much the units a to b - 1 need more than they keep; the second if parameters are gathered
+        kept = [u.activations for u in units]
+        self.excess = [_excess(kept, [u.work for u in units]), _excess(kept, [u.work + u.parameters for u in units])]
 
     def total(self, name: str) -> float:
         """Over all units, in one run."""
@@ -175,11 +182,11 @@ class Chain:
         return found
 
 
-def _running(values: Iterable[float]) -> np.ndarray:
-    given = list(values)
-    found = np.zeros((len(given) + 1, len(given) + 1))
-    for a in range(len(given)):
-        found[a, a + 1:] = np.maximum.accumulate(given[a:])
+def _excess(kept: Sequence[float], work: Sequence[float]) -> np.ndarray:
+    found = np.zeros((len(kept) + 1, len(kept) + 1))
+    for a in range(len(kept)):
+        held = np.cumsum(kept[a:])
+        found[a, a + 1:] = np.maximum.accumulate(held + work[a:]) - held
     return found
 
 
@@ -304,7 +311,7 @@ class Costs:
         starts = bounds.T
         ends = np.concatenate([starts[1:], np.full((1, bounds.shape[0]), len(self.chain.units))])
         found = {n: self.chain.of(n, starts, ends) for n in self.chain.before}
-        found["work"] = self.chain.largest[self.candidate.zero == 3][starts, ends]
+        found["work"] = self.chain.excess[self.candidate.zero == 3][starts, ends]
         found["output"] = self.chain.output[ends - 1]
         again = self.gathering(found["parameters"])
         found["forward"] = found["forward"] + again

@@ -224,7 +224,7 @@ def _stage_tables(costs: Costs) -> tuple[np.ndarray, list[np.ndarray]]:
                   costs.machine)
     starts, ends = np.meshgrid(np.arange(count + 1), np.arange(count + 1), indexing="ij")
     runs = {n: costs.chain.of(n, starts, ends) for n in costs.chain.before}
-    runs["work"] = costs.chain.largest[c.zero == 3]
+    runs["work"] = costs.chain.excess[c.zero == 3]
     again = alone.gathering(runs["parameters"])
     seconds = runs["forward"] + runs["backward"] + (3 if c.recompute else 2) * again
     out = np.concatenate([[0.0], costs.chain.output])

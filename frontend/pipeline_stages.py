@@ -15,6 +15,7 @@ import numpy as np
 
 from ..autodiff import backward
 from ..autodiff.amp import amp_pass
+from ..autodiff.save_less import save_less
 from ..distributed import Sharding
 from ..distributed.buckets import bucket
 from ..distributed.halves import Halves, halves, overwriting
@@ -195,7 +196,7 @@ class StageBuilder:
         joint = join(loss, stage)
         made = self.partitioned(loss, joint, last)
         varying = [i for i in range(len(made.graph.inputs)) if not self._stays(loss, joint, i)]
-        parts = halves(made.graph, joint.ahead, varying)
+        parts = halves(save_less(made.graph).graph, joint.ahead, varying)  # so that less waits for the backward pass
         starting, left = self.starting(parts, joint, starts)
         forward = self.compiled(parts.forward, held + 1)
         again, first = (self.compiled(g, 2) for g in (parts.backward, starting))

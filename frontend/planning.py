@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -330,8 +331,8 @@ class ModelPrices:
         if not names:
             return str(pricer.chain.layers[run.first].name)
         heads = [n.split(".") for n in names]
-        same = [a[0] for a in zip(*heads) if len(set(a)) == 1]
-        return ".".join(same) if same else f"{names[0]}.." if len(names) > 1 else names[0]
+        same = [a[0] for a in itertools.takewhile(lambda a: len(set(a)) == 1, zip(*heads))]
+        return ".".join(same) or f"{names[0]}.."
 
 
 VARYING = ("forward", "backward", "activations", "work", "output", "sent")

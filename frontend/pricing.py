@@ -320,7 +320,7 @@ class Annotator:
         dims = {i: self.settled[i] for i in own if i in self.settled}
         whole = self.pricer.price(first, end, self.ranks, dims)
         best, some = whole, None
-        waiting = [i for i in own if i not in dims and self._rank(i) >= 2]
+        waiting = [i for i in own if i not in dims and self._multiplied(stage, i)]
         batches = [waiting, *([i] for i in waiting)]  # the best of all first, then what is left
         for batch in batches:
             tried = [p for i in batch if i not in dims for k in range(self._rank(i))
@@ -335,6 +335,13 @@ class Annotator:
                 dims.update((j, d) for j, d in found.placed.items() if any(d))
         placed = {i: d for i, d in best.placed.items() if any(d)}
         return placed, best, some
+
+    @staticmethod
+    def _multiplied(stage: Stage, i: int) -> bool:
+        """Whether a parameter is a factor of a product, or rows are taken from it."""
+        v = stage.graph.inputs[len(stage.handed) + stage.inputs.index(i)]
+        return v.rank >= 2 and any(n.op.has("contraction") or n.op.name == "take" for n in stage.graph.nodes
+                                   if v in n.operands)
 
     def _try(self, first: int, end: int, dims: Mapping[int, Dims], i: int, k: int) -> Price | None:
         shape = self.pricer.loss.graph.inputs[i].shape

@@ -182,6 +182,9 @@ def run_plan(
     amp: Annotated[str, typer.Option(help="Mixed precision: bfloat16.")] = "",
     shard: Annotated[list[str] | None, typer.Option(help="How parameters are split, '*.up.weight=tensor,-'; default: "
                                                          "found.")] = None,
+    tensor: Annotated[str, typer.Option(help="Sizes of the tensor axis to search: 1,2,4.")] = "",
+    pipe: Annotated[str, typer.Option(help="Sizes of the pipeline axis to search.")] = "",
+    micro: Annotated[str, typer.Option(help="Numbers of micro-batches to search.")] = "",
     zero: Annotated[str, typer.Option(help="ZeRO stages to search: 0,1,2,3.")] = "",
     schedule: Annotated[str, typer.Option(help="Schedules to search: gpipe,1f1b,interleaved.")] = "",
     recompute: Annotated[str, typer.Option(help="yes or no; default: both are searched.")] = "",
@@ -194,7 +197,7 @@ def run_plan(
 
     show(Console(), what, inputs, Request(
         devices, memory, bandwidth, latency, devices_per_host, flops, memory_bandwidth, optimizer, amp, shard or [],
-        zero, schedule, recompute, measure, most, gantt, out))
+        tensor, pipe, micro, zero, schedule, recompute, measure, most, gantt, out))
 
 
 @app.command("doctor")

@@ -49,6 +49,9 @@ class Request:
     optimizer: str = "adamw"
     amp: str = ""
     shard: list[str] = field(default_factory=list)
+    tensor: str = ""
+    pipe: str = ""
+    micro: str = ""
     zero: str = ""
     schedule: str = ""
     recompute: str = ""
@@ -121,7 +124,14 @@ def choices_of(request: Request) -> Choices:
     again = {"": (False, True), "yes": (True,), "no": (False,)}
     (word,) = [request.recompute] if request.recompute in again else listed(request.recompute, "--recompute",
                                                                             ["yes", "no"])
-    return Choices(zero=[int(z) for z in listed(request.zero, "--zero", ["0", "1", "2", "3"])],
+    def numbers(text: str, what: str) -> list[int] | None:
+        if not re.fullmatch(r"([1-9][0-9]*(,|$))*", text):
+            raise ArgumentsError(f"{what} is {text!r}; expected whole numbers with commas between, such as 1,2,4")
+        return [int(n) for n in text.split(",")] if text else None
+
+    return Choices(tensor=numbers(request.tensor, "--tensor"), pipe=numbers(request.pipe, "--pipe"),
+                   micro=numbers(request.micro, "--micro"),
+                   zero=[int(z) for z in listed(request.zero, "--zero", ["0", "1", "2", "3"])],
                    schedules=listed(request.schedule, "--schedule", SCHEDULES), recompute=again[word])
 
 
@@ -179,7 +189,8 @@ def duration(seconds: float) -> str:
 
 def layouts_table(layouts: Sequence[Layout]) -> Table:
     """One row a layout."""
-    table = Table(title="layouts, the fastest first (data x tensor x pipe)", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title="layouts, the fastest first (data x tensor x pipe)", title_justify="left", box=SIMPLE_HEAD,
+                  padding=(0, 1, 0, 0), pad_edge=False)
     for name in ("mesh", "schedule", "micro", "zero", "again", "step", "bubble", "memory", "sent"):
         table.add_column(name, justify="left" if name == "schedule" else "right", no_wrap=True)
     for x in layouts:
@@ -193,11 +204,12 @@ def layouts_table(layouts: Sequence[Layout]) -> Table:
 
 def stages_table(layout: Layout) -> Table:
     """One row a stage: where the model is cut."""
-    table = Table(title="stages: time of a micro-batch, memory of the device", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title="stages: time of a micro-batch, memory of the device", title_justify="left", box=SIMPLE_HEAD,
+                  padding=(0, 1, 0, 0), pad_edge=False)
     for name in ("stage", "layers", "from", "to", "time", "parameters", "memory"):
         table.add_column(name, justify="left" if name in ("from", "to") else "right")
     ends = (*layout.cut[1:], sum(u.layers for u in layout.units))
     for s, (units, (seconds, nbytes)) in enumerate(zip(layout.runs(), layout.stages)):
         table.add_row(str(s), f"{layout.cut[s]}-{ends[s] - 1}", units[0].name, units[-1].name, duration(seconds),
-                      f"{rounded(sum(u.parameters for u in units))}B", f"{rounded(nbytes)}B")
+                      f"{rounded(layout.parameters(s))}B", f"{rounded(nbytes)}B")
     return table

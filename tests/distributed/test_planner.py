@@ -150,7 +150,7 @@ def cost(runs, cluster, data, pipe, micro, kind, chunks, zero, again):
         if not accumulating:
             whole = hidden(runs[0], cluster, data, zero, again)
         seconds.append(clock[d] + whole + (2 * p + g + 2 * o) / (data if zero else 1) / cluster.memory)
-        work = max(u.work + (u.parameters if zero == 3 else 0.0) for run in own for u in run)
+        work = max(beyond(run, zero) for run in own)
         fullest.append((p / data if zero == 3 else p) + (g / data if zero > 1 or zero and not accumulating else g)
                        + (o / data if zero else o) + most_held(orders[d], [total(run, "activations") for run in runs])
                        + work + (2 * max(run[-1].output for run in own) if pipe > 1 else 0.0))
@@ -161,6 +161,15 @@ def cost(runs, cluster, data, pipe, micro, kind, chunks, zero, again):
         busiest.append(over + tied_bytes * 2 * (pipe - 1) / pipe + micro * along)
     adding = cluster.all_reduce("pipe", pipe, tied_bytes) if tied_bytes else 0.0
     return max(seconds) + adding, max(fullest), max(busiest)
+
+
+def beyond(run, zero):
+    """What a stage needs at most, going back from its last unit, beyond what it keeps."""
+    kept = most = 0.0
+    for u in run:
+        kept += u.activations
+        most = max(most, kept + u.work + (u.parameters if zero == 3 else 0.0))
+    return most - kept
 
 
 def hidden(units, cluster, data, zero, again):
