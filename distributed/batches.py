@@ -33,7 +33,8 @@ class BatchCheck:
         """Sends what this rank was given: the batch, and numbers such as the learning rate."""
         self.finish()
         checksum = zlib.crc32(np.array([float(n) for n in numbers]).tobytes())
-        text = f"step {step}: {describe(arrays)}; numbers {checksum:08x}"
+        kind = numbers[0].dtype if numbers else ""
+        text = f"step {step}: {describe(arrays)}; {kind} numbers {checksum:08x}"
         self.own[:] = np.frombuffer(text.encode()[:BYTES].ljust(BYTES, b"\0"), np.uint8)
         self.request = self.comm.Iallgather(self.own, self.told)
 

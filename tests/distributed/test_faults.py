@@ -73,7 +73,7 @@ MISTAKES = {
     "rate": r"different batches: rank 0 .*numbers (\w+), rank 1 .*numbers (?!\1)",
     "fewer": r"rank 1 has ended after step 2, but rank 0 waits in [\w: ]+ of step 3: every rank has to do as many",
     "model": r"do not agree on the program: ranks \[1\] differ from rank 0, first in line \d+: rank 0 has",
-    "dtype": r"do not agree on the program: .*rank 0 has `graph train_step\(.*f64.*rank 1 has `graph train_step\(.*f32",
+    "dtype": r"different batches: rank 0 .*; float64 numbers \w+, rank 1 .*; float32 numbers \w+",
     "plan": r"do not agree on the program: .*rank 0 has",
     "mesh": r"do not agree on the mesh, or on what is installed: .* rank 0 has `mesh: data=2`, rank 1 has "
             r"`mesh: other=2`",
