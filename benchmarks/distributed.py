@@ -2,7 +2,8 @@
 
     python benchmarks/distributed.py [CASE ...] [--ranks 2] [--rounds 4] [--size small] [--json FILE]
 
-Cases: zero1, tp, pp (a training step of GPT-2 small on 8 x 128 tokens, f32; `gpt2` names all three), dp, zero3; and
+Cases: zero1, tp, pp (a training step of GPT-2 small on 8 x 128 tokens, f32; `gpt2` names all three), dp, zero3; messages
+and waiting (zero1 as if the ranks were on several hosts, sums of gradients sent while the backward pass runs, and not);
 allreduce (sums called by a compiled program beside mpi4py's own call on equal buffers, from 4 bytes to 256 MB).
 
 Every rank has one thread, the one process as many as there are ranks, and both the same cores. They take turns, step
@@ -34,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import harness
 
 GROUPS = {"gpt2": ("zero1", "tp", "pp")}
-CASES = ("zero1", "tp", "pp", "dp", "zero3", "allreduce")
+CASES = ("zero1", "tp", "pp", "dp", "zero3", "messages", "waiting", "allreduce")
 STEPS = 3  # of a turn
 
 

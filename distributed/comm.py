@@ -80,6 +80,13 @@ class Job:
         self.world.Allreduce(self.mpi.IN_PLACE, all_do, self.mpi.MIN)
         return [axis for axis, near in zip((a for a in self.mesh.names if self.mesh[a] > 1), all_do) if near]
 
+    def transport(self, group: Any) -> Any:
+        """The collectives of some ranks, by their communicator; all of them call this."""
+        near = np.array(int(config.get("TREADLE_SHARED_MEMORY"))
+                        * int(group.Split_type(self.mpi.COMM_TYPE_SHARED).size == group.size), np.int64)
+        group.Allreduce(self.mpi.IN_PLACE, near, self.mpi.MIN)
+        return (Near if near else Far)(self.mpi, group, self.watch)
+
     @property
     def apart(self) -> list[str]:
         """The axes whose ranks are not all on one host: there it pays to send while something else is computed."""
@@ -102,14 +109,14 @@ class Job:
         It takes the arrays (*operands, *results) and gives what each call on these very arrays runs.
         """
         op, attrs = host_attrs(name)
-        bind = getattr(self, op)
+        bind, watch = getattr(self, op), self.watch
         label = f"{op}:{attrs['axis']}"
 
         def bound(*arrays: np.ndarray) -> Callable[[], None]:
             run = bind(arrays, **attrs)
 
             def call() -> None:
-                self.watch.enter(label)
+                watch.enter(label)
                 try:
                     run()
                 except BaseException as error:
@@ -117,7 +124,7 @@ class Job:
                     fail(error)
                     raise
                 self.calls[label] = self.calls.get(label, 0) + 1
-                self.seconds[label] = self.seconds.get(label, 0.0) + self.watch.leave()
+                self.seconds[label] = self.seconds.get(label, 0.0) + watch.leave()
 
             return call
 

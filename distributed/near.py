@@ -48,8 +48,7 @@ class _Piece:
     takes: list[tuple[Array, list[Any]]] = field(default_factory=list)
 
 
-Copies = list[tuple[Array, Array]]
-Takes = list[tuple[Array, list[Array]]]
+Calls = list[tuple[Callable[..., Any], tuple[Any, ...]]]
 
 
 class Near:
@@ -150,35 +149,37 @@ class Near:
     def _program(self, phases: Sequence[Sequence[_Piece]], reduce: str) -> Run:
         """What runs the pieces of each phase; no round holds pieces of two."""
         rounds = [found for pieces in phases for found in _rounds(pieces, self.slot)]
-        laid: list[list[tuple[Copies, Takes]] | None] = [None, None]  # for either slot to begin with
+        laid: list[list[tuple[Calls, Calls]] | None] = [None, None]  # for either slot to begin with
 
         def run() -> None:
             first = self.round % 2
             ready = laid[first]
             if ready is None:
-                ready = laid[first] = [self._lay(pieces, (first + 1 + i) % 2) for i, pieces in enumerate(rounds)]
+                ready = laid[first] = [self._lay(found, (first + 1 + i) % 2, reduce) for i, found in enumerate(rounds)]
             for fills, takes in ready:
-                for slot, x in fills:
-                    np.copyto(slot, x)
+                for function, arguments in fills:
+                    function(*arguments)
                 self._meet()
-                for out, parts in takes:
-                    fold(out, parts, reduce)
+                for function, arguments in takes:
+                    function(*arguments)
 
         return run
 
-    def _lay(self, pieces: Sequence[_Piece], turn: int) -> tuple[Copies, Takes]:
-        """Views into the slots for the pieces of a round."""
-        fills: Copies = []
-        takes: Takes = []
+    def _lay(self, pieces: Sequence[_Piece], turn: int, reduce: str) -> tuple[Calls, Calls]:
+        """What to call before the ranks meet and after, on views into the slots, for the pieces of a round."""
+        fills: Calls = []
+        takes: Calls = []
         slots, start = self.slots[turn], 0
 
         def view(rank: int, begin: int, like: Array) -> Array:
             return slots[rank][begin:begin + like.nbytes].view(like.dtype).reshape(like.shape)
 
         for piece in pieces:
-            fills += [(view(self.rank, start + at, x), x) for at, x in piece.fills if x.size]
-            takes += [(out, [view(p[0], start + p[1], out) if isinstance(p, tuple) else p for p in parts])
-                      for out, parts in piece.takes if out.size]
+            fills += [(np.copyto, (view(self.rank, start + at, x), x)) for at, x in piece.fills if x.size]
+            for out, parts in piece.takes:
+                if out.size:
+                    takes += folds(out, [view(p[0], start + p[1], out) if isinstance(p, tuple) else p for p in parts],
+                                   reduce)
             start += piece.nbytes
         return fills, takes
 
@@ -247,21 +248,22 @@ def blocks(shape: Sequence[int], most: int) -> Iterator[tuple[slice, ...]]:
             yield (*(slice(i, i + 1) for i in outer), slice(start, min(start + step, shape[at - 1])))
 
 
-def fold(out: Array, parts: Sequence[Array], reduce: str) -> None:
-    """out = the parts added (or the largest, the smallest) in order; narrow floats are added up in f32."""
+def folds(out: Array, parts: Sequence[Array], reduce: str) -> Calls:
+    """The calls that make `out` the parts added (or the largest, the smallest) in order."""
     if len(parts) == 1:
-        np.copyto(out, parts[0])
-        return
-    combine = BOOLEAN[reduce] if out.dtype == np.bool_ else COMBINE[reduce]
+        return [(np.copyto, (out, parts[0]))]
     if reduce == "sum" and out.dtype.name in WIDENED:
-        total = parts[0].astype(np.float32)
-        for part in parts[1:]:
-            total += part.astype(np.float32)
-        out[...] = total
-        return
-    combine(parts[0], parts[1], out=out)
-    for part in parts[2:]:
-        combine(out, part, out=out)
+        return [(_add_wide, (out, *parts))]
+    combine = (BOOLEAN if out.dtype == np.bool_ else COMBINE)[reduce]
+    return [(combine, (parts[0], parts[1], out)), *((combine, (out, part, out)) for part in parts[2:])]
+
+
+def _add_wide(out: Array, *parts: Array) -> None:
+    """Narrow floats are added up in f32, and rounded once."""
+    total = parts[0].astype(np.float32)
+    for part in parts[1:]:
+        total += part.astype(np.float32)
+    out[...] = total
 
 
 COMBINE = {"sum": np.add, "max": np.maximum, "min": np.minimum}

@@ -65,11 +65,15 @@ class Case:
     plan: dict[str, Any] = field(default_factory=dict)
     accumulate: int = 1
     padded: bool = False
+    environment: dict[str, str] = field(default_factory=dict)
 
 
+MESSAGES = {"TREADLE_SHARED_MEMORY": "0"}  # as if every rank had a host of its own
 CASES = {
     "dp": Case("data parallel", "data"),
     "zero1": Case("data parallel, ZeRO-1", "data", {"zero": 1}),
+    "messages": Case("ZeRO-1 over messages, sent meanwhile", "data", {"zero": 1}, environment=MESSAGES),
+    "waiting": Case("ZeRO-1 over messages, waited for", "data", {"zero": 1, "overlap": False}, environment=MESSAGES),
     "zero3": Case("data parallel, ZeRO-3", "data", {"zero": 3}),
     "tp": Case("tensor parallel", "tensor", {"shard": {**BLOCK, "wte.weight": ("tensor", None)}}, padded=True),
     "pp": Case("pipeline, 8 micro-batches", "pipe", accumulate=8),
@@ -146,6 +150,7 @@ class Session(contender.Session):
     """One process of the job, or the only one."""
 
     def __init__(self, case: Case, threads: int, size: Size):
+        os.environ.update(case.environment)
         td.set_num_threads(threads)
         td.random.seed(0)
         self.runs = Runs()

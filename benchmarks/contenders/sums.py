@@ -3,8 +3,8 @@
     sums.py ROUNDS SIZE
 
 One command, `start`: {"rows": [[bytes, seconds of mpi4py, of a program on this host's shared memory, of a program over
-messages], ...]}, medians over interleaved rounds of the slowest rank's time of a call. A program's figure is what its
-host call took (`job.seconds`): how long the call of a program itself takes is another benchmark's matter.
+messages], ...]}, medians over interleaved rounds of the slowest rank's time of a call. Programs of short sums hold many
+of them, one after the other: what the call of a program itself takes is another benchmark's matter.
 """
 
 from __future__ import annotations
@@ -30,14 +30,23 @@ SIZES = {"small": [4, 64, 1 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 
          "tiny": [4, 1 << 10, 1 << 20]}
 TARGET = 0.05  # seconds of a round
 MOST = 500     # calls of a round
+CHAIN = 20     # sums in a program, of messages of at most SHORT bytes
+SHORT = 64 << 10
+
+
+def chain(nbytes: int) -> int:
+    """Sums in a program."""
+    return CHAIN if nbytes <= SHORT else 1
 
 
 def program(job: Job, count: int, x: np.ndarray) -> Callable[[], Any]:
-    """A program that sums x over the ranks, many times in one run so that its own start does not count."""
-    with GraphBuilder("sums") as builder:
+    """A program of a chain of sums over the ranks of the job's only axis."""
+    ((axis, ranks),) = job.mesh.axes
+    with GraphBuilder(f"sums_{axis}") as builder:
         value = builder.input(TensorType((count,), td.float32), "x", "parameter")
-        (total,) = builder.emit("all_reduce", [value], {"axis": "data", "size": job.mesh["data"], "reduce": "sum"})
-        builder.output(total)
+        for _ in range(chain(4 * count)):
+            (value,) = builder.emit("all_reduce", [value], {"axis": axis, "size": ranks, "reduce": "sum"})
+        builder.output(value)
     register(builder.graph, job)
     executable = build_executable(builder.graph, "cpu")
     return lambda: executable.run([x])
@@ -52,30 +61,30 @@ def timed(job: Job, call: Callable[[], Any], repeat: int) -> float:
     return max(job.gather_all((time.perf_counter() - started) / repeat))
 
 
+def row(jobs: list[Job], nbytes: int, rounds: int) -> list[float]:
+    """The figures of one size."""
+    near, world = jobs[0], jobs[0].world.size
+    x, y = (aligned(np.full(nbytes // 4, near.rank, np.float32)) for _ in range(2))
+    programs = [program(job, nbytes // 4, x) for job in jobs]
+    for call in programs:
+        assert (call()[0] == world * (world - 1) / 2 * float(world) ** (chain(nbytes) - 1)).all()
+    calls = [(lambda: near.world.Allreduce(x, y), 1), *((call, chain(nbytes)) for call in programs)]
+    repeat = int(max(2, min(MOST, TARGET / max(timed(near, call, 2) / n for call, n in calls))))
+    found = [[timed(near, call, -(-repeat // n)) / n for call, n in calls] for _ in range(rounds)]
+    return [nbytes, *(statistics.median(column) for column in zip(*found))]
+
+
 def main() -> None:
     rounds, sizes = int(sys.argv[1]), SIZES[sys.argv[2]]
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     td.set_num_threads(1)
-    world = td.distributed.world_size()
-    job = Job(td.distributed.Mesh({"data": world}))
-    if job.rank == 0:
+    jobs = [Job(td.distributed.Mesh({axis: td.distributed.world_size()})) for axis in ("near", "far")]
+    jobs[1].transports = jobs[1].far
+    if jobs[0].rank == 0:
         assert sys.stdin.readline().strip() == "start"
-    rows = []
-    for nbytes in sizes:
-        x, y = (aligned(np.full(nbytes // 4, job.rank, np.float32)) for _ in range(2))
-        raw = lambda x=x, y=y: job.groups["data"].Allreduce(x, y)  # noqa: E731
-        calls = [raw]
-        for transports in ({**job.far, **job.near}, job.far):
-            job.transports = transports
-            calls.append(program(job, nbytes // 4, x))
-            (total,) = calls[-1]()
-            assert (total == world * (world - 1) / 2).all()
-        one = max(timed(job, call, 2) for call in calls)
-        repeat = int(max(2, min(MOST, TARGET / one)))
-        found = [[timed(job, call, repeat) for call in calls] for _ in range(rounds)]
-        rows.append([nbytes, *(statistics.median(column) for column in zip(*found))])
-    if job.rank == 0:
+    rows = [row(jobs, nbytes, rounds) for nbytes in sizes]
+    if jobs[0].rank == 0:
         replies.write(json.dumps({"rows": rows}) + "\n")
         replies.flush()
 
