@@ -161,7 +161,7 @@ class Compiled:
                 sizes = bind_sizes(graph, opened.types_of((args, keywords))) if graph.dims else {}
                 program = self._compile_graph(graph, opened.expected(graph, sizes))
             except TreadleError as error:
-                if not implied:
+                if not implied or self._hopeless(error):
                     raise
                 failure = failure or error
                 continue
@@ -171,6 +171,10 @@ class Compiled:
         log.warning("%s: compiled for each combination of sizes, since it is not one program for all: %s",
                     self.__name__, failure)
         return None
+
+    def _hopeless(self, error: TreadleError) -> bool:
+        """Whether a function that cannot be traced with open sizes cannot with fixed ones either."""
+        return False
 
     def _trace_under(self, pattern: Pattern, arguments: Arguments) -> Graph:
         positional, keywords = opened.under(pattern, arguments)

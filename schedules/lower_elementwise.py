@@ -170,8 +170,12 @@ def minimum(x: Any, y: Any) -> Any:
 
 
 def differ(x: Any, y: Any) -> Any:
-    """Exactly one of two bools (TVM compares bools as floats)."""
-    return cast(x, "int8") != cast(y, "int8")
+    """Exactly one of two bools. (TVM compares bools as floats, and its analysis of ranges fails on vectors of them
+    that were made numbers.)"""
+    for known, other in ((x, y), (y, x)):
+        if isinstance(known, tirx.IntImm):
+            return tirx.Not(other) if int(known) else other
+    return tirx.Or(tirx.And(x, tirx.Not(y)), tirx.And(tirx.Not(x), y))
 
 
 def integer_divisor(x: Any, y: Any) -> tuple[Any, Any]:
@@ -307,10 +311,10 @@ def right_shift(x: Any, y: Any) -> Any:
     return tirx.Select(good, x >> amount, fill_bits)
 
 
-def compare(fn: Callable[..., Any]) -> Callable[..., Any]:
+def compare(fn: Callable[..., Any], of_bools: Callable[..., Any]) -> Callable[..., Any]:
     def apply(x: Any, y: Any) -> Any:
-        if is_bool(x):  # LLVM orders i1 as signed
-            x, y = cast(x, "int8"), cast(y, "int8")
+        if is_bool(x):
+            return of_bools(x, y)
         if x.same_as(y):
             y = hide(y)
         return fn(x, y)
@@ -384,8 +388,11 @@ for _name, _fn in {
     "bitwise_and": bitwise(tirx.And, tirx.bitwise_and), "bitwise_or": bitwise(tirx.Or, tirx.bitwise_or),
     "bitwise_xor": bitwise(differ, tirx.bitwise_xor),
     "left_shift": left_shift, "right_shift": right_shift,
-    "eq": compare(lambda x, y: x == y), "ne": compare(not_equal), "lt": compare(lambda x, y: x < y),
-    "le": compare(lambda x, y: x <= y), "gt": compare(lambda x, y: x > y), "ge": compare(lambda x, y: x >= y),
+    "eq": compare(lambda x, y: x == y, lambda x, y: tirx.Not(differ(x, y))), "ne": compare(not_equal, differ),
+    "lt": compare(lambda x, y: x < y, lambda x, y: tirx.And(tirx.Not(x), y)),
+    "le": compare(lambda x, y: x <= y, lambda x, y: tirx.Or(tirx.Not(x), y)),
+    "gt": compare(lambda x, y: x > y, lambda x, y: tirx.And(x, tirx.Not(y))),
+    "ge": compare(lambda x, y: x >= y, lambda x, y: tirx.Or(x, tirx.Not(y))),
     "isnan": lambda x: is_nan(x),
     "isinf": lambda x: tirx.abs(x) == const(cmath.inf, dtype_of(x)),
     "isfinite": lambda x: tirx.abs(x) < const(cmath.inf, dtype_of(x)),

@@ -161,6 +161,8 @@ class Walk:
                     frame.env[name] = Tensor._of(trace.input(spec.type, spec.name), trace)
             for node in module.nodes:
                 self._step(frame, node)
+            for name in dict.fromkeys(frame.context.counted):
+                self.notes.append(Problem(name, "data decide a size here, which is counted at run time", "note"))
             for name in module.output_names:
                 self._output(trace, frame.env.get(name))
             self.captures = {value: tensor for tensor, value in trace.captures.values()}
@@ -171,8 +173,8 @@ class Walk:
             if all(n in frame.env for n in names_used([node]) if n and frame.parent is None):
                 frame.step(node)
         except NeedsValue:
-            self.notes.append(Problem(describe(node), "a shape depends on data here: the compiled model is cut in two, "
-                                      "and what follows is compiled for each size", "note"))
+            self.notes.append(Problem(describe(node), "data decide here how the program looks: the compiled model is "
+                                      "cut in two, and what follows is compiled for each answer", "note"))
         except TreadleError as error:
             text = error.message.removeprefix(f"{describe(node)}: ")
             self.problems.append(Problem(describe(node), text))

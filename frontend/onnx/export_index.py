@@ -25,6 +25,7 @@ from .export_shape import (
     filled,
     reshape,
     scalar_size,
+    squeeze,
     take_slice,
     transpose,
     unsqueeze,
@@ -88,6 +89,11 @@ def empty(out: Writer, node: Node) -> Ref | None:
     """The result of a gather that takes nothing, at once."""
     shape = node.result.shape
     return filled(out, 0, shape, node.result.dtype) if 0 in shape else None
+
+
+@exports("true_places")
+def true_places(out: Writer, node: Node, mask: Ref) -> Ref:
+    return squeeze(out, out.op("NonZero", mask), [0])
 
 
 @exports("take")

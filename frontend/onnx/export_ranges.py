@@ -53,10 +53,7 @@ def is_size(value: Value, size: Size) -> bool:
     if not isinstance(size, Dim):
         return bool(number == size)
     value = root(value)
-    if value.producer is None or not made_by(value, "reduce_sum"):
-        return False
-    (ones,) = value.producer.operands
-    return uniform(ones) == 1 and ones.type.size == size and len(value.producer.attrs["axes"]) == ones.rank
+    return value.producer is not None and made_by(value, "size") and bool(value.producer.attrs["of"] == size)
 
 
 Bounds = tuple[int, int]
@@ -88,7 +85,7 @@ class Known:
         if node.op.name == "iota":
             return bool(node.attrs["shape"][node.attrs["axis"]] == size)
         if _is_position(value):
-            return bool(node.operands[0].shape[node.attrs["axis"]] == size)
+            return bool(_positions(node) == size)
         found = wrapped(value, size)
         return found is not None and self.within(found, size, True, depth - 1)
 
@@ -102,8 +99,7 @@ class Known:
         if node is None or depth == 0 or not value.dtype.is_integer:
             return None
         if node.op.name == "iota" or _is_position(value):
-            shape = node.attrs["shape"] if node.op.name == "iota" else node.operands[0].shape
-            size = shape[node.attrs["axis"]]
+            size = node.attrs["shape"][node.attrs["axis"]] if node.op.name == "iota" else _positions(node)
             return None if isinstance(size, Dim) else (0, max(size - 1, 0))
         if node.op.name == "cast" and node.operands[0].dtype.is_bool:
             return (0, 1)
@@ -130,8 +126,14 @@ class Known:
 def _is_position(value: Value) -> bool:
     """Whether it counts along an axis of an operand: argmax, the order of a sort..."""
     node = value.producer
-    return node is not None and (node.op.name in ("argmax", "argmin")
+    return node is not None and (node.op.name in ("argmax", "argmin", "true_places")
                                  or node.op.name in ("sort", "top_k") and value.index == 1)
+
+
+def _positions(node: Node) -> Size:
+    """The size of the axis that `_is_position` means."""
+    size: Size = node.operands[0].shape[0 if node.op.name == "true_places" else node.attrs["axis"]]
+    return size
 
 
 def _join(parts: list[Bounds | None]) -> Bounds | None:

@@ -267,6 +267,19 @@ def pad_edges(out: Writer, x: Ref, low: Sequence[int], high: Sequence[int], fill
     return take_slice(out, x, cut, out.ints(*starts), out.ints(*ends))
 
 
+@exports("size")
+def size(out: Writer, node: Node) -> Ref:
+    return scalar_size(out, node.attrs["of"])
+
+
+@exports("bind_size")
+def bind_size(out: Writer, node: Node, count: Ref) -> Ref:
+    """From here on the size is read from the count. (ONNX cannot check that it is within its bound.)"""
+    name = str(node.attrs["size"])
+    out.model.counted[name] = reshape(out, out.cast(count, INT64), (), (1,))
+    return out.const(np.zeros((0, 0), np.uint8))
+
+
 @exports("iota")
 def iota(out: Writer, node: Node) -> Ref:
     shape, axis, dtype = (node.attrs[k] for k in ("shape", "axis", "dtype"))

@@ -21,6 +21,7 @@ from ...ir.dims import Dim, FloorDiv, Size
 from ...ir.dtypes import DType, as_dtype
 from ...ir.errors import OnnxError
 from ...ir.graph import Graph, Node, Value
+from ...ir.phases import names_in
 from .dtypes import BY_NUMBER, number_of
 from .export_kernels import KERNELS
 from .export_ranges import Known
@@ -89,6 +90,7 @@ class Model:
         constants: what stands for each, by its elements; arrays: the elements, by name.
         sizes: what stands for each symbolic size or shape, and what is made of sizes alone.
         sources: name of a size -> (input, axis, slope, offset) that it is read from.
+        counted: the sizes that the graph counts itself, each as an int64 vector of one element.
         known: of indices.
         renamed: outputs of nodes that are outputs of the model -> their name there.
         unrunnable: (op, dtype) that ONNX allows and onnxruntime has no kernel for.
@@ -105,6 +107,7 @@ class Model:
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
     sizes: dict[Any, Ref] = field(default_factory=dict)
     sources: dict[str, tuple[Ref, int, int, int]] = field(default_factory=dict)
+    counted: dict[str, Ref] = field(default_factory=dict)
     known: Known = field(default_factory=Known)
     renamed: dict[str, str] = field(default_factory=dict)
     unrunnable: set[tuple[str, str]] = field(default_factory=set)
@@ -304,7 +307,12 @@ class Writer:
             ("shape", *listed), lambda first: first.op("Concat", *parts, axis=0))
 
     def shared(self, key: Any, write: Callable[[Writer], Ref]) -> Ref:
-        """What depends on nothing but sizes and constants: written once, in front of the main graph."""
+        """What depends on nothing but sizes and constants: written once, in front of the main graph.
+
+        What depends on sizes that the graph counts is written here.
+        """
+        if self.model.counted.keys() & names_in(key):
+            return write(self)
         if key not in self.model.sizes:
             first = Writer(self.model)
             first.node = self.node
@@ -328,6 +336,8 @@ class Writer:
     def _atom(self, atom: str | FloorDiv) -> Ref:
         if isinstance(atom, FloorDiv):
             return self.op("Div", self.size(atom.numerator), self.ints(atom.divisor))
+        if atom in self.model.counted:
+            return self.model.counted[atom]
         if atom not in self.model.sources:
             raise self.fail(f"the size {atom!r} does not follow from the shape of any input: give an input whose "
                             f"shape has it, or a number for it")

@@ -13,6 +13,7 @@ import numpy as np
 
 from ...ir.dims import Dim
 from ...ir.errors import ShapeError
+from ..data_sizes import is_data_size
 from .node import OnnxNode
 
 Fold = Callable[..., Any]
@@ -49,14 +50,14 @@ def _compare(decide: Callable[[bool], bool]) -> Fold:
 
 
 def _equal(a: Any, b: Any) -> bool:
-    """Whether two sizes are the same; a symbolic size is never negative or zero."""
+    """Whether two sizes are the same; a symbolic size is never negative, and only where data decide it zero."""
     if not isinstance(a, Dim) and not isinstance(b, Dim):
         return bool(a == b)
     difference = a - b
     if isinstance(difference, int):
         return difference == 0
     for x, y in ((a, b), (b, a)):
-        if isinstance(x, Dim) and isinstance(y, (int, np.integer)) and y <= 0 and _is_positive(x):
+        if isinstance(x, Dim) and isinstance(y, (int, np.integer)) and _is_positive(x) and y <= -is_data_size(x):
             return False
     raise ShapeError("not known before run time")
 

@@ -11,6 +11,7 @@ from onnx import AttributeProto
 
 from ...ir.errors import OnnxError
 from .. import eager
+from ..data_sizes import data_size
 from ..tensor import Tensor
 
 MISSING: Any = object()
@@ -115,6 +116,23 @@ class OnnxNode:
                            "the input that decides the shape as a Python list of ints")
         error.value = value
         raise error
+
+    def size(self, value: Tensor, what: str, most: Any = None) -> Any:
+        """A size from an integer scalar: an int, or in a trace a symbolic size that is counted at run time.
+
+        Args:
+            value: at least 0.
+            what: what is counted, for messages.
+            most: an upper bound, checked at run time.
+
+        Raises:
+            OnnxError: inside a loop or branch, or where the compiler asks for programs of fixed sizes (`run.Context`).
+        """
+        context = self.frame.context
+        if value.is_tracer and context.open_sizes:
+            context.counted.append(str(self))
+            return data_size(value, f"{self}: {what}", most)
+        return int(self.need(value, what).reshape(()))
 
     def fail(self, message: str) -> OnnxError:
         """An error that names this node; raise it."""

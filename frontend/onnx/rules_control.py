@@ -13,14 +13,17 @@ from typing import Any
 
 import numpy as np
 
+from ...ir.dims import Dim
 from ...ir.errors import TreadleError
 from .. import functions as td
 from ..control import cond, scan, while_loop
 from ..dispatch import as_tensor
 from ..recording import current_trace
+from .elements import elements
 from .node import NeedsValue, OnnxNode, array_of
 from .rules import onnx_rule
-from .values import is_known, known, require_known, tensor
+from .sizes import numbers
+from .values import is_known, require_known, tensor
 
 UNROLLED = 4096
 """A loop that cannot be compiled as one may be unrolled this often."""
@@ -75,18 +78,24 @@ def loop(node: OnnxNode, count: Any = None, condition: Any = None, *state: Any) 
                         f"a state of {len(state)}")
     steady = stays_true(body, condition)
     collects = len(body.outputs) - 1 - len(state)
-    trips = None if count is None else known(count)
-    if trips is not None and trips.size and int(trips.reshape(-1)[0]) >= FOREVER:
+    trips = None if count is None else numbers(node, count, "M")[0] if is_known(count) else elements(tensor(count))
+    trips = trips.reshape(-1)[0] if isinstance(trips, np.ndarray) else trips
+    if isinstance(trips, int) and trips >= FOREVER:
         count = trips = None
     if current_trace() is not None:
         result = None
-        if steady and trips is not None:
-            result = attempt(node, lambda: counted(body, int(trips.reshape(-1)[0]), state))
-        elif not steady or collects == 0:
+        if steady and count is not None:  # a `scan` has a gradient
+            result = attempt(node, lambda: counted(body, steps_of(node, count) if trips is None else trips, state))
+        if result is None and trips is None and (not steady or collects == 0):
             result = attempt(node, lambda: conditional(node, body, count, condition, state, collects))
         if result is not None:
             return result
     return unrolled(node, body, count, condition, state, steady)
+
+
+def steps_of(node: OnnxNode, count: Any) -> Any:
+    """The trip count that data decide, as a size."""
+    return node.size(td.maximum(scalar(count), 0), "the number of steps")
 
 
 def stays_true(body: Any, condition: Any) -> bool:
@@ -111,7 +120,7 @@ def stays_true(body: Any, condition: Any) -> bool:
     return False
 
 
-def counted(body: Any, trips: int, state: Sequence[Any]) -> tuple[Any, ...]:
+def counted(body: Any, trips: Any, state: Sequence[Any]) -> tuple[Any, ...]:
     """A loop of a known number of steps, as a `scan`."""
     true = np.array(True)
 
@@ -119,7 +128,8 @@ def counted(body: Any, trips: int, state: Sequence[Any]) -> tuple[Any, ...]:
         results = tensors(body(i, true, *carry)[1:])
         return results[:len(state)], results[len(state):]
 
-    last, collected = scan(step, tensors(state), td.arange(max(trips, 0), dtype="int64"))
+    steps = trips if isinstance(trips, Dim) else max(trips, 0)
+    last, collected = scan(step, tensors(state), td.arange(steps, dtype="int64"))
     return (*last, *collected)
 
 
@@ -145,7 +155,7 @@ def conditional(node: OnnxNode, body: Any, count: Any, condition: Any, state: Se
     steps, _, last = while_loop(goes_on, step, (as_tensor(np.int64(0)), start, tensors(state)))
     if not collects:
         return tuple(last)
-    return counted(body, int(require_known(node, steps, "the number of steps")), state)
+    return counted(body, node.size(steps, "the number of steps"), state)
 
 
 def unrolled(node: OnnxNode, body: Any, count: Any, condition: Any, state: Sequence[Any],

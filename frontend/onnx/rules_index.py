@@ -1,9 +1,8 @@
 """Gather, scatter, one-hot, and the ops whose result is as long as the data says.
 
 Negative indices count from the end; where an axis is symbolic its length is a number that the graph computes. What has
-a length that depends on data (`NonZero`, `Unique`, `Compress`, `NonMaxSuppression`) is computed into tensors of the
-largest possible length together with a count; `require_known` of the count cuts the program there, and the rest goes on
-with results of the right length.
+a length that depends on data (`NonZero`, `Unique`, `Compress`, `NonMaxSuppression`) is a mask of candidates, of which
+those that hold are taken: their count becomes a symbolic size (`OnnxNode.size`).
 """
 
 from __future__ import annotations
@@ -15,12 +14,14 @@ from ...ir.dims import Dim
 from ...ir.dtypes import bool_, int64
 from .. import functions as F
 from ..control import scan, while_loop
+from ..data_sizes import size_tensor
 from ..dispatch import apply, cast, constant
 from ..tensor import Tensor
 from .node import OnnxNode
 from .rules import onnx_rule
-from .rules_shape import axis_of, number_of, slice_axis
-from .values import require_known, size_tensor, tensor
+from .rules_shape import axis_of, slice_axis
+from .sizes import as_number, numbers, sizes
+from .values import tensor
 
 
 def wrapped(index: Tensor, size: Any) -> Tensor:
@@ -73,12 +74,12 @@ def gather_nd(node: OnnxNode, x: Any, indices: Any) -> Tensor:
 def one_hot(node: OnnxNode, indices: Any, depth: Any, values: Any) -> Tensor:
     """values[1] at the index along a new axis, values[0] elsewhere and for an index out of range."""
     indices, values = tensor(indices), tensor(values)
-    size = int(number_of(node, depth, "depth"))
+    (size,) = sizes(node, depth, "depth")
     axis = int(node.attr("axis", -1)) % (indices.ndim + 1)
     if not indices.dtype.is_integer:
         indices = cast(indices, int64)
-    hot = F.one_hot(wrapped(indices, size), size, "uint8")
-    hot = cast(F.moveaxis(hot, -1, axis), bool_)
+    hot = F.expand_dims(wrapped(indices, size), -1) == F.arange(size)
+    hot = F.moveaxis(hot, -1, axis)
     return F.where(hot, values[1], values[0])
 
 
@@ -177,28 +178,24 @@ def scatter_elements(node: OnnxNode, x: Any, indices: Any, updates: Any) -> Tens
 
 # As long as the data says ----------------------------------------------------------------------------------------
 
-def first_true(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """For a mask (n,): the places of what is true, in order, then those of the rest; and how many are true."""
-    return F.argsort(cast(F.logical_not(mask), int64)), F.count_nonzero(mask)
-
-
-def taken(node: OnnxNode, places: Tensor, count: Tensor, what: str) -> Tensor:
-    """As many of the places as the count says."""
-    number = int(require_known(node, count, what).reshape(()))
-    return slice_axis(places, 0, 0, number)
+def taken(node: OnnxNode, mask: Tensor, what: str) -> Tensor:
+    """The places of what is true in a mask (n,), in order."""
+    mask = cast(mask, bool_)
+    number = node.size(F.count_nonzero(mask), what, mask.shape[0])
+    result: Tensor = apply("true_places", mask, size=number)
+    return result
 
 
 @onnx_rule("NonZero")
 def nonzero(node: OnnxNode, x: Any) -> Tensor:
     """The index vectors (rank, count) of what is not zero, in row-major order."""
     x = tensor(x)
-    places, count = first_true(F.ravel(F.not_equal(x, constant(0, x.dtype))))
-    flat = taken(node, places, count, "the number of elements that are not zero")
+    flat = taken(node, F.ravel(F.not_equal(x, constant(0, x.dtype))), "the number of elements that are not zero")
     rows = []
-    for i, size in enumerate(x.shape):
-        after = math.prod(x.shape[i + 1:])
-        rows.append(F.remainder(F.floor_divide(flat, after), size) if after != 0 else flat)
-    return F.stack(rows, 0) if rows else F.zeros((0, *flat.shape), int64)
+    for size in reversed(x.shape[1:]):
+        rows.append(F.remainder(flat, size_tensor(size)) if size != 0 else flat)
+        flat = F.floor_divide(flat, size_tensor(size)) if size != 0 else flat
+    return F.stack([flat, *reversed(rows)], 0) if x.ndim else F.zeros((0, *flat.shape), int64)
 
 
 @onnx_rule("Compress")
@@ -210,8 +207,9 @@ def compress(node: OnnxNode, x: Any, condition: Any) -> Tensor:
         x, place = F.ravel(x), 0
     else:
         place = axis_of(node, int(axis), x.ndim)
-    places, count = first_true(mask)
-    return slices_at(x, taken(node, places, count, "the number of slices kept"), axis=place)
+    if mask.shape[0] != x.shape[place] and all(isinstance(n, int) for n in (mask.shape[0], x.shape[place])):
+        mask = mask[:x.shape[place]]  # a condition may be shorter, which drops the rest, and is never longer
+    return slices_at(x, taken(node, mask, "the number of slices kept"), axis=place)
 
 
 @onnx_rule("Unique")
@@ -230,9 +228,9 @@ def unique(node: OnnxNode, x: Any) -> tuple[Tensor, ...]:
     group = F.cumsum(cast(starts, int64)) - 1                                    # (n,) of each ordered row
     inverse = apply("scatter_nd", F.zeros((n,), int64), F.expand_dims(order, -1), group)
     counts = F.scatter_add(F.zeros((n,), int64), group, F.ones((n,), int64))
-    places, count = first_true(starts)
-    number = int(require_known(node, count, "the number of different elements").reshape(()))
-    first = slices_at(order, slice_axis(places, 0, 0, number))                      # where each group comes first
+    places = taken(node, starts, "the number of different elements")
+    first = slices_at(order, places)                                                # where each group comes first
+    (number,) = places.shape
     counts = slice_axis(counts, 0, 0, number)
     if not node.attr("sorted", 1):
         by_place = F.argsort(first)
@@ -261,16 +259,23 @@ def lexicographic(rows: Tensor) -> Tensor:
 
 # Boxes -----------------------------------------------------------------------------------------------------------
 
+MOST_PLACES = 1024
+"""Places for the boxes that a class keeps, as long as the limit is not larger; else there is one for every box."""
+
+
 @onnx_rule("NonMaxSuppression", static=(2,))
 def non_max_suppression(node: OnnxNode, boxes: Any, scores: Any, most: Any = None, overlap: Any = None,
                         least: Any = None) -> Tensor:
     """(selected, 3): batch, class and box. The best box left is kept, what overlaps it is dropped."""
     boxes, scores = tensor(boxes), tensor(scores)                              # (B, N, 4), (B, C, N)
-    limit = int(number_of(node, most, "max_output_boxes_per_class")) if most is not None else 0
+    (limit,) = numbers(node, most, "max_output_boxes_per_class") if most is not None else (0,)
     batch, classes, count = scores.shape
-    limit = min(limit, count)
-    if limit <= 0:
+    if isinstance(limit, int) and limit <= 0 or count == 0:
         return F.zeros((0, 3), int64)
+    # as many places as may be needed: a symbolic number of boxes may be less than the limit, or more
+    width = limit if isinstance(limit, int) and limit <= MOST_PLACES else count
+    width = min(width, count) if isinstance(width, int) and isinstance(count, int) else width
+    limit = F.minimum(as_number(limit), as_number(width))
     threshold = constant(0, boxes.dtype) if overlap is None else F.reshape(tensor(overlap), ())
     lowest = constant(-math.inf, scores.dtype)
     if least is not None:
@@ -289,12 +294,12 @@ def non_max_suppression(node: OnnxNode, boxes: Any, scores: Any, most: Any = Non
         left = F.where(F.logical_and(gone, found), lowest, left)
         return step + 1, left, F.dynamic_update_slice(picked, F.where(found, best, -1), (0, 0, step))
 
-    start = (constant(0, int64), scores, F.full((batch, classes, limit), -1, int64))
+    start = (constant(0, int64), scores, F.full((batch, classes, width), -1, int64))
     picked = F.ravel(while_loop(go_on, keep_best, start)[2])
-    places, number = first_true(picked >= 0)
-    chosen = taken(node, places, number, "the number of selected boxes")
-    group = F.floor_divide(chosen, limit)
-    return F.stack([F.floor_divide(group, classes), F.remainder(group, classes), slices_at(picked, chosen)], 1)
+    chosen = taken(node, picked >= 0, "the number of selected boxes")
+    group = F.floor_divide(chosen, as_number(width))
+    return F.stack([F.floor_divide(group, as_number(classes)), F.remainder(group, as_number(classes)),
+                    slices_at(picked, chosen)], 1)
 
 
 def corners_of(boxes: Tensor, centered: bool) -> tuple[Tensor, ...]:

@@ -13,6 +13,7 @@ import numpy as np
 from ...ir.dims import Dim
 from ...ir.dtypes import DType, as_dtype, float32, float64
 from .. import functions as F
+from ..data_sizes import size_tensor
 from ..dispatch import cast, constant
 from ..tensor import Tensor
 from .dtypes import attribute_dtype
@@ -21,7 +22,7 @@ from .rules import onnx_rule
 from .rules_math import cast_to
 from .rules_nn import channel_column, convolved
 from .rules_shape import axis_of, slice_axis
-from .values import known, size_tensor, tensor
+from .values import known, tensor
 
 INT8, INT32, UINT8 = as_dtype("int8"), as_dtype("int32"), as_dtype("uint8")
 

@@ -16,7 +16,9 @@ from ..dispatch import apply, cast
 from ..tensor import Tensor
 from .node import OnnxNode
 from .rules import onnx_rule
-from .values import require_ints, require_known, tensor
+from .rules_shape import slice_axis
+from .sizes import numbers
+from .values import require_ints, tensor
 
 Reduction = Callable[[Tensor, tuple[int, ...], bool], Tensor]
 
@@ -128,13 +130,18 @@ def top_k_attribute(node: OnnxNode, x: Any) -> tuple[Tensor, ...]:
 @onnx_rule("TopK", since=10, static=(1,))
 def top_k(node: OnnxNode, x: Any, k: Any) -> tuple[Tensor, ...]:
     """(values, indices), best first; of equals the first."""
-    return _top_k(node, tensor(x), require_known(node, k, "k").reshape(()).item())
+    return _top_k(node, tensor(x), *numbers(node, k, "k"))
 
 
 def _top_k(node: OnnxNode, x: Tensor, k: Any) -> tuple[Tensor, ...]:
-    axis = _axis(node, int(node.attr("axis", -1)), x)
-    values, indices = apply("top_k", x, k=k, axis=axis, largest=bool(node.attr("largest", 1)))
-    return values, indices
+    axis, largest = _axis(node, int(node.attr("axis", -1)), x), bool(node.attr("largest", 1))
+    if isinstance(k, int):
+        values, indices = apply("top_k", x, k=k, axis=axis, largest=largest)
+        return values, indices
+    size = x.shape[axis]
+    number = node.size(k, "k", size) if isinstance(k, Tensor) else k
+    order = slice_axis(F.argsort(x, axis, descending=largest), axis, 0, number)
+    return F.take_along_axis(x, order, axis), order
 
 
 @onnx_rule("Hardmax")

@@ -21,12 +21,13 @@ from ...ir.dims import Dim
 from ...ir.dtypes import DType, float32, float64, int64
 from .. import eager
 from .. import functions as F
+from ..data_sizes import size_tensor
 from ..dispatch import apply, as_tensor, cast, constant
 from ..tensor import Tensor
 from .node import OnnxNode
 from .rules import onnx_rule
 from .rules_shape import axis_of
-from .values import is_known, known, require_ints, require_known, size_tensor, tensor
+from .values import is_known, known, require_ints, require_known, tensor
 
 MATRIX_TAPS = 5
 """From so many taps on an axis is resized by a matrix product."""

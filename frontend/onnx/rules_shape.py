@@ -13,12 +13,14 @@ import numpy as np
 
 from ...ir.dims import Dim
 from .. import functions as F
+from ..data_sizes import require_zero, size_tensor
 from ..dispatch import apply, as_tensor, cast, constant
 from ..tensor import Tensor
 from .dtypes import attribute_dtype
 from .node import OnnxNode
 from .rules import onnx_rule
-from .values import dims_array, known, require_ints, require_known, shape_of, size_tensor, tensor
+from .sizes import as_number, inside, numbers, ranged, reshaped, sizes, sliced_by_data
+from .values import dims_array, known, require_ints, require_known, shape_of, tensor
 
 INFINITE = 10**9
 """Bounds at least this far out mean the end of an axis, whatever its size."""
@@ -57,11 +59,15 @@ def size(node: OnnxNode, x: Any) -> np.ndarray:
 def reshape(node: OnnxNode, x: Any, shape: Any) -> Tensor:
     """0 keeps the size of that axis (unless `allowzero`), -1 is what is left."""
     x = tensor(x)
-    wanted = require_ints(node, shape, "shape")
+    wanted = numbers(node, shape, "shape")
     if not node.attr("allowzero", 0):
         if any(isinstance(s, int) and s == 0 and i >= x.ndim for i, s in enumerate(wanted)):
             raise node.fail(f"the shape {wanted} copies a size that {x.type} does not have")
-        wanted = [x.shape[i] if isinstance(s, int) and s == 0 else s for i, s in enumerate(wanted)]
+        wanted = [x.shape[i] if isinstance(s, int) and s == 0 else
+                  F.where(s == 0, as_number(x.shape[i]), s) if isinstance(s, Tensor) and i < x.ndim else s
+                  for i, s in enumerate(wanted)]
+    if any(isinstance(s, Tensor) for s in wanted):
+        return reshaped(node, x, wanted)
     return F.reshape(x, _completed(x, wanted))
 
 
@@ -126,17 +132,19 @@ def identity(node: OnnxNode, x: Any) -> Any:
 def expand(node: OnnxNode, x: Any, shape: Any) -> Tensor:
     """x broadcast with a shape, in both directions."""
     x = tensor(x)
-    wanted = require_ints(node, shape, "shape")
+    wanted = numbers(node, shape, "shape")
     rank = max(len(wanted), x.ndim)
     ours, theirs = [1] * (rank - x.ndim) + list(x.shape), [1] * (rank - len(wanted)) + wanted
-    sizes = [a if isinstance(b, int) and b == 1 else b for a, b in zip(ours, theirs)]
-    return F.broadcast_to(x, tuple(sizes))
+    # What data decide is the size of an axis that has one, or 1.
+    shape = [a if isinstance(b, int) and b == 1 or isinstance(b, Tensor) and a != 1 else
+             node.size(b, f"shape[{i}]") if isinstance(b, Tensor) else b for i, (a, b) in enumerate(zip(ours, theirs))]
+    return F.broadcast_to(x, tuple(shape))
 
 
 @onnx_rule("Tile", since=6, static=(1,))
 def tile(node: OnnxNode, x: Any, repeats: Any) -> Tensor:
     x = tensor(x)
-    times = require_ints(node, repeats, "repeats")
+    times = sizes(node, repeats, "repeats")
     if not x.ndim:
         return x
     spread = F.reshape(x, tuple(s for each in x.shape for s in (1, each)))
@@ -163,22 +171,37 @@ def split(node: OnnxNode, x: Any, parts: Any = None) -> tuple[Tensor, ...]:
     """Into parts of given sizes, or as many as there are outputs, the last one smaller if need be."""
     x = tensor(x)
     axis = axis_of(node, int(node.attr("axis", 0)), x.ndim)
-    sizes = require_ints(node, parts, "split") if parts is not None else node.attr("split", None)
+    listed = numbers(node, parts, "split") if parts is not None else node.attr("split", None)
     total = x.shape[axis]
-    if sizes is None or len(sizes) == 0:
+    if listed is None or len(listed) == 0:
         count = int(node.attr("num_outputs", None) or len(node.outputs))
         if isinstance(total, Dim):
-            sizes = [total // count] * count
+            listed = [total // count] * count
         else:
             each = -(-total // count)
-            sizes = [min(each, max(total - i * each, 0)) for i in range(count)]
-    if isinstance(total, int) and all(isinstance(s, (int, np.integer)) for s in sizes) and sum(sizes) != total:
-        raise node.fail(f"the parts {list(sizes)} do not add up to axis {axis} of {x.type}")
+            listed = [min(each, max(total - i * each, 0)) for i in range(count)]
+    if isinstance(total, int) and all(isinstance(s, (int, np.integer)) for s in listed) and sum(listed) != total:
+        raise node.fail(f"the parts {list(listed)} do not add up to axis {axis} of {x.type}")
     results, start = [], 0
-    for part in sizes:
+    for part in _parts(node, listed, total):
         results.append(slice_axis(x, axis, start, start + part))
         start = start + part
     return tuple(results)
+
+
+def _parts(node: OnnxNode, listed: list[Any], total: Any) -> list[Any]:
+    """The sizes of parts; the last of those that data decide is what the others leave."""
+    open_ones = [i for i, n in enumerate(listed) if isinstance(n, Tensor)]
+    if not open_ones:
+        return listed
+    wrong = as_number(total)
+    for n in listed:
+        wrong = wrong - as_number(n)
+    require_zero(wrong, f"{node}: the parts do not add up to the {total} elements of the axis")
+    found = [node.size(n, f"split[{i}]", total) if i in open_ones[:-1] else n for i, n in enumerate(listed)]
+    last = open_ones[-1]
+    found[last] = total - sum(n for i, n in enumerate(found) if i != last)
+    return found
 
 
 def slice_axis(x: Tensor, axis: int, start: Any, limit: Any) -> Tensor:
@@ -199,10 +222,10 @@ def slice_attributes(node: OnnxNode, x: Any) -> Tensor:
 
 @onnx_rule("Slice", since=10, static=(1, 2, 3, 4))
 def slice_rule(node: OnnxNode, x: Any, starts: Any, ends: Any, axes: Any = None, steps: Any = None) -> Tensor:
-    first = require_ints(node, starts, "starts")
+    first = numbers(node, starts, "starts")
     places = list(range(len(first))) if axes is None else require_ints(node, axes, "axes")
     strides = [1] * len(first) if steps is None else require_ints(node, steps, "steps")
-    return sliced(node, tensor(x), first, require_ints(node, ends, "ends"), places, strides)
+    return sliced(node, tensor(x), first, numbers(node, ends, "ends"), places, strides)
 
 
 def sliced(node: OnnxNode, x: Tensor, starts: list[Any], ends: list[Any], axes: list[int],
@@ -213,6 +236,10 @@ def sliced(node: OnnxNode, x: Tensor, starts: list[Any], ends: list[Any], axes: 
         if step == 0:
             raise node.fail("a step of 0 never ends")
         place = axis_of(node, int(axis), x.ndim)
+        if not inside(start, x.shape[place]) or not inside(end, x.shape[place]):
+            x = sliced_by_data(node, x, place, start, end, int(step))
+            bounds[place] = (0, x.shape[place], 1)
+            continue
         bounds[place] = slice_bounds(x.shape[place], start, end, int(step))
     if all(b == (0, s, 1) for b, s in zip(bounds, x.shape)):
         return x
@@ -336,7 +363,7 @@ def constant_rule(node: OnnxNode) -> np.ndarray:
 def constant_of_shape(node: OnnxNode, shape: Any) -> Tensor:
     value = node.attr("value", None)
     value = np.zeros((), np.float32) if value is None else np.asarray(value).reshape(())
-    return F.broadcast_to(as_tensor(value), tuple(require_ints(node, shape, "shape")))
+    return F.broadcast_to(as_tensor(value), tuple(sizes(node, shape, "shape")))
 
 
 LARGE = 1 << 16
@@ -346,9 +373,13 @@ LARGE = 1 << 16
 @onnx_rule("Range", static=(0, 1, 2))
 def range_rule(node: OnnxNode, start: Any, limit: Any, delta: Any) -> Any:
     """start, start + delta, ... before limit."""
-    first, last, step = (number_of(node, v, n) for v, n in ((start, "start"), (limit, "limit"), (delta, "delta")))
+    given = [numbers(node, v, n)[0] for v, n in ((start, "start"), (limit, "limit"), (delta, "delta"))]
+    if any(isinstance(v, Tensor) for v in given):
+        return ranged(node, *given)
+    first, last, step = given
     if isinstance(first, Dim) or isinstance(last, Dim):
-        return F.arange(first, last, step, dtype="int64")
+        return F.arange(first, last, step, dtype="int64") if isinstance(step, int) and step == 1 else ranged(
+            node, *given)
     dtype = require_known(node, start, "start").dtype
     if step == 0:
         raise node.fail("delta is 0")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,19 @@ class NodeLoc(Loc):
         return f"{self.file}: {self.function}"
 
 
+_open_sizes: ContextVar[bool] = ContextVar("open_sizes", default=True)
+
+
+@contextmanager
+def open_sizes(allowed: bool) -> Iterator[None]:
+    """Whether sizes that data decide become symbolic; see `Context`."""
+    token = _open_sizes.set(allowed)
+    try:
+        yield
+    finally:
+        _open_sizes.reset(token)
+
+
 class Context:
     """What all frames of one run share.
 
@@ -55,6 +69,8 @@ class Context:
         max_elements: a tensor with more is refused before it is made.
         wrappers: modules that run a node in its rule's place, by its first output; see `OnnxModule.wrap`.
         answers: elements of tensors that decide shapes, in the order in which they are asked for; see `staged`.
+        open_sizes: sizes that data decide become symbolic in a trace; otherwise they are asked for like other elements.
+        counted: the nodes that have such sizes.
     """
 
     def __init__(self, label: str, functions: Mapping[tuple[str, str, str], onnx.FunctionProto], max_elements: int,
@@ -67,6 +83,8 @@ class Context:
         self.asked = 0
         self.depth = 0
         self.trace = current_trace()
+        self.open_sizes = _open_sizes.get()
+        self.counted: list[str] = []
         self._told: dict[Any, np.ndarray] = {}
 
     def answer(self, value: Tensor) -> np.ndarray | None:

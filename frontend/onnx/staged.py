@@ -1,10 +1,13 @@
-"""Compiling models whose shapes depend on data.
+"""Compiling models that are more than one program.
 
-`NonZero`, `Unique`, `NonMaxSuppression` or a loop that collects an unknown number of results make tensors whose sizes
-follow from elements that exist at run time only. A program has fixed sizes, so the model is cut where a rule asks for
-such elements (a count, say): the part before the cut is one compiled program that also gives what the rest reads, and
-the rest is a program for each answer, kept under it. Nothing is computed by NumPy, and nothing twice but the node at
-the cut. Where the answers stay within a range, so do the programs; the others are compiled when they first come up.
+Sizes that data decide are symbolic sizes of one program (`frontend.data_sizes`). Where the elements themselves decide
+how a program looks (the condition of an `If` whose branches have different shapes, an axis, a loop that changes the
+type of its state), the model is cut: the part before the node that asks is one compiled program that also gives what
+the rest reads, and the rest is a program for each answer, kept under it. Nothing is computed by NumPy, and nothing
+twice but the node at the cut. Every part serves all sizes.
+
+A part that cannot be compiled with open sizes (an axis is squeezed that data make 1...) asks for them as for other
+elements, and is compiled for each.
 
 Inputs that decide shapes (`Reshape`'s second) need no cut: their elements are part of the key, as those of any argument
 that is no tensor.
@@ -18,17 +21,23 @@ from typing import Any
 
 import numpy as np
 
-from ...ir.errors import CompileError, OnnxError
+from ...ir.dims import Dim
+from ...ir.errors import CompileError, OnnxError, TreadleError
+from ...ir.graph import Value
+from ...ir.phases import names_in
+from .. import functions as F
 from .. import tree
 from ..compile import Compiled, log
 from ..dispatch import as_tensor
+from ..dynamic import Dynamic, generic_key
 from ..recording import current_trace
 from ..signature import Scanned
 from ..tensor import Tensor
+from ..trace import Spec
 from .node import NeedsValue
-from .run import Frame, concrete, eager_limit
+from .run import Frame, concrete, eager_limit, open_sizes
 from .uses import names_used
-from .values import is_text
+from .values import is_symbolic, is_text
 
 ANSWER_ELEMENTS = 4096
 """A program cannot depend on more elements than this."""
@@ -63,31 +72,44 @@ class Cut:
     """Where a program ends and the next begins.
 
     Attributes:
-        position: number of the node that asked.
+        node: what asked.
+        position: its number.
         structure, leaves: the values that the rest reads; a traced tensor's place is taken by None.
         traced: which leaves those are.
         answers: what the node has been told before.
         programs: the rest, by the answer.
+        specs: the types of the tensors that the rest is given, with their symbolic sizes.
     """
 
+    node: str
     position: int
     structure: tree.Structure
     leaves: list[Any]
     traced: list[int]
     answers: list[np.ndarray]
     programs: dict[Any, Compiled]
+    specs: list[Spec]
+
+
+class Part:
+    """A part of a model as a function to compile, which knows what sizes of its arguments are open."""
+
+    def __init__(self, function: Callable[..., Any], dynamic_specs: Callable[..., Any]):
+        self.function, self.dynamic_specs = function, dynamic_specs
+        self.__name__ = "part"
+
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        return self.function(*args, **keywords)
 
 
 class Stages:
     """A model as compiled parts; called with its arguments."""
 
-    def __init__(self, module: Any, target: str, amp: Any, freeze: bool = False):
-        self.module = module
-        self.target, self.amp = target, amp
+    def __init__(self, owner: OnnxCompiled, open_sizes: bool = True):
+        self.owner, self.module, self.open_sizes = owner, owner.fn, open_sizes
         self.cuts: list[Cut] = []
         self.texts: list[dict[int, np.ndarray]] = []  # outputs that are strings, by place
-        self.freeze = freeze
-        self.first = self._compiled(self._begin)
+        self.first = self._compiled(Part(self._begin, self.module.dynamic_specs))
 
     def __call__(self, args: Sequence[Any], keywords: dict[str, Any]) -> Any:
         """Runs part after part."""
@@ -108,23 +130,27 @@ class Stages:
         if key not in cut.programs:
             if len(cut.programs) >= PROGRAMS:
                 cut.programs.pop(next(iter(cut.programs)))
-            cut.programs[key] = self._compiled(lambda live: self._continue(cut, live, answer))
+            cut.programs[key] = self._compiled(Part(lambda live: self._continue(cut, live, answer),
+                                                    lambda args, keywords: ((cut.specs,), {})))
         return cut.programs[key]
 
-    def _compiled(self, part: Callable[..., Any]) -> Compiled:
-        made = Compiled(part, self.target, self.amp)
-        made.freeze = self.freeze
+    def _compiled(self, part: Part) -> Compiled:
+        made = Compiled(part, self.owner.target, self.owner.amp)
+        made.freeze, made.stats = self.owner.freeze, self.owner.stats
+        made.dynamic = None if self.owner.dynamic is None else Dynamic(None, self.owner.dynamic.fixed)
         return made
 
     def _begin(self, *args: Any, **keywords: Any) -> Any:
-        frame = self.module.frame(self.module.bind(args, keywords))
+        with open_sizes(self.open_sizes):
+            frame = self.module.frame(self.module.bind(args, keywords))
         return self._advance(frame, 0, [])
 
     def _continue(self, cut: Cut, live: list[Tensor], answer: np.ndarray) -> Any:
         leaves = list(cut.leaves)
         for place, tensor in zip(cut.traced, live):
             leaves[place] = tensor
-        frame = self.module.frame({})
+        with open_sizes(self.open_sizes):
+            frame = self.module.frame({})
         frame.env.update(tree.unflatten(cut.structure, leaves))
         return self._advance(frame, cut.position, [*cut.answers, answer])
 
@@ -164,8 +190,34 @@ class Stages:
         tensors = [leaves[i] for i in traced]
         for i in traced:
             leaves[i] = None
-        self.cuts.append(Cut(position, structure, leaves, traced, answers, {}))
+        tensors += [_witness(name) for name in _unnamed(leaves, tensors)]
+        specs = [Spec(t.type) for t in tensors]
+        self.cuts.append(Cut(error.message.split(': ')[0], position, structure, leaves, traced, answers, {}, specs))
         return {f"cut:{len(self.cuts) - 1}": None, "live": tensors, "answer": value}
+
+
+def _unnamed(leaves: Sequence[Any], tensors: Sequence[Tensor]) -> list[str]:
+    """The names of sizes that known values hold, or tensors have in formulas, and no tensor has as an axis."""
+    held = {name for leaf in leaves if is_symbolic(leaf) for name in names_in(tuple(leaf.reshape(-1)))}
+    held |= {name for t in tensors for name in names_in(t.shape)}
+    return sorted(held - {str(n) for t in tensors for n in t.shape})
+
+
+def _reads_data(value: Value) -> bool:
+    """Whether a traced value depends on elements of inputs, not on their sizes alone."""
+    seen, pending = {value}, [value]
+    while pending:
+        node = pending.pop().producer
+        if node is None:
+            return True
+        pending += [v for v in node.operands if v not in seen]
+        seen.update(node.operands)
+    return False
+
+
+def _witness(name: str) -> Tensor:
+    """A tensor without elements that has a size as an axis."""
+    return F.broadcast_to(F.zeros((1, 1), "uint8")[:, :0], (Dim(name), 0))
 
 
 class OnnxCompiled(Compiled):
@@ -208,26 +260,58 @@ class OnnxCompiled(Compiled):
                         self.__name__, error)
             return None
 
+    def _hopeless(self, error: TreadleError) -> bool:
+        return isinstance(error, NeedsValue) and _reads_data(error.value._value)
+
     def _run(self, found: Scanned, args: Sequence[Any], keywords: dict[str, Any]) -> Any:
-        if found.key not in self._stages:
-            if self.fn.text:
-                self._stages[found.key] = Stages(self.fn, self.target, self.amp)
-                return self._run(found, args, keywords)
+        key = generic_key(self.fn, self._open(args, keywords)) if self._stages else None
+        stages = self._stages.get(key)
+        if stages is None:
             try:
-                return super()._run(found, args, keywords)
+                if not self.fn.text:
+                    return super()._run(found, args, keywords)
+                failure: TreadleError | None = None
             except NeedsValue:
-                self._stages[found.key] = Stages(self.fn, self.target, self.amp, self.freeze)
+                failure = None
+            except TreadleError as error:  # perhaps because of sizes that data decide: without them, then
+                if found.key in self._programs:  # not while tracing or compiling
+                    raise
+                failure = error
+            key = generic_key(self.fn, self._open(args, keywords))
+            stages = Stages(self, failure is None)
+            if failure is not None:
+                return self._closed(stages, key, failure, args, keywords)
+            self._stages[key] = stages
         self.stats.calls += 1
-        return self._stages[found.key](args, keywords)
+        try:
+            return stages(args, keywords)
+        except TreadleError as error:
+            if not stages.open_sizes:
+                raise
+            return self._closed(Stages(self, False), key, error, args, keywords)
+
+    def _closed(self, stages: Stages, key: Any, failure: TreadleError, args: Sequence[Any],
+                keywords: dict[str, Any]) -> Any:
+        """Tries a program for each of the sizes that data decide; the failure is raised again if that fails too."""
+        try:
+            result = stages(args, keywords)
+        except TreadleError:
+            raise failure from None
+        if stages.cuts:
+            log.warning("%s: compiled for each of the sizes that data decide, since one program cannot serve all: %s",
+                        self.__name__, failure)
+        self._stages[key] = stages
+        return result
 
     def save(self, path: Any) -> None:
         """Writes the program of the last call to a file; see `Compiled.save`.
 
         Raises:
-            CompileError: shapes depend on data, so it is several programs.
+            CompileError: elements decide how it looks, so it is several programs.
         """
         if self._stages and self._last is None:
-            raise CompileError(f"{self.__name__}: shapes depend on data, so it is compiled in parts, and an artifact "
-                               "holds one program. End the model before the node that `td.onnx.check` notes: "
-                               "select_outputs")
+            nodes = sorted({str(cut.node) for stages in self._stages.values() for cut in stages.cuts})
+            raise CompileError(f"{self.__name__}: data decide how the program looks at {', '.join(nodes)}, so it is "
+                               "compiled in parts, and an artifact holds one program. End the model before that node "
+                               "(select_outputs), or give the node's operand as a constant")
         super().save(path)

@@ -20,8 +20,10 @@ import numpy as np
 from ...ir.dims import Dim
 from ...ir.dtypes import DType, as_dtype, int64
 from .. import functions as td
+from ..data_sizes import size_tensor
 from ..dispatch import as_tensor
 from ..tensor import Tensor
+from .elements import elements
 
 Known = np.ndarray
 OnnxValue: TypeAlias = "Tensor | np.ndarray | list[Any] | None"
@@ -85,13 +87,6 @@ def tensor(value: Any) -> Tensor:
     return td.reshape(td.stack([size_tensor(x) for x in array.reshape(-1)]), array.shape)
 
 
-def size_tensor(size: Any) -> Tensor:
-    """A size, perhaps a symbolic one, as an int64 scalar."""
-    if not isinstance(size, Dim):
-        return as_tensor(np.int64(size))
-    return td.sum(td.broadcast_to(as_tensor(np.ones(1, np.int64)), (size,)))
-
-
 def dtype_of(value: Any) -> DType:
     """The element type of a tensor or known value."""
     if isinstance(value, Tensor):
@@ -122,6 +117,9 @@ def require_known(node: Any, value: Any, what: str) -> np.ndarray:
     if is_known(value):
         return plain(value)
     if isinstance(value, Tensor):
+        found = elements(value)
+        if found is not None:
+            return plain(found)
         array: np.ndarray = node.need(value, what)
         return array
     raise node.fail(f"the operand {what!r} is missing")

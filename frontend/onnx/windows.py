@@ -10,10 +10,10 @@ import numpy as np
 
 from ...ir.dims import Dim
 from .. import functions as F
+from ..data_sizes import size_tensor
 from ..dispatch import apply, as_tensor
 from ..tensor import Tensor
 from .node import OnnxNode
-from .values import size_tensor
 
 Pairs = tuple[tuple[int, int], ...]
 

@@ -223,8 +223,7 @@ def test_nonzero_and_what_follows():
     rng = np.random.default_rng(0)
     inputs = [(rng.standard_normal((2, 3)).astype("f"),) for _ in range(4)]
     compiled = check(proto, *inputs, inputs[0])
-    (stages,) = compiled._stages.values()
-    assert 1 <= len(stages.cuts[0].programs) <= 4  # one for each count that came up
+    assert compiled.stats.compiles == 1  # whatever the count: see test_data_sizes
 
 
 def test_compress_and_unique():
@@ -234,17 +233,12 @@ def test_compress_and_unique():
     check(proto, (x, np.array([1, 1, 1, 0, 1], bool)), (x, np.array([1, 0, 0, 1, 0], bool)))
 
 
-def test_a_trace_says_where_a_shape_depends_on_data():
-    module = td.onnx.load(model([NODE("NonZero", ["x"], ["y"], name="where")], [("x", F32, [4])]))
-    with pytest.raises(td.OnnxError, match="NonZero node 'where'.*Compile the model itself"):
-        td.trace(module, td.spec((4,)))
-
-
-def test_a_model_in_parts_is_no_artifact(tmp_path):
-    compiled = td.compile(td.onnx.load(model([NODE("NonZero", ["x"], ["y"])], [("x", F32, [3])])))
-    compiled(X)
-    with pytest.raises(td.CompileError, match="several|parts"):
-        compiled.save(tmp_path / "m.treadle")
+def test_a_trace_says_where_data_decide_how_it_looks():
+    nodes = [NODE("ReduceSum", ["x", "axis"], ["y"], name="sum")]
+    module = td.onnx.load(model([NODE("ReduceMax", ["a"], ["axis"], name="where"), *nodes],
+                                [("x", F32, [4, 4]), ("a", I64, [2])]))
+    with pytest.raises(td.OnnxError, match="ReduceSum node 'sum'.*Compile the model itself"):
+        td.trace(module, td.spec((4, 4)), td.spec((2,), "int64"))
 
 
 def test_a_cut_keeps_parameters_live():
