@@ -21,13 +21,12 @@ import numpy as np
 from .errors import DistributedError
 from .links import Links
 
-FAILED = 7001   # tag of the last words of a rank
 LOOK = 0.02     # seconds between looks
 SPIN = 200      # tests of a request before the core is left to others
 LABELS = 96     # bytes that name an op
 WORDS = 1000    # bytes of the last words
 ADDRESS = 512   # bytes of a rank's addresses
-COMPUTING, WAITING, LEFT = range(3)
+COMPUTING, WAITING, LEFT, FAILED = range(4)
 SETTLE = 2.0    # seconds in which what a rank sent before it ended arrives
 
 
@@ -46,18 +45,22 @@ class Watch:
         self.control = world.Dup()
         self.rank = world.rank
         self.label, self.calls = "", 0
-        self.kept: list[Any] = []
         self.near = world.Split_type(mpi.COMM_TYPE_SHARED)
         who = np.empty((self.near.size, 2), np.int64)
         self.near.Allgather(np.array([world.rank, os.getpid()], np.int64), who)
         self.near_ranks, self.pids = who.T.tolist()
-        row = 3 * 8 + LABELS
+        row = 3 * 8 + LABELS + WORDS
         self.window = mpi.Win.Allocate_shared(row, 1, comm=self.near)
         self.rows = [np.frombuffer(self.window.Shared_query(i)[0], np.uint8, row) for i in range(self.near.size)]
         self._own = self.rows[self.near.rank]
         self._own[:] = 0
         self._head = self._own[:24].view(np.int64)  # step, calls, state
         self._words, self._text = self._head.data, self._own[24:].data  # the same: a word costs a tenth to write here
+        self._shown: dict[str, bytes] = {}
+        self._entered = 0.0
+        self.timeline: list[tuple[str, float, float]] | None = None
+        # The same memory: a word costs a tenth to write here.
+        self._words, self._text = self._head.data, self._own[24:24 + LABELS].data
         self._shown: dict[str, bytes] = {}
         self._entered = 0.0
         self.timeline: list[tuple[str, float, float]] | None = None
@@ -139,10 +142,10 @@ class Watch:
     def look(self, waited: float) -> None:
         """Raises if there is no point in waiting."""
         self.links.look()
-        if self.control.Iprobe(self.mpi.ANY_SOURCE, FAILED):
-            status, words = self.mpi.Status(), bytearray(WORDS)
-            self.control.Recv([words, self.mpi.BYTE], self.mpi.ANY_SOURCE, FAILED, status)
-            self._failed(status.Get_source(), bytes(words).rstrip(b"\0").decode(errors="replace"))
+        self.control.Iprobe()  # moves on what MPI has under way: who waits in shared memory does not call it
+        for rank, row in zip(self.near_ranks, self.rows):
+            if row[16:24].view(np.int64)[0] == FAILED and rank != self.rank:
+                self._failed(rank, bytes(row[24 + LABELS:]).rstrip(b"\0").decode(errors="replace"))
         for rank, text in self.links.words.items():
             self._failed(rank, text)
         for rank, pid in zip(self.near_ranks, self.pids):
@@ -195,7 +198,7 @@ class Watch:
     def position(self, rank: int) -> str:
         """Where a rank of this host is."""
         row = self.rows[self.near_ranks.index(rank)]
-        label = bytes(row[24:]).split(b"\0")[0].decode(errors="replace")
+        label = bytes(row[24:24 + LABELS]).split(b"\0")[0].decode(errors="replace")
         step, calls = row[:16].view(np.int64)
         return f"{label or 'no op'} of step {step} (call {calls})"
 
@@ -217,11 +220,9 @@ class Watch:
     def tell(self, error: BaseException) -> None:
         """Last words to all other ranks."""
         text = f"{type(error).__name__} in {self.where()}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-        words = text.encode()[:WORDS].ljust(WORDS, b"\0")
         self.links.tell(f"failed {text}")
-        for other in self.near_ranks if self.links.sockets else range(self.control.size):
-            if other != self.rank:
-                self.kept.append((words, self.control.Isend([words, self.mpi.BYTE], other, FAILED)))
+        self._own[24 + LABELS:] = np.frombuffer(text.encode()[:WORDS].ljust(WORDS, b"\0"), np.uint8)
+        self._head[2] = FAILED
 
     def end(self) -> None:
         """This rank ends normally."""
