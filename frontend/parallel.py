@@ -245,7 +245,7 @@ class ParallelStep:
     def _part(self, tensor: Tensor, sharding: Sharding) -> np.ndarray:
         """This rank's part; of a parameter that was not drawn yet no more than that is drawn."""
         if waiting(tensor._value) and not sharding.partial:
-            return aligned(tensor._value.source.part(sharding.part(self.mesh, self.rank, tensor.shape)))
+            return aligned(sharding.assemble(self.mesh, self.rank, tensor.type, tensor._value.source.part))
         return aligned(sharding.cut(tensor.numpy(copy=False), self.mesh, self.rank))
 
     def _give_up(self, tensor: Tensor) -> None:
@@ -276,7 +276,8 @@ class ParallelStep:
             self.job.watch.enter("gather")
             self.job.watch.wait(self.job.world.Iallgather(part.reshape(-1).view(np.uint8), into))
             self.job.watch.leave()
-            tensor.assign(sharding.join([row.view(part.dtype).reshape(part.shape) for row in into], self.mesh))
+            rows = [row.view(part.dtype).reshape(part.shape) for row in into]
+            tensor.assign(sharding.join(rows, self.mesh, tensor.shape))
 
     stage_axis: str | None = None
     """The mesh axis whose ranks have other tensors, if there is one."""

@@ -227,7 +227,8 @@ class PipelineStep(ParallelStep):
                 _, sharding, part = self.parts[id(tensor)]
                 into = np.empty((self.stage_mesh.size, part.nbytes), np.uint8)
                 self.job.watch.wait(self.stage_comm.Iallgather(part.reshape(-1).view(np.uint8), into))
-                whole = sharding.join([r.view(part.dtype).reshape(part.shape) for r in into], self.stage_mesh)
+                rows = [r.view(part.dtype).reshape(part.shape) for r in into]
+                whole = sharding.join(rows, self.stage_mesh, tensor.shape)
             tensor.assign(self.broadcast(np.ascontiguousarray(whole), device))
 
 
