@@ -1,7 +1,8 @@
 """Attention whose numbers of queries, keys and batch elements are known only when it runs.
 
 The loops are those of attention_tir. A kernel holds several of them and takes the first that fits: for sequences of a
-tile's size at least, whose keys are one block or several, and for ever shorter ones.
+tile's size at least, whose keys are one block or several, for shorter ones, and for few queries or few keys
+(attention_few.py).
 """
 
 from __future__ import annotations
@@ -30,18 +31,17 @@ class SizedValueTiles(ValueTiles, SizedTiles):
 
 
 class SizedAttention(AttentionEmitter):
-    """One of the versions. `many`: keys may be several blocks; `narrow`: they are fewer than a register tile has
-    columns."""
+    """One of the versions. `many`: keys may be several blocks."""
 
     def __init__(self, problem: AttentionProblem, config: AttentionConfig, target: Any, epilogue: Epilogue,
-                 operands: Sequence[Value], many: bool, narrow: bool = False):
+                 operands: Sequence[Value], many: bool):
         q, k, v = self.take(problem, config, target, epilogue, operands)
-        self.narrow, self.many = narrow, many
+        self.many = many
         cols = config.score_vectors * self.lanes
         scores = GemmConfig(tile_rows=config.tile_rows, tile_cols=cols, col_panels=config.key_panels,
                             pack_a=problem.dtype != self.dtype, dot_bf16=config.dot_bf16)
-        self.qk: Any = SizedTiles(problem.scores(), scores, GemmHooks((), a=q, b=k), self.lanes, narrow)
-        self.qk.col_panels = 1 if narrow else config.key_panels
+        self.qk: Any = SizedTiles(problem.scores(), scores, GemmHooks((), a=q, b=k), self.lanes, False)
+        self.qk.col_panels = config.key_panels
         self.keys = self.qk.col_panels * cols
         self.key_blocks: Any = (problem.keys + (self.keys - 1)) // self.keys if many else 1
         self.pad = cols if many else 0
@@ -58,9 +58,8 @@ class SizedAttention(AttentionEmitter):
         """The condition under which this version may run; True or False where it is known."""
         cols, p = self.qk.cols, self.p
         conditions = [expression(p.queries) >= self.rows] if self.rows > 1 else []
-        if not self.narrow:
-            conditions.append(expression(p.keys) >= cols)
-        if not self.many and not self.narrow:
+        conditions.append(expression(p.keys) >= cols)
+        if not self.many:
             conditions.append(expression(p.keys) <= self.keys)
         if any(c is False for c in conditions):
             return False
@@ -80,21 +79,21 @@ class SizedAttention(AttentionEmitter):
 def emit_sized(problem: AttentionProblem, config: AttentionConfig, target: Any, epilogue: Epilogue,
                operands: Sequence[Value]) -> None:
     """Emit the kernel's body. `config` was proposed for the expected sizes."""
+    from .attention_few import FewAttention  # it is made of the classes above
     lanes = target.vector_bits // (64 if problem.acc_dtype == "float64" else 32)
     cols = config.score_vectors * lanes
     panels = max(config.key_panels, -(-KEY_BLOCK // cols))
     large = replace(config, tiles=1, key_panels=panels, parallel=True)
     few = replace(large, tile_rows=min(4, large.tile_rows), score_vectors=1, key_panels=max(1, KEY_BLOCK // lanes))
-    one = replace(few, tile_rows=1)
 
-    def version(c: AttentionConfig, many: bool, narrow: bool = False) -> SizedAttention:
-        return SizedAttention(problem, c, target, epilogue, operands, many, narrow)
+    def version(c: AttentionConfig, many: bool) -> SizedAttention:
+        return SizedAttention(problem, c, target, epilogue, operands, many)
 
-    versions = [version(large, False), version(large, True), version(few, True), version(one, True),
-                version(one, False, True)]
+    in_place = [FewAttention(problem, config, target, epilogue, operands, lanes, alone) for alone in (True, False)]
+    versions = [*in_place, version(large, False), version(large, True), version(few, True)]
     with T.attr(0, "pragma_import_llvm", imports([v.qk for v in versions])), ExitStack() as nest:
         for chosen in versions:
-            condition = chosen.fits()
+            condition = chosen is versions[-1] or chosen.fits()  # the last takes what is left
             if condition is True:
                 chosen.run()
                 return

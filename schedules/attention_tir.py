@@ -140,8 +140,7 @@ class AttentionEmitter:
 
     def allocate(self) -> None:
         buffer, rows = self.pv.buffer, self.rows
-        self.qk.pack.allocate()
-        self.pv.pack.allocate()
+        self.allocate_panels()
         self.scores = buffer((rows, self.pad + self.keys), self.dtype)
         self.stack = buffer((self.pv.rows, self.pv.cols), self.dtype)
         self.shift, self.factor = buffer((rows,), self.dtype), buffer((rows,), self.dtype)
@@ -149,6 +148,10 @@ class AttentionEmitter:
             self.peak = buffer((self.group, rows), self.dtype)
             self.total = buffer((self.group, rows), self.dtype)
             self.part = buffer((self.group, rows, self.pv.panels, self.pv.cols), self.dtype)
+
+    def allocate_panels(self) -> None:
+        self.qk.pack.allocate()
+        self.pv.pack.allocate()
 
     def clear(self, count: Index) -> None:
         with self.serial(count) as b, self.serial(self.rows) as r:
@@ -159,12 +162,8 @@ class AttentionEmitter:
 
     def over_queries(self, block: Index, count: Index, length: Index) -> None:
         """Everything for one block of keys: packs what the group sees of it, then goes from queries to queries."""
-        qk, pv = self.qk, self.pv
-        panel = block * qk.col_panels
-        with self.serial(ceil_div(length, qk.cols)) as q:
-            qk.pack.pack_b(self.batch, q, qk.panel_col(panel + q), 0, self.p.features)
-        with self.serial(pv.panels) as q:
-            pv.pack.pack_b(self.batch, q, pv.panel_col(q), self.k0, length)
+        self.pack(block, length)
+        panel = block * self.qk.col_panels
         with self.serial(count) as b:
             self.place(b)
             self.visible = length
@@ -176,6 +175,14 @@ class AttentionEmitter:
                 with self.serial(self.rows // self.streams) as s:
                     self.emit_softmax(b, s * self.streams)
                 self.emit_values(b)
+
+    def pack(self, block: Index, length: Index) -> None:
+        """Packs what the group sees of a block of keys, and their values."""
+        qk, pv = self.qk, self.pv
+        with self.serial(ceil_div(length, qk.cols)) as q:
+            qk.pack.pack_b(self.batch, q, qk.panel_col(block * qk.col_panels + q), 0, self.p.features)
+        with self.serial(pv.panels) as q:
+            pv.pack.pack_b(self.batch, q, pv.panel_col(q), self.k0, length)
 
     def place(self, b: Index) -> None:
         """Goes to block b of the group."""
