@@ -49,6 +49,8 @@ class Plan:
         weight: what a micro-batch of a pipeline counts in the loss, from its arrays: `lambda x, y: (y != -100).sum()`
             makes a mean over tokens that of the whole batch, however they are spread. None: its examples.
         recompute: layers keep only what they were handed, and are computed again in the backward pass.
+        measure: a pipeline is cut by the times that the layers take on this machine, measured once when the step is
+            built, and not by the cost model's.
         mesh: axes and their ranks that the plan was made for; `parallelize` takes them where no mesh is given.
         accumulate: the micro-batches that it was made for: those of `train_step(accumulate=)`.
         cut: where the stages of a pipeline end but for the last, counted in the steps of the loss's graph, as
@@ -66,6 +68,7 @@ class Plan:
     chunks: int = 1
     weight: Callable[..., Any] | None = field(default=None, repr=False)
     recompute: bool = False
+    measure: bool = False
     mesh: Mapping[str, int] | None = None
     accumulate: int | None = None
     cut: tuple[int, ...] | None = None
@@ -154,7 +157,7 @@ def split_over(sharding: Sharding, type: TensorType, axis: str, mesh: Mesh) -> S
     """
     for dim in sorted(range(type.rank), key=lambda d: sharding.dims[d] is not None):
         split = sharding.placed(axis, dim)
-        if type.shape[dim] and split.fits(type, mesh):
+        if type.shape[dim] and split.fits(dim, type.shape[dim], mesh):
             return split
     return sharding
 
@@ -177,12 +180,12 @@ def annotate(graph: Graph, mesh: Mesh, plan: Plan, sources: Sequence[Source],
             if v.rank and plan.data in mesh:
                 assert plan.data is not None
                 found[i] = found[i].placed(plan.data, int(i in micro))
-            found[i].check(v.type, mesh)
+            found[i].check(v.type, mesh, f"the batch's {v.name}" if v.name else "a tensor of the batch")
         elif source.kind == "scalar":
             found[i] = Sharding.whole(v.rank)
         elif source.kind in ("parameter", "state") and (source.kind == "parameter" or v.shape == own.get(source.name)):
             found[i] = plan.of(source.name, v.rank)
-            found[i].check(v.type, mesh)
+            found[i].check(v.type, mesh, source.name, padded=True)
             if plan.zero >= (3 if source.kind == "parameter" else 1):
                 assert plan.data is not None
                 found[i] = split_over(found[i], v.type, plan.data, mesh)

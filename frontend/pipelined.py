@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from ..distributed import Mesh, MeshError
 from ..distributed.buffers import as_bytes
-from ..distributed.chain import Cut
+from ..distributed.chain import Cut, cut
 from ..distributed.messages import Messages
 from ..distributed.pipeline import schedule, stash_bound
 from ..distributed.stage_run import Runner, StageProgram
@@ -32,6 +33,7 @@ from ..ir.passes import TIDY
 from ..ir.pipeline import Pipeline
 from ..ir.types import TensorType
 from . import tree
+from .measured import layer_seconds
 from .parallel import ParallelStep, Plan
 from .pipeline_stages import LossGraph, StageBuilder
 from .pipeline_update import build_update
@@ -143,6 +145,9 @@ class PipelineStep(ParallelStep):
         if self._ends is None:
             kept = [self._bound(s % self.devices) for s in range(self.count)]
             chain, self.cut = cut_graph(loss.graph, data, self.count, kept=kept)
+            if self.plan.measure:
+                chain = self._measured(loss, chain)
+                self.cut = cut(chain.layers, self.count, kept=kept)
             self._ends = chain.ends, chain.ops
             return chain, self.cut
         assert self.cut is not None
@@ -152,7 +157,18 @@ class PipelineStep(ParallelStep):
             raise AttributeValueError("for a batch of this shape the model computes other steps than for the first "
                                       "one, so its parameters cannot stay in their stages: give it a step of its own",
                                       user_location())
+        if not self.cut.layers:
+            self.cut = replace(self.cut, layers=chain.layers)
         return chain, self.cut
+
+    def _measured(self, loss: LossGraph, chain: Chain) -> Chain:
+        """The chain with the times that its layers take here, all ranks at once: the median of what they find."""
+        compiled = self.inner._compiled
+        mine = layer_seconds(loss, chain, None if compiled.amp is None else str(compiled.amp), compiled.target)
+        every = [mine] if self.job is None else self.job.gather_all(mine)
+        layers = [replace(layer, forward=float(ahead), backward=float(behind))
+                  for layer, (ahead, behind) in zip(chain.layers, np.median(np.array(every), axis=0))]
+        return replace(chain, layers=tuple(layers))
 
     def _given_cut(self, loss: LossGraph, ends: Sequence[int]) -> tuple[tuple[tuple[int, ...], tuple[str, ...]], Cut]:
         """Where layers end under the plan's cut, and the steps of the graph; and the cut."""
@@ -163,8 +179,8 @@ class PipelineStep(ParallelStep):
         layers = sorted({*ends, *regions(chain_of(loss.graph, range(loss.batch)))})
         return (tuple(layers), everywhere.ops), Cut((0, *(layers.index(e) + 1 for e in ends)), 0.0)
 
-    def _held(self, found: Any) -> tuple[dict[int, int], list[tuple[Any, np.ndarray]]]:
-        """Which device has which tensor; and the sums that several devices have, each with their communicator."""
+    def _held(self, found: Any) -> tuple[dict[int, int], list[Callable[[], None]]]:
+        """Which device has which tensor; and what adds up the sums that several devices have."""
         loss, stages = found
         self.moved = []
         for s, stage in enumerate(stages):
@@ -187,7 +203,7 @@ class PipelineStep(ParallelStep):
                 assert self.job is not None
                 group = self.job.groups[self.pipe].Split(0 if self.here in own else self.job.mpi.UNDEFINED, self.here)
                 if self.here in own:
-                    tied.append((group, self.stages.sums[id(p)]))
+                    tied.append(_adding(self.job.transport(group), self.stages.sums[id(p)], len(own)))
         return owner, tied
 
     # What ranks have --------------------------------------------------------------------------------------------
@@ -270,7 +286,7 @@ class _Steps:
 
     def __init__(self, step: PipelineStep, programs: Sequence[Mapping[int, StageProgram]],
                  sizes: Sequence[tuple[int, ...]], update: Callable[[Mapping[str, np.ndarray]], Any],
-                 tied: Sequence[tuple[Any, np.ndarray]], results: _Results):
+                 tied: Sequence[Callable[[], None]], results: _Results):
         self.step, self.programs, self.sizes, self.update, self.tied = step, programs, sizes, update, tied
         self.results = results
         self.ends = [np.cumsum([s[i] for s in sizes]).tolist() for i in range(len(sizes[0]))]
@@ -315,11 +331,24 @@ class _Steps:
     def add_tied(self) -> None:
         """Adds up the gradients of parameters that several devices hold."""
         job = self.step.job
-        for group, total in self.tied:
+        for add in self.tied:
             assert job is not None
             job.watch.enter("all_reduce of a tied parameter:" + self.step.pipe)
-            job.watch.wait(group.Iallreduce(job.mpi.IN_PLACE, total, job.mpi.SUM))
+            add()
             job.watch.leave()
+
+
+def _adding(transport: Any, total: np.ndarray, ranks: int) -> Callable[[], None]:
+    """What adds up an array over the ranks of a transport, in place."""
+    own = total if ranks == 2 else np.empty_like(total)  # a sum of several is begun before all have been read
+    run: Callable[[], None] = transport.all_reduce([own], [total], "sum")
+
+    def add() -> None:
+        if own is not total:
+            own[...] = total
+        run()
+
+    return add
 
 
 def micro_sizes(type: TensorType | None, micro: int, ranks: int) -> list[int]:

@@ -151,6 +151,14 @@ def test_several_tensors_cross():
     assert any(" 2 x " in row for row in rows) and any(" 3 x " in row for row in rows)
 
 
+def test_cut_by_measured_times():
+    found = pipeline(model=Deep, measure=True)
+    assert_same(found, train(None, model=Deep))
+    times = [layer.forward + layer.backward for layer in found[3].cut.layers]
+    assert min(times) > 0 and found[3].cut.seconds >= max(times)
+    assert str(found[3].cut).count("\n") == CHUNKS
+
+
 def test_mixed_precision():
     """The gradients of one step: what plain descent takes from the parameters."""
     options = {"dtype": "float32", "amp": "bfloat16", "steps": 1, "descent": True, "model": Plain}
