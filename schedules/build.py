@@ -207,6 +207,7 @@ def _signature(program: Program, plan: MemoryPlan, target: Target) -> Signature:
         temps=[TempInfo(t.buffer.shape, t.buffer.itemsize, t.first, t.last) for t in live_intervals(program)]
         if program.sizes
         else [],
+        checks=program.checks,
     )
 
 

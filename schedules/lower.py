@@ -43,6 +43,7 @@ from .lower_slots import Anchor, Host, Kernel
 from .order import in_order, is_other_name
 from .program import Arg, Buffer, Copy, HostCall, KernelCall, Program, SizeArg, Step, View
 from .rules import kernel_of
+from .size_checks import size_checks
 from .sizes import expecting, hint, size_names, with_sizes
 from .target import Target
 
@@ -105,7 +106,7 @@ def _lower(graph: Graph, target: Target) -> Program:
                       alias_of=inputs[graph.aliases[i]] if i in graph.aliases else None)
                for i, v in enumerate(graph.outputs)]
     steps = Lowering(target, subjects(graph)).region(graph, inputs, outputs)
-    return Program(_distinct(inputs), outputs, steps, graph.name, list(graph.roles))
+    return Program(_distinct(inputs), outputs, steps, graph.name, list(graph.roles), checks=size_checks(graph))
 
 
 def _distinct(buffers: Sequence[Buffer]) -> list[Buffer]:

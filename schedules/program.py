@@ -39,6 +39,7 @@ import numpy as np
 from ..ir.dims import Dim
 from .abi import numpy_dtype
 from .faults import Origin
+from .signature import SizeCheck
 
 KINDS = ("input", "output", "temp", "constant")
 
@@ -273,6 +274,7 @@ class Program:
     name: str = "main"
     roles: list[str] = field(default_factory=list)
     meta: dict[str, Any] = field(default_factory=dict)
+    checks: list[SizeCheck] = field(default_factory=list)
 
     @property
     def sizes(self) -> list[str]:

@@ -42,6 +42,13 @@ class KernelInfo(NamedTuple):
     flops: float
 
 
+class SizeCheck(NamedTuple):
+    """What has to hold of the sizes of a call: `rest` is at least 0; otherwise the program would read `what`."""
+
+    rest: Size
+    what: str
+
+
 class Signature(NamedTuple):
     """What a program takes and gives, what it needs, what it is made of."""
 
@@ -59,12 +66,14 @@ class Signature(NamedTuple):
     meta: dict[str, Any]
     sizes: list[str]  # the symbolic ones, in the order of their cells in the table
     temps: list[TempInfo]  # of a program with symbolic sizes
+    checks: list[SizeCheck] = []
 
     def to_json(self) -> dict[str, Any]:
         """As JSON-ready data; `from_json` takes it back."""
         data = self._asdict()
         for key in ("inputs", "outputs", "constants", "temps"):
             data[key] = [{**info._asdict(), "shape": shape_to_json(info.shape)} for info in data[key]]
+        data["checks"] = [[*shape_to_json([check.rest]), check.what] for check in self.checks]
         return {**data, "kernels": [kernel._asdict() for kernel in self.kernels]}
 
     @staticmethod
@@ -75,6 +84,7 @@ class Signature(NamedTuple):
             for key in ("inputs", "outputs", "constants")
         }
         tensors["temps"] = [TempInfo(**{**t, "shape": shape_from_json(t["shape"])}) for t in data.get("temps", ())]
+        tensors["checks"] = [SizeCheck(*shape_from_json([rest]), what) for rest, what in data.get("checks", ())]
         kernels = [KernelInfo(**k) for k in data["kernels"]]
         return Signature(**{"sizes": [], **data, **tensors, "kernels": kernels})
 

@@ -96,6 +96,9 @@ class Layouts:
 
     def _make(self, sizes: dict[str, int]) -> Layout:
         signature = self.signature
+        for check in signature.checks:
+            if evaluate(check.rest, sizes) < 0:
+                raise ShapeError(f"{signature.name}: for {_text(sizes)} {check.what}")
         temps = [(aligned(padded(t.shape, sizes) * t.itemsize), t.first, t.last) for t in signature.temps]
         offsets, arena = place(temps)
         outputs = [tuple(evaluate(n, sizes) for n in info.shape) for info in signature.outputs]
