@@ -16,6 +16,7 @@ import numpy as np
 
 from ..ir.builder import GraphBuilder
 from ..ir.context import emit
+from ..ir.dtypes import int64
 from ..ir.errors import VerifyError
 from ..ir.graph import Graph, Node, Value
 from ..ir.ops_collective import COLLECTIVES
@@ -24,7 +25,7 @@ from .cost import Cluster, sent_bytes
 from .mesh import Mesh
 from .regions import counted, first_operand, operand_shift, outwards, result_shift
 from .reshard import Step, filled_with, path, seconds
-from .rules import Local, base
+from .rules import Factors, Local, base
 from .sharding import Sharding, blocks_of, dim_of
 from .solve import Plan, solve
 
@@ -107,6 +108,7 @@ class _Emitter:
         self.builder = GraphBuilder(self.graph.name)
         self.ways: dict[Value, dict[Sharding, Value]] = {}
         self.indices: dict[str, Value] = {}
+        self.masks: dict[tuple[Value, str | None], Value] = {}
 
     def run(self, inputs: Sequence[Sharding], outputs: Sequence[Sharding]) -> Graph:
         """The program."""
@@ -134,6 +136,9 @@ class _Emitter:
         if node in self.plan.loops:
             self.loop(node)
             return
+        if filled_with(node.results[0]) is not None:
+            self.ways[node.results[0]] = {}  # made where it is wanted, in the shape that is wanted
+            return
         factors, shard = self.plan.table.factors[node], self.plan.table.rules[node]
         chosen = self.plan.strategies.get(node, {})
         operands = [self.need(v, Sharding.of(v.rank, {a: factors.operand_placement(s, i) for a, s in chosen.items()}))
@@ -145,6 +150,7 @@ class _Emitter:
         for axis in reversed(self.mesh.names):
             if (label := base(chosen.get(axis))) is not None:
                 axes.setdefault(label, []).append(axis)
+        operands = self.without_padding(node, factors, axes, operands)
         results = shard.emit(Local(node, self.mesh, axes, types, self.index), operands)
         for label, own in axes.items():
             if label in factors.combined:
@@ -154,6 +160,39 @@ class _Emitter:
             raise VerifyError(f"the shard rule of {node_text(node)} gives {[str(r.type) for r in results]}, not "
                               f"{list(map(str, types))}, for the strategy {chosen}", node.loc)
         self.results(node, shardings, results)
+
+    def without_padding(self, node: Node, factors: Factors, axes: Mapping[Any, Sequence[str]],
+                        operands: list[Value]) -> list[Value]:
+        """Local operands; what is beyond the end of a padded dimension that is summed, or of which the largest element
+        is looked for, is replaced by what does not count.
+
+        Of a product's factors one is enough: parameters, whose padding is finite, stay as they are.
+        """
+        made = list(operands)
+        for label, (axis, *more) in axes.items():
+            if more or label in factors.ordered or label not in (*factors.summed, *factors.combined):
+                continue
+            found = [i for i, labels in enumerate(factors.operands) if label in labels
+                     and node.operands[i].shape[labels.index(label)] % self.mesh[axis]]
+            if node.op.has("contraction") and (moving := [i for i in found if not is_parameter(node.operands[i])]):
+                found = moving
+            for i in found:
+                dim = factors.operands[i].index(label)
+                made[i] = self.masked(made[i], dim, axis, node.operands[i].shape[dim], factors.combined.get(label))
+        return made
+
+    def masked(self, x: Value, dim: int, axis: str, size: int, kind: str | None) -> Value:
+        """A local value with the neutral element (of "max", "min", sums) beyond the end."""
+        if (x, kind) not in self.masks:
+            ends = np.iinfo(x.dtype.np) if x.dtype.is_integer else None
+            least, most = (ends.min, ends.max) if ends else (-np.inf, np.inf)
+            neutral = emit("constant", value=np.asarray({"max": least, "min": most, None: 0}[kind], x.dtype.np))
+            each = x.shape[dim]
+            places = emit("iota", shape=(each,), axis=0, dtype=int64) + self.index(axis) * each
+            inside = emit("lt", places, emit("constant", value=np.asarray(size, np.int64)))
+            shape = tuple(each if i == dim else 1 for i in range(x.rank))
+            self.masks[x, kind] = emit("where", emit("reshape", inside, shape=shape), x, neutral)
+        return self.masks[x, kind]
 
     def results(self, node: Node, shardings: Sequence[Sharding], results: Sequence[Value]) -> None:
         """Notes how the results of a node lie."""
@@ -194,14 +233,17 @@ class _Emitter:
     def need(self, v: Value, sharding: Sharding) -> Value:
         """A rank's part of a value under a sharding, brought there if it does not lie so yet."""
         ways = self.ways[v]
-        if sharding not in ways and (number := filled_with(v)) is not None and not (sharding.partial and number):
+        if sharding not in ways and (number := filled_with(v)) is not None:
+            own = Sharding(sharding.dims) if number else sharding  # zeros are a partial sum as they are
             scalar = emit("constant", value=np.asarray(number, v.dtype.np))
-            ways[sharding] = emit("broadcast_to", scalar, shape=sharding.local(v.type, self.mesh).shape)
+            ways[own] = emit("broadcast_to", scalar, shape=own.local(v.type, self.mesh).shape)
         if sharding not in ways:
             start = min(ways, key=lambda s: seconds(v.type, s, sharding, self.mesh, self.cluster))
             local = ways[start]
             for step in path(v.type, start, sharding, self.mesh, self.cluster):
                 local = self.step(local, step)
+                if local.shape != (shape := step.result.local(v.type, self.mesh).shape):  # what was padded ends
+                    local = emit("slice", local, starts=(0,) * v.rank, limits=shape, strides=(1,) * v.rank)
                 local.name = local.name or v.name
                 ways.setdefault(step.result, local)
         return ways[sharding]
@@ -222,7 +264,7 @@ class _Emitter:
         if step.kind == "mask":
             return self.mask(x, axis)
         if step.kind == "reduce_scatter":
-            x = regrouped(x, target, blocks_of(step.target), ranks)
+            x = regrouped(padded(x, target, ranks), target, blocks_of(step.target), ranks)
         found = {
             "all_reduce": lambda: emit("all_reduce", x, **group, reduce="sum"),
             "all_gather": lambda: emit("all_gather", x, **group, dims=(source,)),
@@ -242,11 +284,25 @@ class _Emitter:
         return made
 
 
+def is_parameter(v: Value) -> bool:
+    """Whether a value is a graph's input, or one as it is seen or cast."""
+    while v.producer is not None and (v.producer.op.has("view") or v.producer.op.name in ("cast", "transpose")):
+        v = v.producer.operands[0]
+    return v.producer is None
+
+
 def is_zero(x: Value) -> bool:
     """Whether a value is a constant all of whose elements are 0."""
     while x.producer is not None and x.producer.op.name in ("broadcast_to", "reshape"):
         x = x.producer.operands[0]
     return x.producer is not None and x.producer.op.name == "constant" and not np.any(x.producer.attrs["value"])
+
+
+def padded(x: Value, dim: int, ranks: int) -> Value:
+    """The value with zeros behind a dimension that does not divide."""
+    high = tuple(-x.shape[i] % ranks if i == dim else 0 for i in range(x.rank))
+    made: Value = emit("pad", x, low=(0,) * x.rank, high=high, interior=(0,) * x.rank, value=0.0) if any(high) else x
+    return made
 
 
 def regrouped(x: Value, dim: int, outer: int, inner: int) -> Value:
@@ -261,7 +317,7 @@ def regrouped(x: Value, dim: int, outer: int, inner: int) -> Value:
 
 def cut(x: Value, dim: int, ranks: int, index: Callable[[], Value], blocks: int = 1) -> Value:
     """A rank's part along a dimension (of each of its blocks); of a broadcast value no elements are read."""
-    size = x.shape[dim] // ranks
+    size = -(-x.shape[dim] // ranks)
     shape = (*x.shape[:dim], size, *x.shape[dim + 1:])
     if x.producer is not None and x.producer.op.name == "broadcast_to":
         source = x.producer.operands[0]
@@ -273,7 +329,7 @@ def cut(x: Value, dim: int, ranks: int, index: Callable[[], Value], blocks: int 
         x = emit("reshape", x, shape=(*x.shape[:dim], blocks, x.shape[dim] // blocks, *x.shape[dim + 1:]))
         made = emit("reshape", cut(x, dim + 1, ranks, index), shape=shape)
         return made
-    zero = emit("constant", value=np.zeros((), np.int64))
+    x, zero = padded(x, dim, ranks), emit("constant", value=np.zeros((), np.int64))
     starts = [zero] * x.rank
     starts[dim] = index() * size
     made = emit("dynamic_slice", x, *starts, sizes=shape)

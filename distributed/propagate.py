@@ -31,7 +31,16 @@ class RuleTable:
         """Whether what a strategy of a node splits can be split over so many ranks."""
         limit = self.limits[node].get(base(strategy), 1)
         blocks = strategy.blocks if isinstance(strategy, Blocked) else 1
-        return limit > 0 and limit % (blocks * ranks) == 0
+        return limit > 0 and (limit % (blocks * ranks) == 0 or blocks == 1 and self.pads(node, strategy, ranks))
+
+    def pads(self, node: Node, label: Label, ranks: int) -> bool:
+        """Whether a label can be split with padding: all its dimensions are as large."""
+        factors = self.factors[node]
+        if label in factors.limits or label in factors.views:
+            return False
+        sizes = {v.shape[labels.index(label)] for labels, v in zip((*factors.operands, *factors.results),
+                                                                   (*node.operands, *node.results)) if label in labels}
+        return len(sizes) == 1 and isinstance(size := sizes.pop(), int) and size > ranks
 
 
 class Propagation:
@@ -102,8 +111,8 @@ class Propagation:
         """A hint for a value that has none, if the dimension can be split."""
         if place < 0 or value in self.hints or self.fixed.get(value) == WHOLE or self.refused(value, dim_of(place)):
             return
-        size = value.shape[dim_of(place)]
-        if isinstance(size, int) and size and divides(size, [(blocks_of(place), self.ranks)]):
+        size, blocks = value.shape[dim_of(place)], blocks_of(place)
+        if isinstance(size, int) and size and (blocks == 1 or divides(size, [(blocks, self.ranks)])):
             self.hints[value] = place
 
 

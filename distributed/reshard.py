@@ -84,8 +84,11 @@ def _inner(sharding: Sharding, axis: str, mesh: Mesh) -> bool:
     return sharding.order(dim, mesh)[-1][0] == axis
 
 
-def _fits(type: TensorType, sharding: Sharding, axis: str, mesh: Mesh) -> bool:
-    return _inner(sharding, axis, mesh) and sharding.fits(type, mesh)
+def _fits(type: TensorType, sharding: Sharding, axis: str, mesh: Mesh, padded: bool) -> bool:
+    """Whether an axis can cut what it cuts in this sharding; `padded`: padding is allowed."""
+    dim = dim_of(sharding.placement(axis))
+    return _inner(sharding, axis, mesh) and (sharding.fits(dim, type.shape[dim], mesh)
+                                             or padded and sharding.pads(dim, type.shape[dim], mesh))
 
 
 def _steps(sharding: Sharding, type: TensorType, mesh: Mesh, axes: tuple[str, ...], goal: Sharding) -> Iterator[Step]:
@@ -95,10 +98,12 @@ def _steps(sharding: Sharding, type: TensorType, mesh: Mesh, axes: tuple[str, ..
             continue
         for target in dict.fromkeys((WHOLE, PARTIAL, *range(type.rank), goal.placement(axis))):
             kind = _kind(source, target)
+            if kind == "all_to_all" and sharding.pads(dim_of(source), type.shape[dim_of(source)], mesh):
+                continue
             if source == target or kind is None:
                 continue
             result = sharding.placed(axis, target)
-            if target < 0 or _fits(type, result, axis, mesh):
+            if target < 0 or _fits(type, result, axis, mesh, kind != "all_to_all" and target == goal.placement(axis)):
                 yield Step(kind, axis, source, target, result)
 
 

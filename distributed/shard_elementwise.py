@@ -6,6 +6,8 @@ linear ones pass partial sums through, a product one factor of which is whole.
 
 from __future__ import annotations
 
+import math
+
 from ..ir.graph import Node, Value
 from ..ir.opdef import all_ops, fill
 from .rules import Factors, Label, Labels, Local, Shard, whole
@@ -65,12 +67,11 @@ def sum_factors(node: Node) -> Factors:
 
 
 def mean_local(ctx: Local, x: Value) -> Value:
-    """The rank's share of the mean: parts are equal, so it is the mean of its part over the number of parts."""
+    """The rank's share of the mean: the mean of its part (behind the end it has zeros), by how much of all that is."""
     (mean,) = ctx.emit(x)
-    parts = 1
-    for axis in ctx.node.attrs["axes"]:
-        parts *= ctx.ranks(axis)
-    return mean if parts == 1 else mean * (1.0 / parts)
+    (whole,) = ctx.node.operands
+    share = math.prod(x.shape[axis] / whole.shape[axis] for axis in ctx.node.attrs["axes"] if ctx.ranks(axis) > 1)
+    return mean if share == 1 else mean * share
 
 
 def extreme_factors(kind: str) -> object:

@@ -24,7 +24,7 @@ def _own_rows(ctx: Local, indices: Value, rows: int, clamp: bool) -> tuple[Value
     """Indices counted from the rank's first row, and which of them it has."""
     index = indices if indices.dtype == int64 else emit("cast", indices, dtype=int64)
     if clamp:
-        index = emit("clip", index, lo=0, hi=rows * ctx.ranks("rows") - 1)
+        index = emit("clip", index, lo=0, hi=ctx.node.operands[0].shape[ctx.node.attrs["axis"]] - 1)
     index = index - ctx.index("rows") * rows
     return index, emit("logical_and", emit("ge", index, index * 0), emit("lt", index, index * 0 + rows))
 

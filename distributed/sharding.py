@@ -11,6 +11,9 @@ what that has left: so what is gathered most often (along the first axis, ZeRO's
 A dimension may be split in blocks. `"tensor:3"` is a dimension of three parts one after the other (query, key and value
 of one projection) each of which is split: a rank has its share of every block, not a third of them all.
 
+A dimension that does not divide may be padded, if one axis splits it and not in blocks: every rank has as much as the
+first, and what lies beyond the end means nothing (`partition.py` masks it where it would count).
+
 The parts of the package that look at one axis at a time use a *placement*, a number: WHOLE, or PARTIAL, or the
 dimension that is split, with the number of blocks (`split`, `dim_of`, `blocks_of`).
 """
@@ -25,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from ..ir.dtypes import as_dtype
 from ..ir.errors import ShapeError
 from ..ir.types import TensorType
 from .mesh import Mesh, MeshError
@@ -147,19 +151,29 @@ class Sharding:
         """Every rank has all of the value."""
         return not self.partial and not any(self.dims)
 
-    def local(self, type: TensorType, mesh: Mesh, name: str = "") -> TensorType:
-        """The type of one rank's part.
+    def local(self, type: TensorType, mesh: Mesh) -> TensorType:
+        """The type of one rank's part, padded where a dimension does not divide.
 
         Raises:
-            ShapeError: a dimension does not divide. (Nothing is padded: the message gives the nearest size that fits.)
+            ShapeError: a dimension can neither be divided nor padded.
             MeshError: the ranks differ, or the mesh has no such axis.
         """
-        self.check(type, mesh, name)
-        return type.with_shape(tuple(s if d is None else s // self.ranks(i, mesh)
+        self.check(type, mesh, padded=True)
+        return type.with_shape(tuple(s if d is None else -(-s // self.ranks(i, mesh))
                                      for i, (s, d) in enumerate(zip(type.shape, self.dims))))
 
-    def check(self, type: TensorType, mesh: Mesh, name: str = "") -> None:
-        """That a value of this type (and name, for the message) can lie so."""
+    def pads(self, dim: int, size: Any, mesh: Mesh) -> bool:
+        """Whether a dimension of this size does not divide, but can be padded."""
+        own = self._split[dim]  # type: ignore[attr-defined]
+        return isinstance(size, int) and len(own) == 1 and own[0][1] == 1 and size % mesh[own[0][0]] != 0
+
+    def check(self, type: TensorType, mesh: Mesh, name: str = "", padded: bool = False) -> None:
+        """That a value of this type (and name, for the message) can lie so; `padded`: padding is allowed.
+
+        Raises:
+            ShapeError: a dimension does not divide; the message gives the nearest size that does.
+            MeshError: the ranks differ, or the mesh has no such axis.
+        """
         what = f"{name} ({type})" if name else str(type)
         if len(self.dims) != type.rank:
             raise MeshError(f"the sharding {self} is for {len(self.dims)} dimensions, the value is {what}")
@@ -169,7 +183,9 @@ class Sharding:
             if not isinstance(size, int):
                 raise ShapeError(f"dimension {i} of {what} is symbolic: partitioning needs a number")
             order = self.order(i, mesh)
-            if not divides(size, [(blocks, mesh[axis]) for axis, blocks in order]):
+            if padded and self.pads(i, size, mesh):
+                continue
+            if not self.fits(i, size, mesh):
                 unit = self.ranks(i, mesh) * math.lcm(*(blocks for _, blocks in order))
                 over = " and ".join(f"{mesh[axis]} ranks of {axis!r}" for axis, _ in order)
                 parts = "".join(f" in {blocks} blocks" for _, blocks in order if blocks > 1)
@@ -178,14 +194,17 @@ class Sharding:
         for axis in self.partial:
             mesh[axis]
 
-    def fits(self, type: TensorType, mesh: Mesh) -> bool:
-        """Whether every dimension of a value of this type divides."""
-        return all(not self.dims[i] or isinstance(size, int) and divides(
-            size, [(blocks, mesh[axis]) for axis, blocks in self.order(i, mesh)]) for i, size in enumerate(type.shape))
+    def fits(self, dim: int, size: Any, mesh: Mesh) -> bool:
+        """Whether a dimension of this size divides."""
+        return isinstance(size, int) and divides(size, [(blocks, mesh[axis]) for axis, blocks in self.order(dim, mesh)])
 
     def indices(self, dim: int, mesh: Mesh, rank: int, size: int) -> np.ndarray:
         """Which elements of a dimension a rank has."""
         here, found = mesh.coordinates(rank), np.arange(size)
+        if self.pads(dim, size, mesh):
+            (axis,) = self.axes(dim)
+            each = -(-size // mesh[axis])
+            return found[here[axis] * each:(here[axis] + 1) * each]
         for axis, blocks in self.order(dim, mesh):
             found = found.reshape(blocks, mesh[axis], -1)[:, here[axis]].reshape(-1)
         return found
@@ -211,7 +230,7 @@ class Sharding:
                  read: Callable[[tuple[slice, ...]], np.ndarray]) -> np.ndarray:
         """A rank's part from what `read` gives of places in the whole."""
         part = np.zeros(self.local(type, mesh).shape, type.dtype.np)
-        for own, at in self.pieces(mesh, rank, type.shape):
+        for own, at in self.pieces(mesh, rank, tuple(map(int, type.shape))):
             part[own] = read(at)
         return part
 
@@ -221,13 +240,15 @@ class Sharding:
         here = mesh.coordinates(rank)
         if any(here[axis] for axis in self.partial):
             array = np.zeros_like(array)
+        if any(self.pads(i, n, mesh) for i, n in enumerate(array.shape)):
+            return self.assemble(mesh, rank, TensorType(array.shape, as_dtype(array.dtype)), array.__getitem__)
         if not self.is_blocked:
             return np.array(array[self.part(mesh, rank, array.shape)])
         return np.array(array[np.ix_(*(self.indices(i, mesh, rank, n) for i, n in enumerate(array.shape)))])
 
-    def join(self, parts: list[np.ndarray], mesh: Mesh) -> np.ndarray:
-        """The whole array from every rank's part."""
-        shape = tuple(s * self.ranks(i, mesh) for i, s in enumerate(parts[0].shape))
+    def join(self, parts: list[np.ndarray], mesh: Mesh, shape: Sequence[int] | None = None) -> np.ndarray:
+        """The whole array, of a shape (default: nothing was padded), from every rank's part."""
+        shape = tuple(s * self.ranks(i, mesh) for i, s in enumerate(parts[0].shape)) if shape is None else tuple(shape)
         result = np.zeros(shape, parts[0].dtype)
         first = [a for a in mesh.names if a not in self.split_axes and a not in self.partial]
         for rank, part in enumerate(parts):

@@ -97,9 +97,9 @@ def _check(graph: Graph, mesh: Mesh, inputs: Mapping[int, Sharding], outputs: Ma
         raise ShapeError(f"graph {graph.name} has symbolic sizes ({', '.join(sorted(graph.dims))}); partitioning needs "
                          "numbers: trace it for arguments of a fixed shape")
     for i, sharding in inputs.items():
-        sharding.check(graph.inputs[i].type, mesh, graph.inputs[i].name)
+        sharding.check(graph.inputs[i].type, mesh, graph.inputs[i].name, graph.roles[i] in ("parameter", "state"))
     for i, sharding in outputs.items():
-        sharding.check(graph.outputs[i].type, mesh)
+        sharding.check(graph.outputs[i].type, mesh, padded=True)
 
 
 def _fixed(graph: Graph, mesh: Mesh, inputs: Mapping[int, Sharding],
@@ -218,7 +218,7 @@ class AxisSolver:
         return least * self.stays if v.producer is None and self.fixed.get(v, WHOLE) >= 0 else least
 
     def candidates(self, node: Node) -> list[Strategy]:
-        """Labels first, whole last: of equal cost the first is taken."""
+        """Adding up partial sums first, whole last: of equal cost the first is taken."""
         factors = self.table.factors[node]
         if self.ranks == 1:
             return [None]
@@ -232,15 +232,20 @@ class AxisSolver:
         kept = [x for x in found if self.table.fits(node, x, self.ranks) and self.allowed(node, x)]
         for number, operands in enumerate(factors.linear):
             if any(PARTIAL in self.have[node.operands[i]] for i in operands):
-                kept.append(Linear(number))
+                kept.insert(0 if self.adds(node, Linear(number)) else len(kept), Linear(number))
         return [*kept, None]
+
+    def adds(self, node: Node, strategy: Strategy) -> bool:
+        """Whether a strategy adds up partial sums: reduced later, they are reduced as one."""
+        return isinstance(strategy, Linear) and all(
+            PARTIAL in self.have[node.operands[i]] for i in self.table.factors[node].linear[strategy.set])
 
     def allowed(self, node: Node, strategy: Strategy) -> bool:
         """Whether the axes before leave a strategy: where they split the same dimension, they split the same label."""
         factors, label = self.table.factors[node], base(strategy)
         earlier = {s.axis: s.plan.strategies[node][s.axis] for s in self.before}
         same = [s.ranks for s in self.before if base(earlier[s.axis]) == label]
-        if self.table.limits[node][label] % math.prod([self.ranks, *same]):
+        if same and self.table.limits[node][label] % math.prod([self.ranks, *same]):
             return False
         for placement, values in ((factors.operand_placement, node.operands), (factors.result_placement, node.results)):
             for i, v in enumerate(values):
@@ -251,11 +256,14 @@ class AxisSolver:
         return True
 
     def cost(self, node: Node, strategy: Strategy) -> float:
-        """Seconds of a strategy: moves, work, and what the results will owe."""
+        """Seconds of a strategy: moves, work, and what the results will owe.
+
+        The work of adding up partial sums counts as if it were split: it is no reason to reduce each of them.
+        """
         factors = self.table.factors[node]
         work = max(float(node.flops) / self.cluster.flops, self.cluster.touch(float(node.nbytes)))
         split = strategy is not None and not isinstance(strategy, Linear)
-        seconds = work / self.ranks if split else work
+        seconds = work / self.ranks if split or self.adds(node, strategy) else work
         for i, v in enumerate(node.operands):
             if v not in node.operands[:i] or factors.operand_placement(strategy, i) != factors.operand_placement(
                     strategy, node.operands.index(v)):

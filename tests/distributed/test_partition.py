@@ -12,7 +12,7 @@ from treadle.distributed import Mesh, MeshError, Sharding, lockstep
 from treadle.distributed.partition import partition
 from treadle.distributed.sharding import split
 from treadle.ir import interp
-from treadle.ir.builder import build, emit
+from treadle.ir.builder import GraphBuilder, build, copy_into, emit
 from treadle.ir.errors import ShapeError
 from treadle.ir.parse import parse
 from treadle.ir.types import TensorType
@@ -41,24 +41,24 @@ def meshes(draw):
     return Mesh(dict(zip("abc", sizes)))
 
 
-def some_shardings(draw, values, mesh):
-    """Random annotations that fit."""
+def some_shardings(draw, values, mesh, padded=False):
+    """Random annotations that fit, or may be padded."""
     found = {}
     for i, v in enumerate(values):
         if draw(st.booleans()):
             placements = {}
             for axis in mesh.names:
                 ways = [split(d, blocks) for d in range(v.rank) for blocks in (1, 1, 2, 3)]
-                fit = [p for p in ways if fits(v, {**placements, axis: p}, mesh)]
+                fit = [p for p in ways if fits(v, {**placements, axis: p}, mesh, padded)]
                 if fit and draw(st.booleans()):
                     placements[axis] = draw(st.sampled_from(fit))
             found[i] = Sharding.of(v.rank, placements)
     return found
 
 
-def fits(v, placements, mesh):
+def fits(v, placements, mesh, padded):
     try:
-        Sharding.of(v.rank, placements).check(v.type, mesh)
+        Sharding.of(v.rank, placements).check(v.type, mesh, padded=padded)
     except ShapeError:
         return False
     return True
@@ -69,8 +69,10 @@ def fits(v, placements, mesh):
 def test_random_graphs_on_random_meshes(data):
     graph = data.draw(graphs(dtypes=("float64",), sizes=(1, 2, 4, 6, 12)))
     mesh = data.draw(meshes())
-    inputs = some_shardings(data.draw, graph.inputs, mesh)
-    made = partition(graph, mesh, inputs, some_shardings(data.draw, graph.outputs, mesh))
+    padded = data.draw(st.booleans())
+    graph.roles[:] = ["parameter" if padded else "data"] * len(graph.roles)
+    inputs = some_shardings(data.draw, graph.inputs, mesh, padded)
+    made = partition(graph, mesh, inputs, some_shardings(data.draw, graph.outputs, mesh, padded))
     verify(made.graph)
     arrays = arrays_for(graph)
     with np.errstate(all="ignore"):
@@ -139,6 +141,40 @@ def test_vocabulary_parallel_loss_sends_no_logits():
     logits = 8 * 8 * 512 * 8
     assert sum(made.traffic().values()) < logits / 2
     assert not any(512 in v.shape for n in made.graph.nodes for v in n.results)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_vocabulary_that_does_not_divide_is_padded(ranks):
+    """257 rows over the ranks: what is beyond the end takes part in no maximum, sum or gradient."""
+    mesh = Mesh({"tensor": ranks})
+    graph, shardings = gpt(batch=8, tensor="tensor", vocabulary=True, vocab=257, count=4)
+    graph, outputs = with_gradients(graph, shardings)
+    made = check(graph, mesh, shardings, outputs)
+    table = next(i for i, v in enumerate(graph.inputs) if v.name == "embedding")
+    assert made.graph.inputs[table].shape == (-(-257 // ranks), 8)
+    even, shardings = gpt(batch=8, tensor="tensor", vocabulary=True, vocab=256, count=4)
+    even, outputs = with_gradients(even, shardings)
+    assert made.collectives() == check(even, mesh, shardings, outputs).collectives()
+    assert not any(257 in v.shape and v.rank > 1 for n in made.graph.nodes for v in n.results)
+
+
+@pytest.mark.parametrize("size", [5, 6, 7, 10])
+def test_widths_that_do_not_divide_are_padded(size):
+    graph = build("half", half, *[TensorType(s, "float64") for s in ((4, 3), (3, size), (size, 3))])
+    graph.roles[1] = graph.roles[2] = "parameter"
+    column, row = Sharding((None, "tensor")), Sharding(("tensor", None))
+    graph, shardings = with_gradients(graph_of_sum(graph), {1: column, 2: row})
+    made = check(graph, Mesh({"tensor": 4}), {1: column, 2: row}, shardings)
+    assert made.collectives() == {"all_reduce:tensor": 1}
+
+
+def graph_of_sum(graph):
+    """The sum of the squares of a graph's output."""
+    with GraphBuilder("loss") as builder:
+        inputs = [builder.input(v.type, v.name, role) for v, role in zip(graph.inputs, graph.roles)]
+        (out,) = copy_into(graph, inputs)
+        builder.output(emit("reduce_sum", emit("square", out), axes=(0, 1)))
+    return builder.graph
 
 
 def test_data_parallelism_reduces_each_gradient_once():

@@ -32,6 +32,11 @@ def graph_of(row, sample):
 def parts_of(array, sharding, mesh, rng):
     """Every rank's part; a partial sum as numbers that add up."""
     parts = [sharding.cut(array, mesh, rank) for rank in range(mesh.size)]
+    for rank, part in enumerate(parts):  # what is padded means nothing
+        own = np.zeros(part.shape, bool)
+        for at, _ in sharding.pieces(mesh, rank, array.shape):
+            own[at] = True
+        part[~own] = np.nan if part.dtype.kind == "f" else 1
     if sharding.partial:
         noise = [rng.standard_normal(p.shape).astype(p.dtype) for p in parts[1:]]
         parts = [(parts[0] - sum(noise)).astype(array.dtype), *noise]
