@@ -116,7 +116,7 @@ class Runner:
             program = programs[task.micro][task.stage]
             if task.phase == FORWARD:
                 found = self.forward(program, task, batch[task.micro])
-                if task.stage + 1 == self.stages:
+                if task.stage + 1 == self.stages and shares[task.micro]:  # what counts nothing may be 0 / 0
                     loss += float(found) * shares[task.micro]
                 self.most_kept = max(self.most_kept, len(self.held))
             else:

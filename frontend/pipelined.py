@@ -310,15 +310,17 @@ class _Steps:
         return self.results(loss, step.runner.results)
 
     def weights(self, cut: Sequence[Sequence[np.ndarray]]) -> Sequence[float]:
-        """The part of each micro-batch in the loss: of its examples, or by what the plan's `weight` counts in it."""
-        weight = self.step.plan.weight
-        if weight is None:
-            counts = np.array([float(s[0]) for s in self.sizes])
-        else:
+        """The part of each micro-batch in the loss: of its examples, or by what a `weight` counts in it."""
+        weight, of_tensors = self.step.plan.weight, self.step.inner.weight
+        if weight is not None:
             counts = np.array([float(weight(*arrays)) for arrays in cut])
+        elif of_tensors is not None:
+            counts = np.array([float(np.asarray(of_tensors(*map(Tensor, arrays)))) for arrays in cut])
+        else:
+            counts = np.array([float(s[0]) for s in self.sizes])
         if not counts.sum() > 0:
-            raise ArgumentsError(f"the plan's weight gives {counts.tolist()} for the micro-batches; they have to "
-                                 "add up to more than 0", user_location())
+            raise ArgumentsError(f"the weights of the micro-batches are {counts.tolist()}; they have to add up to more "
+                                 "than 0", user_location())
         shares: list[float] = (counts / counts.sum()).tolist()
         return shares
 

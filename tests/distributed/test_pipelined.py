@@ -43,16 +43,19 @@ def with_aux(model, x, y):
 
 
 def train(mesh, accumulate=4, examples=8, loss=loss_of, steps=3, dropout=0.25, dtype="float64", amp=None, model=None,
-          descent=False, **plan):
+          descent=False, masked=False, own_weight=None, **plan):
     """Losses, everything that the step moved, the random numbers that come next, and the step."""
     td.random.seed(7)
     model = (model or Net)(dropout).to(dtype)
     opt = td.optim.SGD(model.parameters(), lr=1.0) if descent else td.optim.AdamW(model.parameters(), lr=1e-2)
-    step = td.train_step(model, loss, opt, clip_norm=None if descent else 0.1, accumulate=accumulate, amp=amp)
+    step = td.train_step(model, loss, opt, clip_norm=None if descent else 0.1, accumulate=accumulate, amp=amp,
+                         weight=own_weight)
     if mesh is not None:
         step = td.distributed.parallelize(step, td.distributed.Mesh(mesh), td.distributed.Plan(**plan))
     rng = np.random.default_rng(3)
     x, y = rng.standard_normal((examples, 6)).astype(dtype), rng.integers(0, 5, examples)
+    if masked:
+        y[:3] = -100
     results = [step(x, y) for _ in range(steps)]
     state = {n: t.numpy() for n, t in model.state_dict().items()}
     return results, state, td.random.uniform((4,)).numpy(), step
@@ -125,6 +128,14 @@ def test_uneven_micro_batches_are_one_batch():
     found = pipeline(examples=10, model=Plain)
     assert_same(found, train(None, accumulate=1, examples=10, model=Plain))
     assert found[3].shares == [0.3, 0.3, 0.2, 0.2]
+
+
+def test_micro_batches_weighed_by_what_counts():
+    """The step's own weight and the plan's; a mean over the labels that are not masked."""
+    options = {"model": Plain, "masked": True, "accumulate": 4}
+    want = train(None, **{**options, "accumulate": 1})
+    assert_same(pipeline(**options, weight=lambda x, y: (y != -100).sum()), want)
+    assert_same(pipeline(**options, own_weight=lambda x, y: td.sum(y != -100)), want)
 
 
 class Skips(td.nn.Module):

@@ -1,0 +1,131 @@
+"""The runner of a pipeline with programs of NumPy and devices that are threads: what is handed over, and when."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from treadle.distributed.messages import Messages
+from treadle.distributed.pipeline import schedule, stash_bound
+from treadle.distributed.stage_run import Program, Runner, StageProgram
+from treadle.ir.dtypes import as_dtype
+from treadle.ir.types import TensorType
+
+VECTOR, SCALAR = (TensorType(shape, as_dtype("float64")) for shape in ((3,), ()))
+
+
+class Post:
+    """Mailboxes in place of MPI. `log`: what each device did, in order."""
+
+    def __init__(self):
+        self.boxes, self.log, self.lock = {}, {}, threading.Lock()
+
+    def group(self, here):
+        return Group(self, here)
+
+
+class Group:
+    def __init__(self, post, here):
+        self.post, self.here = post, here
+
+    def Isend(self, data, other, tag):
+        with self.post.lock:
+            self.post.boxes.setdefault((self.here, other, tag), []).append(data.copy())
+        return Request(lambda: True)
+
+    def Irecv(self, into, other, tag):
+        self.post.log.setdefault(self.here, []).append(f"post {tag}")
+
+        def arrived():
+            with self.post.lock:
+                waiting = self.post.boxes.get((other, self.here, tag))
+                if not waiting:
+                    return False
+                into[...] = waiting.pop(0)
+                return True
+
+        return Request(arrived)
+
+
+class Request:
+    def __init__(self, test):
+        self.test, self.done = test, False
+
+    def Test(self):
+        self.done = self.done or self.test()
+        return self.done
+
+
+class Watch:
+    def enter(self, label):
+        pass
+
+    def leave(self):
+        return 0.0
+
+    def wait(self, request):
+        for _ in range(10_000_000):
+            if request.Test():
+                return
+        raise TimeoutError
+
+
+def stage(number, count, scale, sums, log):
+    """y = scale * x, the last sums y up; `sums` collects d(scale)."""
+    last = number + 1 == count
+
+    def forward(inputs):
+        log.append(f"F{number}")
+        y = inputs[0] * scale
+        return [np.asarray(y.sum()) if last else y]
+
+    def backward(inputs):
+        log.append(f"B{number}")
+        x, ct = inputs
+        sums[number] += float((x * ct).sum())
+        return [] if number == 0 else [np.broadcast_to(ct, (3,)) * scale]
+
+    source = {"batch": [(0, 0)]} if number == 0 else {"handed": [(0, 0)]}
+    back = Program(backward, [None, None], cotangents=[(1, 0)], **source)
+    return StageProgram(Program(forward, [None], **source), back, back, list, [VECTOR] * (number > 0),
+                        [SCALAR if last else VECTOR], [0] * (number > 0), [0], [], {})
+
+
+@pytest.mark.parametrize(("kind", "chunks"), [("gpipe", 1), ("1f1b", 1), ("interleaved", 2)])
+def test_devices_hand_over_and_use_memory_again(kind, chunks):
+    devices, micro, steps = 2, 4, 3
+    count, post = devices * chunks, Post()
+    scales, sums, made, losses, failures = [2.0, 3.0, 5.0, 7.0][:count], np.zeros(count), {}, [], []
+    batch = [[np.arange(3.0) + m] for m in range(micro)]
+    shares = [0.1, 0.2, 0.3, 0.4]
+
+    def device(here):
+        log = post.log.setdefault(here, [])
+        order = schedule(kind, devices, micro, chunks)[here]
+        runner = Runner(order, here, devices, count, micro, Messages(post.group(here), Watch()))
+        own = {s: stage(s, count, scales[s], sums, log) for s in range(count) if s % devices == here}
+        try:
+            for _ in range(steps):
+                loss = runner.step([own] * micro, batch, shares)
+                made.setdefault(here, []).append(runner.messages.buffers.made)
+                assert runner.most_kept <= stash_bound(kind, devices, micro, here, chunks)
+                if here == (count - 1) % devices:
+                    losses.append(loss)
+        except BaseException as error:  # it belongs to the test, not to the thread
+            failures.append(error)
+            raise
+
+    threads = [threading.Thread(target=device, args=(d,)) for d in range(devices)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not failures
+    total = sum(share * x.sum() for share, (x,) in zip(shares, batch)) * np.prod(scales)
+    np.testing.assert_allclose(losses, total)
+    np.testing.assert_allclose(sums, [steps * total / s for s in scales])
+    assert all(counts == counts[:1] * steps for counts in made.values())  # nothing is allocated after the first step
+    for log in post.log.values():  # before the last task but one ran, the receive of the last was posted
+        tasks = [i for i, line in enumerate(log) if line[0] in "FB"]
+        posts = [i for i, line in enumerate(log) if line.startswith("post")]
+        assert max(posts) < tasks[-2]
