@@ -35,6 +35,7 @@ from ..ir.passes import TIDY
 from ..ir.pipeline import Pass, PassResult, Pipeline
 from ..ir.subjects import SUBJECTS
 from . import tree
+from .by_layers import by_layers
 from .compile import build_executable
 from .dispatch import apply, as_tensor
 from .eager import ALIGNMENT
@@ -180,7 +181,12 @@ class ParallelStep:
 
     def trace(self, *batch: Any) -> Partitioned:
         """The per-rank program for such a batch, before it is compiled."""
-        graph = self.inner.trace(*batch)
+        loss_fn = self.inner.loss_fn
+        self.inner.loss_fn = by_layers(loss_fn) if self.plan.recompute else loss_fn
+        try:
+            graph = self.inner.trace(*batch)
+        finally:
+            self.inner.loss_fn = loss_fn
         meta = graph.meta
         amp = self.inner._compiled.amp
         narrow = [] if amp is None else [amp_pass(amp), *TIDY]  # decided as on one process, before anything is split

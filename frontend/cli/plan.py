@@ -162,18 +162,18 @@ def show(console: Console, what: str, inputs: list[str], request: Request) -> li
     best = found.layouts[0]
     whole = sum(float(p.nbytes) for p in model.traced(model.batch)[0].captures.values() if p.role == "parameter")
     console.print(f"{what}: {len(model.traced(model.batch)[1].layers)} layers, {rounded(whole)}B of parameters; batch "
-                  f"{model.batch} on {request.devices} devices", highlight=False)
+                  f"{model.batch} on {request.devices} devices", highlight=False, soft_wrap=True)
     console.print(f"{found.candidates} layouts, {found.costed} of them costed, the others cannot be faster: "
                   f"{time.perf_counter() - started:.1f} s", highlight=False)
     console.print(layouts_table(found.layouts))
-    console.print(f"the best: {best.candidate}", highlight=False)
+    console.print(f"the best: {best.candidate}", highlight=False, soft_wrap=True)
     console.print(stages_table(best))
     if best.candidate.size("pipe") > 1:
         console.print(chart(best.played, best.candidate.size("pipe"), min(console.width - 8, 120)), highlight=False,
                       markup=False)
     if request.gantt is not None:
         draw(request.gantt, best.played, best.candidate.size("pipe"), str(best.candidate))
-        console.print(f"drawn in {request.gantt}", highlight=False)
+        console.print(f"drawn in {request.gantt}", highlight=False, soft_wrap=True)
     if request.out is not None:
         plan_of(model, prices, best).save(request.out)
         console.print(f"written to {request.out}: td.distributed.parallelize(td.train_step(..., accumulate="

@@ -60,6 +60,7 @@ PLANS = [
     ({"data": 2}, {}, {}), ({"data": 4}, {"zero": 1}, {}), ({"data": 4}, {"zero": 3}, {}),
     ({"tensor": 4}, {}, {}), ({"data": 2, "tensor": 2}, {"zero": 1}, {}), ({"data": 2, "tensor": 4}, {"zero": 3}, {}),
     ({"data": 2}, {"zero": 1}, {"accumulate": 2}), ({"data": 2, "tensor": 2}, {}, {"dropout": 0.25}),
+    ({"data": 2}, {"zero": 1, "recompute": True}, {"accumulate": 2, "dropout": 0.25}),
 ]
 
 
