@@ -5,6 +5,8 @@ use in the backward pass. This pass estimates the memory at every node, and whil
 a value that waits across the peak, drops it, and computes it again just before its next use; cheapest first, in
 operations per byte saved.
 
+A graph with symbolic sizes is estimated at the sizes that are given; the recomputation is right at all.
+
 The estimate follows the node order and the fusion to come: a result of an elementwise op or a view with one reader is
 taken to be part of that reader's kernel, and occupies nothing. Inputs and what takes over their storage do not count.
 
@@ -16,9 +18,10 @@ itself computed again if that is cheap.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ..ir.dims import Dim, evaluate
 from ..ir.errors import ConfigError
 from ..ir.graph import Graph, Node, Value
 from ..ir.order import hoist_updates
@@ -30,6 +33,7 @@ ROUNDS = 200
 WORTHWHILE = 0.99
 
 
+Sizes = Mapping[str, int]
 Kernel = list[Node]  # nodes that run as one: the last, and what is fused into it
 
 
@@ -59,6 +63,7 @@ class Timeline:
     reads: dict[Value, list[int]]  # kernels that read a value, in order; one past the end for an output
     nbytes: dict[Value, int]       # 0 if the value is never in memory, or not in memory of its own
     memory: list[int]
+    sizes: Sizes  # what symbolic sizes are taken to be
 
     @property
     def peak(self) -> int:
@@ -81,12 +86,13 @@ class Timeline:
         return value not in self.made or (self.nbytes[value] > 0 and self.made[value] < kernel <= self.last(value))
 
 
-def timeline(graph: Graph) -> Timeline:
-    """The estimate for a graph with static shapes.
+def timeline(graph: Graph, sizes: Sizes | None = None) -> Timeline:
+    """The estimate for a graph, for these values of its symbolic sizes.
 
     Raises:
-        ConfigError: a size is symbolic.
+        ConfigError: a symbolic size has no value.
     """
+    sizes = sizes or {}
     groups = kernels(graph)
     made = {v: i for i, group in enumerate(groups) for node in group for v in node.results}
     reads: dict[Value, list[int]] = {v: [] for v in made}
@@ -97,19 +103,21 @@ def timeline(graph: Graph) -> Timeline:
     for v in dict.fromkeys(graph.outputs):
         if v in made:
             reads[v].append(len(groups))
-    nbytes = {v: 0 if not reads[v] or v in taken_over or _is_constant(v) else _static_bytes(v) for v in made}
-    return Timeline(groups, made, reads, nbytes, _memory(len(groups), made, reads, nbytes))
+    nbytes = {v: 0 if not reads[v] or v in taken_over or _is_constant(v) else _bytes(v, sizes)
+              for v in made}
+    return Timeline(groups, made, reads, nbytes, _memory(len(groups), made, reads, nbytes), sizes)
 
 
 def _is_constant(value: Value) -> bool:
     return value.producer is not None and value.producer.op.has("constant")
 
 
-def _static_bytes(value: Value) -> int:
+def _bytes(value: Value, sizes: Sizes) -> int:
     size = value.type.nbytes
-    if not isinstance(size, int):
-        raise ConfigError(f"a memory budget needs static shapes, but {value!r} has a symbolic size")
-    return size
+    if isinstance(size, Dim) and not size.names <= sizes.keys():
+        raise ConfigError(f"a memory budget is one for sizes that are known, but {value!r} has a symbolic one: compile "
+                          "for the arguments of a call, or give sizes=")
+    return evaluate(size, sizes)
 
 
 def _memory(count: int, made: dict[Value, int], reads: dict[Value, list[int]], nbytes: dict[Value, int]) -> list[int]:
@@ -133,22 +141,22 @@ class Plan:
     kept: frozenset[Value]  # what the chain reads
 
 
-def recompute_to_fit(graph: Graph, budget: int) -> PassResult:
+def recompute_to_fit(graph: Graph, budget: int, sizes: Sizes | None = None) -> PassResult:
     """Recomputes until the estimated peak of intermediate values is within `budget` bytes, or nothing more helps.
 
     `stats`: peak_before, peak_after (bytes), recomputed (nodes), flops (extra operations).
     """
-    result = _lower_peak(graph, budget)
+    result = _lower_peak(graph, budget, sizes)
     if result.changed and result.stats["peak_after"] > budget:
         # Out of reach: what was reached may be had for less by not asking for more.
-        modest = _lower_peak(graph, result.stats["peak_after"])
+        modest = _lower_peak(graph, result.stats["peak_after"], sizes)
         if modest.stats["peak_after"] <= result.stats["peak_after"] and modest.stats["flops"] < result.stats["flops"]:
             return modest
     return result
 
 
-def _lower_peak(graph: Graph, budget: int) -> PassResult:
-    current, line = graph, timeline(graph)
+def _lower_peak(graph: Graph, budget: int, sizes: Sizes | None) -> PassResult:
+    current, line = graph, timeline(graph, sizes)
     best, spent = graph, {"recomputed": 0, "flops": 0}
     stats = {"peak_before": line.peak, "peak_after": line.peak, **spent}
     for _ in range(ROUNDS):
@@ -156,7 +164,7 @@ def _lower_peak(graph: Graph, budget: int) -> PassResult:
         if not plans:
             break
         after = _apply(current, line, plans)
-        after_line = timeline(after)
+        after_line = timeline(after, sizes)
         if after_line.height() >= line.height():
             break
         spent["recomputed"] += sum(len(p.chain) for p in plans)
@@ -169,10 +177,11 @@ def _lower_peak(graph: Graph, budget: int) -> PassResult:
     return PassResult(best, best is not graph, stats)
 
 
-def budget_pass(budget: int) -> Pass:
-    """The pass that recomputes to a budget, once updates no longer make every gradient wait for the end."""
+def budget_pass(budget: int, sizes: Sizes | None = None) -> Pass:
+    """The pass that recomputes to a budget (at these sizes), once updates no longer make every gradient wait for the
+    end."""
     def run(graph: Graph) -> PassResult:
-        result = recompute_to_fit(hoist_updates(graph).graph, budget)
+        result = recompute_to_fit(hoist_updates(graph).graph, budget, sizes)
         return PassResult(result.graph, result.graph is not graph, result.stats)
     return Pass("memory_budget", run)
 
@@ -213,9 +222,9 @@ def _plan(line: Timeline, value: Value, peak: int) -> Plan | None:
             kept.add(v)  # there anyway: until its use, or at least at the peak
         elif node in chain:
             continue
-        elif v is not value and node.op.has("contraction") and 4 * _static_bytes(v) <= line.nbytes[value]:
+        elif v is not value and node.op.has("contraction") and 4 * _bytes(v, line.sizes) <= line.nbytes[value]:
             kept.add(v)  # small: to keep it is cheaper than to multiply again
-            extended += _static_bytes(v)
+            extended += _bytes(v, line.sizes)
         elif node.regions or node.op.has("effect") or node.op.has("barrier") or len(chain) == CHAIN_NODES:
             return None
         else:
@@ -225,12 +234,11 @@ def _plan(line: Timeline, value: Value, peak: int) -> Plan | None:
     if saved <= 0:
         return None
     order = {node: None for group in line.kernels[:use] for node in group if node in chain}
-    return Plan(value, use, tuple(order), saved, sum(_static_flops(n) for n in order), frozenset(kept))
+    return Plan(value, use, tuple(order), saved, sum(_flops(n, line.sizes) for n in order), frozenset(kept))
 
 
-def _static_flops(node: Node) -> int:
-    flops = node.flops
-    return flops if isinstance(flops, int) else 0
+def _flops(node: Node, sizes: Sizes) -> int:
+    return int(evaluate(node.flops, sizes))
 
 
 def _apply(graph: Graph, line: Timeline, plans: Sequence[Plan]) -> Graph:

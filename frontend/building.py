@@ -20,13 +20,15 @@ BUDGET_ROUNDS = 6
 """How often recomputation is planned anew while the memory plan exceeds its budget."""
 
 
-def passes(amp: Any = None, memory_budget: int | None = None, freeze: bool = False) -> list[Pass]:
+def passes(amp: Any = None, memory_budget: int | None = None, freeze: bool = False,
+           sizes: Mapping[str, int] | None = None) -> list[Pass]:
     """What a traced graph goes through before it is lowered.
 
     Args:
         amp: "bfloat16" (or "float16"): mixed precision; None: none.
         memory_budget: bytes; values are recomputed until the estimated peak of what waits between kernels is below it.
         freeze: fold what depends on constants only, and scales into weights.
+        sizes: at which the budget is kept, of a graph with symbolic ones.
     """
     frozen_steps = [FREEZE, *TIDY] if freeze else []
     steps = [*TIDY, *frozen_steps]
@@ -34,7 +36,7 @@ def passes(amp: Any = None, memory_budget: int | None = None, freeze: bool = Fal
         steps += [amp_pass(amp), *TIDY, *frozen_steps]
     steps.append(SAVE_LESS)
     if memory_budget is not None:
-        steps.append(budget_pass(memory_budget))
+        steps.append(budget_pass(memory_budget, sizes))
     return [*steps, *FINISH]
 
 
@@ -86,7 +88,7 @@ def _build(graph: Graph, target: str, amp: Any, memory_budget: int | None, sizes
            freeze: bool) -> Any:
     from ..schedules.build import build  # importing TVM takes a second: only who compiles pays
 
-    program = _within(graph, memory_budget, target, amp, freeze) if memory_budget is not None else \
+    program = _within(graph, memory_budget, target, amp, freeze, sizes) if memory_budget is not None else \
         _lowered(graph, target, amp, sizes=sizes, freeze=freeze)
     with Progress() as progress:
         return build(program, target, progress.update)
@@ -96,10 +98,10 @@ def _lowered(graph: Graph, target: str, amp: Any, memory_budget: int | None = No
              sizes: Mapping[str, int] | None = None, freeze: bool = False) -> Any:
     from ..schedules.lower import lower
 
-    return lower(Pipeline(passes(amp, memory_budget, freeze)).run(graph), target, sizes)
+    return lower(Pipeline(passes(amp, memory_budget, freeze, sizes)).run(graph), target, sizes)
 
 
-def _within(graph: Graph, budget: int, target: str, amp: Any, freeze: bool) -> Any:
+def _within(graph: Graph, budget: int, target: str, amp: Any, freeze: bool, sizes: Mapping[str, int] | None) -> Any:
     """The program whose memory plan keeps to the budget.
 
     The pass that recomputes estimates what fusion and the plan will do; where they need more, it is asked for less.
@@ -108,12 +110,13 @@ def _within(graph: Graph, budget: int, target: str, amp: Any, freeze: bool) -> A
 
     asked, best = budget, -1
     for _ in range(BUDGET_ROUNDS):
-        program = _lowered(graph, target, amp, asked, freeze=freeze)
-        used = plan_memory(program).arena_bytes
+        program = _lowered(graph, target, amp, asked, sizes, freeze)
+        used = plan_memory(program, sizes).arena_bytes
         if used <= budget:
             return program
         if 0 <= best <= used:
             break
         best, asked = used, max(int(asked * 0.97 * budget / used), 1)
+    at = f" (at {', '.join(f'{name} = {size}' for name, size in sizes.items())})" if sizes else ""
     raise CompileError(f"{graph.name}: values take {best:,} bytes between its kernels even with everything recomputed "
                        f"that helps; the budget is {budget:,}. Use smaller batches, or accumulate")

@@ -104,7 +104,11 @@ class Compiled:
             if program.valid():
                 break
         else:
+            self._refused: TreadleError | None = None
             program = self._for_all_sizes(found, args, keywords) or self._make(found, args, keywords)
+            if self._refused is not None:
+                log.warning("%s: compiled for each combination of sizes, since it is not one program for all: %s",
+                            self.__name__, self._refused)
         self.stats.calls += 1
         self._last = program
         return program(found.arrays)
@@ -137,7 +141,7 @@ class Compiled:
             sizes = {} if arguments is None else opened.sizes_of(arguments, args, keywords)
             kept = self._generic.setdefault(opened.generic_key(self.fn, arguments), [])
             for pattern, program in kept:
-                if opened.fits(pattern, sizes) and program.valid():
+                if opened.fits(pattern, sizes) and program.valid() and self._keeps_budget(program, found):
                     break
             else:
                 made = self._make_generic(arguments, sizes, args, keywords) if len(kept) < VARIANTS else None
@@ -159,7 +163,7 @@ class Compiled:
             try:
                 graph = self.fn if arguments is None else self._trace_under(pattern, arguments)
                 sizes = bind_sizes(graph, opened.types_of((args, keywords))) if graph.dims else {}
-                program = self._compile_graph(graph, opened.expected(graph, sizes))
+                program = self._compile_sized(graph, sizes)
             except TreadleError as error:
                 if not implied or self._hopeless(error):
                     raise
@@ -168,13 +172,25 @@ class Compiled:
             taken = ", ".join(f"{name} = {size}" for name, size in pattern.items())
             self._count(started, reason + (f"; for sizes with {taken}, since otherwise: {failure}" if taken else ""))
             return pattern, program
-        log.warning("%s: compiled for each combination of sizes, since it is not one program for all: %s",
-                    self.__name__, failure)
+        self._refused = failure
         return None
 
     def _hopeless(self, error: TreadleError) -> bool:
         """Whether a function that cannot be traced with open sizes cannot with fixed ones either."""
         return False
+
+    def _keeps_budget(self, program: Program, found: Scanned) -> bool:
+        return self.memory_budget is None or program.arena_bytes(found.arrays) <= self.memory_budget
+
+    def _compile_sized(self, graph: Graph, sizes: Mapping[str, int]) -> Program:
+        """A program for all sizes, made for about the given ones. A memory budget is kept up to the rounded sizes, or,
+        where that cannot be, up to these; a call with larger ones asks for another program."""
+        try:
+            return self._compile_graph(graph, opened.expected(graph, sizes))
+        except CompileError:
+            if self.memory_budget is None or not sizes:
+                raise
+            return self._compile_graph(graph, sizes)
 
     def _trace_under(self, pattern: Pattern, arguments: Arguments) -> Graph:
         positional, keywords = opened.under(pattern, arguments)

@@ -82,6 +82,10 @@ class Program:
         self.checked = now
         return True
 
+    def arena_bytes(self, arrays: list[np.ndarray]) -> int:
+        """Bytes of what waits between kernels in a call with these arguments."""
+        return int(self.executable.arena_bytes(arrays + self.bound))
+
     def __call__(self, arrays: list[np.ndarray]) -> Any:
         """Runs on the arrays of the arguments; gives the tree of tensors that the function returns."""
         bound = self.bound

@@ -58,7 +58,8 @@ def train_step(model: Any, loss_fn: Callable[..., Any], opt: Any, amp: Any = Non
         accumulate: run the batch in so many equal parts, adding up the gradients: the memory of a part, the step of the
             whole. Every tensor of the batch is cut along its first axis.
         memory_budget: bytes that values waiting between kernels may take; what costs least to compute again is
-            recomputed in the backward pass until that is met.
+            recomputed in the backward pass until that is met. With open sizes it holds at each call: one that is
+            too large for the programs there are compiles another.
         target: as for `compile`.
         freezable: compile the flags in from the start, for a model that will be frozen later.
         prune_frozen: leave out the backward pass and the update of what is frozen. Faster and smaller; each new set of

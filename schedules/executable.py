@@ -66,7 +66,11 @@ def empty_aligned(shape: Sequence[int], dtype: Any) -> np.ndarray:
 
 def _raw(nbytes: int) -> tuple[np.ndarray, int, int]:
     """Bytes with an aligned place among them: (array, offset of the place, its address)."""
-    raw = np.empty(max(nbytes, 1) + ALIGNMENT, np.uint8)
+    try:
+        raw = np.empty(max(nbytes, 1) + ALIGNMENT, np.uint8)
+    except MemoryError:
+        raise ShapeError(f"{nbytes:,} bytes of memory for results or temporaries are not to be had: pass smaller "
+                         "arrays") from None
     address = raw.ctypes.data
     offset = -address % ALIGNMENT
     return raw, offset, address + offset
@@ -347,6 +351,12 @@ class Executable:
             KernelTime(label, int(count) // repeat, float(ns) * 1e-9 / repeat, flops)
             for (ns, count), (label, flops) in zip(found, described)
         ]
+
+    def arena_bytes(self, arrays: Sequence[np.ndarray]) -> int:
+        """Bytes that the temporaries take in a call with arrays of these shapes."""
+        if self._layouts is None:
+            return self.signature.arena_bytes
+        return self._layouts.at(self._layouts.sizes(arrays)).arena_bytes
 
     @property
     def nbytes(self) -> int:

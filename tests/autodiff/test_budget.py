@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+import treadle as td
 from treadle.autodiff.budget import budget_pass, kernels, recompute_to_fit, timeline
 from treadle.autodiff.reverse import grad_graph
 from treadle.ir.builder import build, emit
@@ -81,6 +82,38 @@ def test_in_a_pipeline_before_erase():
     assert len(final.nodes) > len(graph.nodes)
 
 
-def test_symbolic_sizes_are_refused():
-    with pytest.raises(ConfigError, match="static shapes"):
+def test_symbolic_sizes_without_values_are_refused():
+    with pytest.raises(ConfigError, match="sizes that are known"):
         recompute_to_fit(build("f", lambda x: [emit("softmax", emit("softmax", x, axis=0), axis=0)], f32(Dim("n"))), 10)
+
+
+def test_with_symbolic_sizes_the_budget_is_kept_at_the_sizes_that_are_given():
+    n = Dim("n")
+    graph = build("f", lambda x: [emit("softmax", emit("softmax", x, axis=0), axis=0)], f32(n))
+    assert timeline(graph, {"n": 10}).memory == [10 * m for m in timeline(graph, {"n": 1}).memory]
+    assert recompute_to_fit(graph, 1 << 20, {"n": 10}).stats["peak_after"] == timeline(graph, {"n": 10}).peak
+
+
+def test_a_training_step_with_open_sizes_keeps_its_budget_at_each_call():
+    def steps(**options):
+        td.random.seed(0)
+        model = td.nn.Sequential(*[td.nn.Sequential(td.nn.Linear(64, 64), td.nn.GELU()) for _ in range(4)])
+        step = td.train_step(model, lambda m, x: (m(x) ** 2).mean(), td.optim.SGD(model.parameters(), lr=0.1),
+                             dynamic={"x": {0: "batch"}}, **options)
+        used = []
+        for size in (32, 256, 250, 31, 256):
+            x = np.random.default_rng(size).standard_normal((size, 64), np.float32)
+            arrays = [x, *(np.empty([m if isinstance(m, int) else size for m in info.shape])
+                           for info in step.executable.signature.inputs[1:])] if used else None
+            used.append((float(step(x).item()), step.executable, arrays))
+        return step, used
+
+    budget = 460_000
+    free, without = steps()
+    kept, within = steps(memory_budget=budget)
+    np.testing.assert_allclose([loss for loss, *_ in without], [loss for loss, *_ in within], 1e-5)
+    assert free.stats.compiles == 1 and kept.stats.compiles == 2, "one more for the larger batches, once"
+    assert without[2][1].arena_bytes(without[2][2]) > budget
+    assert all(executable.arena_bytes(arrays) <= budget for _, executable, arrays in within[1:])
+    with pytest.raises(td.CompileError, match=r"\(at batch = 5000\); the budget is 460,000"):
+        kept(np.ones((5000, 64), np.float32))
