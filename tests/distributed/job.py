@@ -45,10 +45,10 @@ def stream(x, sequence):
 
 
 class Gpt(td.nn.Module):
-    def __init__(self, dropout=0.0, sequence=False, fused=False):
+    def __init__(self, dropout=0.0, sequence=False, fused=False, vocab=VOCAB):
         super().__init__()
         self.sequence = sequence
-        self.tokens, self.places = td.nn.Embedding(VOCAB, WIDTH), td.nn.Embedding(SEQ, WIDTH)
+        self.tokens, self.places = td.nn.Embedding(vocab, WIDTH), td.nn.Embedding(SEQ, WIDTH)
         self.blocks = td.nn.ModuleList([Block(dropout, fused) for _ in range(2)])
         self.norm = td.nn.LayerNorm(WIDTH)
 
@@ -155,6 +155,8 @@ CASES.update({
     "sequence": case("gpt", {"tensor": 2}, {"sequence": True}),
     "vocabulary": case("gpt", {"tensor": 2}, {"vocabulary": True}),
     "accumulate": case("gpt", {"data": 2}, {"accumulate": 2}),
+    "padded": case("gpt", {"tensor": 2}, {"vocabulary": True, "vocab": 17}),
+    "zero3xpadded": case("gpt", {"data": 2, "tensor": 2}, {"vocabulary": True, "vocab": 17, "zero": 3}),
     "fused": case("gpt", {"tensor": 2}, {"fused": True}),
     "zero3xtp2": case("gpt", {"data": 2, "tensor": 2}, {"zero": 3, "fused": True}),
     "lstm-dp2": case("lstm", {"data": 2}, {"zero": 1}),
@@ -183,7 +185,8 @@ def run(name, mesh_axes, options):
     """Trains; gives losses, parameters (and, after the first step, gradients as `name.grad`) and the step."""
     td.random.seed(0)
     model = ResNet() if options.get("model") == "resnet" else Recurrent() if options.get("model") == "lstm" else \
-        Gpt(options.get("dropout", 0.0), options.get("sequence", False), options.get("fused", False))
+        Gpt(options.get("dropout", 0.0), options.get("sequence", False), options.get("fused", False),
+            options.get("vocab", VOCAB))
     model.to("float64")
     if options.get("optimizer") == "adamw":
         opt, steps = td.optim.AdamW(model.parameters(), lr=1e-2), 5
