@@ -14,7 +14,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 RANK = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 NEAR = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
@@ -39,10 +38,19 @@ def connect(rank):
             link.sendall(f"{secret} {rank} {socket.gethostname()}\n".encode())
             if link.recv(3) == b"ok\n":
                 link.settimeout(None)
+                keep_alive(link)
                 return link
             link.close()
     where = f"{', '.join(addresses)} port {port}"
     sys.exit(f"rank {rank} on {socket.gethostname()} cannot reach `treadle launch` at {where}")
+
+
+def keep_alive(link):
+    """Lets the kernel find out within five seconds that the host of `treadle launch` is gone (as in links.py)."""
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 2), ("TCP_KEEPINTVL", 1), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 5000)):
+        if hasattr(socket, name):
+            link.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def environment():
@@ -68,6 +76,7 @@ class Keeper:
         self.link, self.log = link, log
         self.child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                       close_fds=False, env=environment(), preexec_fn=follow_parent)
+        assert self.child.stdout is not None and self.child.stderr is not None
         self.pipes = {self.child.stdout.fileno(): "o", self.child.stderr.fileno(): "e"}
         self.selector = selectors.DefaultSelector()
         for number in self.pipes:
@@ -94,7 +103,7 @@ class Keeper:
             ready = self.selector.select(0 if ended else 0.05)
             for key, _ in ready:
                 if key.fd not in self.pipes:
-                    if not self.link.recv(CHUNK):
+                    if not self.heard():
                         return None
                     continue
                 data = os.read(key.fd, CHUNK)
@@ -106,6 +115,13 @@ class Keeper:
             if ended and not ready:
                 return self.child.returncode
 
+    def heard(self):
+        """Whether `treadle launch` is still there."""
+        try:
+            return bool(self.link.recv(CHUNK))
+        except OSError:
+            return False
+
     def end(self):
         """Ends the rank: politely, then not."""
         for send in (self.child.terminate, self.child.kill):
@@ -116,11 +132,11 @@ class Keeper:
 
     def linger(self):
         """Until `treadle launch` closes the socket: the MPI launcher would end the job if this process went first."""
-        deadline = time.monotonic() + LINGER
-        while time.monotonic() < deadline and self.selector.get_map():
-            for key, _ in self.selector.select(1.0):
-                if key.fileobj is not self.link or not self.link.recv(CHUNK):
-                    return
+        if self.link is not None:
+            with contextlib.suppress(OSError):
+                self.link.settimeout(LINGER)
+                while self.link.recv(CHUNK):
+                    pass
 
 
 def main():
