@@ -61,7 +61,7 @@ def build_executable(graph: Graph, target: str, amp: Any = None, meta: dict[str,
         return _build(graph, target, amp, memory_budget, sizes, freeze)
 
     key = program_key(graph, target, *options)
-    executable = fetch(key) if key is not None else made()
+    executable: Any = fetch(key) if key is not None else made()
     if executable is None and key is not None:
         with cache().alone(key):
             executable = fetch(key)  # another rank of the job may just have kept it
@@ -119,4 +119,4 @@ def _within(graph: Graph, budget: int, target: str, amp: Any, freeze: bool, size
         best, asked = used, max(int(asked * 0.97 * budget / used), 1)
     at = f" (at {', '.join(f'{name} = {size}' for name, size in sizes.items())})" if sizes else ""
     raise CompileError(f"{graph.name}: values take {best:,} bytes between its kernels even with everything recomputed "
-                       f"that helps; the budget is {budget:,}. Use smaller batches, or accumulate")
+                       f"that helps{at}; the budget is {budget:,}. Use smaller batches, or accumulate")
