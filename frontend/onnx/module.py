@@ -47,6 +47,7 @@ class OnnxModule(Module):
         nodes: the nodes that are run.
         hoisted: parameters that the file stores in branches and loop bodies.
         opsets: the version of each domain.
+        counted: the nodes, as messages name them, where traces met sizes that data decide.
     """
 
     compiled_as = OnnxCompiled
@@ -73,6 +74,7 @@ class OnnxModule(Module):
         self.nodes = [n for n in graph.node if not self._is_weight(n)]
         self.hoisted = frozenset(self._inner_weights(graph))
         self._wrappers: dict[str, list[Module]] = {}
+        self.counted: dict[str, None] = {}
         self.stored_names = {*self.constants, *self._parameters, *self._buffers}
         self.static_inputs = {n for n in (*self.input_names, *self._overridable) if n in self._uses.static}
 
@@ -129,7 +131,8 @@ class OnnxModule(Module):
 
     def frame(self, given: dict[str, Any]) -> Frame:
         """A frame with everything stored and the given inputs."""
-        frame = Frame(Context(self.label, self.functions, self.max_elements, self._wrappers), self.opsets)
+        frame = Frame(Context(self.label, self.functions, self.max_elements, self._wrappers, self.counted),
+                      self.opsets)
         frame.env.update(self.constants)
         frame.env.update({name: t for name, t in self._buffers.items() if t is not None})
         frame.env.update({name: self.read(name) for name, p in self._parameters.items() if p is not None})

@@ -123,15 +123,15 @@ class OnnxNode:
         Args:
             value: at least 0.
             what: what is counted, for messages.
-            most: an upper bound, checked at run time.
+            most: an upper bound, checked at run time; by default the most elements that a tensor may have.
 
         Raises:
             OnnxError: inside a loop or branch, or where the compiler asks for programs of fixed sizes (`run.Context`).
         """
         context = self.frame.context
         if value.is_tracer and context.open_sizes:
-            context.counted.append(str(self))
-            return data_size(value, f"{self}: {what}", most)
+            context.counted[str(self)] = None
+            return data_size(value, f"{self}: {what}", context.max_elements if most is None else most)
         return int(self.need(value, what).reshape(()))
 
     def fail(self, message: str) -> OnnxError:

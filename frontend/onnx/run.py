@@ -74,7 +74,7 @@ class Context:
     """
 
     def __init__(self, label: str, functions: Mapping[tuple[str, str, str], onnx.FunctionProto], max_elements: int,
-                 wrappers: Mapping[str, Sequence[Any]] | None = None):
+                 wrappers: Mapping[str, Sequence[Any]] | None = None, counted: dict[str, None] | None = None):
         self.label = label
         self.wrappers = wrappers or {}
         self.functions = functions
@@ -84,7 +84,7 @@ class Context:
         self.depth = 0
         self.trace = current_trace()
         self.open_sizes = _open_sizes.get()
-        self.counted: list[str] = []
+        self.counted: dict[str, None] = {} if counted is None else counted
         self._told: dict[Any, np.ndarray] = {}
 
     def answer(self, value: Tensor) -> np.ndarray | None:

@@ -256,8 +256,7 @@ class OnnxCompiled(Compiled):
         except NeedsValue:
             raise
         except OnnxError as error:
-            log.warning("%s: compiled for each combination of sizes, since it is not one program for all: %s",
-                        self.__name__, error)
+            self._refused = error
             return None
 
     def _hopeless(self, error: TreadleError) -> bool:
@@ -274,7 +273,7 @@ class OnnxCompiled(Compiled):
             except NeedsValue:
                 failure = None
             except TreadleError as error:  # perhaps because of sizes that data decide: without them, then
-                if found.key in self._programs:  # not while tracing or compiling
+                if found.key in self._programs or not self.fn.counted:  # not while tracing or compiling
                     raise
                 failure = error
             key = generic_key(self.fn, self._open(args, keywords))
