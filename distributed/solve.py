@@ -165,6 +165,7 @@ class AxisSolver:
         ends = {v: sum(o is v for o in graph.outputs) for v in graph.outputs}
         self.readers = {v: len(dict.fromkeys(readers.get(v, ()))) + ends.get(v, 0)
                         for v in (*graph.inputs, *(r for n in graph.nodes for r in n.results))}
+        self.sole = {v: nodes[0] for v, nodes in readers.items() if self.readers[v] == 1}
 
     def run(self) -> None:
         """Fills in the strategies of every node."""
@@ -276,8 +277,16 @@ class AxisSolver:
         return seconds
 
     def owed(self, v: Value, place: int) -> float:
-        """Seconds that a result will take to get where it has to be."""
+        """Seconds that a result will take to get where it has to be; nothing if it is added to what owes that already."""
+        if place == PARTIAL and v in self.sole and self.joins(v, self.sole[v]):
+            return 0.0
         return transition(self.cluster, self.axis, self.ranks, self.whole_bytes(v), place, self.goal(v, place))
+
+    def joins(self, v: Value, reader: Node) -> bool:
+        """Whether a node adds a value to partial sums."""
+        sets = (tuple(reader.operands[i] for i in numbers) for numbers in self.table.factors[reader].linear)
+        return any(v in own and len(own) > 1 and all(self.have.get(x, [WHOLE])[0] == PARTIAL for x in own if x is not v)
+                   for own in sets)
 
     def goal(self, v: Value, place: int) -> int:
         """Where a result will have to be: as annotated, as the output lies, as hinted, or just not a partial sum."""

@@ -204,6 +204,14 @@ def test_a_dimension_over_two_axes():
     assert made.collectives() == {"all_gather:data": 2, "all_reduce:tensor": 1}
 
 
+def test_a_large_table_is_reduced_once_with_all_that_is_added_to_it():
+    """Looked up and multiplied with (tied weights): both gradients are partial sums, and no update is gathered."""
+    graph, shardings = gpt(batch=8, data="data", vocab=4096)
+    graph, outputs = with_gradients(graph, shardings)
+    made = check(graph, Mesh({"data": 2}), shardings, outputs)
+    assert made.collectives() == {"all_reduce:data": len(outputs) + 1}
+
+
 GOLDEN = """
 graph half(%x: f64[4,4] data, %up: f64[4,4] data, %down: f64[4,4] data) -> (f64[4,4]) {
   %0 = matmul(%x, %up) : f64[4,4]
