@@ -266,5 +266,13 @@ def _add_wide(out: Array, *parts: Array) -> None:
     out[...] = total
 
 
-COMBINE = {"sum": np.add, "max": np.maximum, "min": np.minimum}
+def _largest(a: Array, b: Array, out: Array) -> None:  # NumPy wants the result of these two by name
+    np.maximum(a, b, out=out)
+
+
+def _smallest(a: Array, b: Array, out: Array) -> None:
+    np.minimum(a, b, out=out)
+
+
+COMBINE = {"sum": np.add, "max": _largest, "min": _smallest}
 BOOLEAN = {"sum": np.logical_or, "max": np.logical_or, "min": np.logical_and}
