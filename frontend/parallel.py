@@ -12,6 +12,7 @@ The same script runs without mpiexec on a mesh of one rank.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from ..autodiff.amp import amp_pass
 from ..distributed import Mesh, MeshError, Sharding
 from ..distributed.buckets import bucket
 from ..distributed.comm import Job, load_mpi, mpi_available
+from ..distributed.cost import Cluster
 from ..distributed.errors import DistributedError, LaunchError
 from ..distributed.partition import Partitioned, partition
 from ..distributed.plans import Plan, Source, annotate
@@ -45,7 +47,7 @@ from .tensor import Tensor
 from .train import TrainStep
 
 __all__ = ["DistributedError", "Job", "LaunchError", "Mesh", "MeshError", "ParallelStep", "Plan", "Sharding",
-           "constrain", "make_mesh", "mpi_available", "parallelize", "rank", "world_size"]
+           "constrain", "find_plan", "make_mesh", "mpi_available", "parallelize", "rank", "world_size"]
 
 UNROLL = Pass("unroll", lambda graph: PassResult(made := unroll(graph), made is not graph, {}))
 SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS")
@@ -116,6 +118,24 @@ def parallelize(step: TrainStep, mesh: Mesh | None = None, plan: Plan | None = N
 
         return PipelineStep(step, mesh, plan)
     return ParallelStep(step, mesh, plan)
+
+
+def find_plan(step: TrainStep, *batch: Any, devices: int | None = None, memory: float = math.inf,
+              cluster: Cluster | None = None) -> Plan:
+    """The fastest plan for a training step, searched offline: what `treadle plan` finds. It has a mesh.
+
+    Args:
+        batch: arrays, tensors or `td.spec`s of a whole batch; its examples are the first dimension of the first.
+        devices: default: the processes of this job. memory: bytes of each.
+        cluster: what devices compute and send: `treadle.distributed.cost.Cluster`.
+
+    Raises:
+        AttributeValueError: no layout fits in memory; the message gives the least that would do.
+        ArgumentsError: the step cannot be traced for parts of the batch.
+    """
+    from .planning import best_plan  # which makes plans for what is defined here
+
+    return best_plan(step, batch, devices or world_size(), memory, cluster or Cluster())
 
 
 class ParallelStep:

@@ -31,13 +31,14 @@ from ..ir.graph import Graph
 from ..ir.pipeline import Pipeline
 from ..ir.types import TensorType
 from . import functions as F
+from . import tree
 from .nn.module import Module
 from .optim import base
 from .pipeline_stages import LossGraph
 from .pipelined import FORWARD_TIDY
 from .pricing import Annotator, Dims, Price, Pricer, Run
 from .tensor import Tensor
-from .trace import Spec, record
+from .trace import Spec, leaf_type, record
 from .train import TrainStep
 
 ENOUGH = 4  # layers: with fewer, cuts where several tensors cross are looked at too
@@ -276,25 +277,26 @@ class ModelPrices:
                     (1, examples, False), (1, examples, True), (tensor, examples, False)))
                 found = _recomputed(own, before, after)
             else:
-                low = max(k for k in self._knots() if k < examples)
-                high = min(k for k in self._knots() if k > examples)
+                high = next(k for k in self._knots()[1:] if k > examples)
+                low = max(k for k in self._knots() if k < high)
                 found = _between(self.units(tensor, low, recompute), self.units(tensor, high, recompute),
                                  (examples - low) / (high - low))
             self._units[key] = found
         return self._units[key]
 
     def _knots(self) -> list[int]:
-        """Sizes of a micro-batch for which layers are priced: 1, 8, 64..., and the whole batch."""
-        found = [1]
+        """Sizes of a micro-batch for which layers are priced: 2, 16, 128..., and the whole batch. With one example a
+        model may simplify to other steps; what that takes follows from the others."""
+        found = [2]
         while 8 * found[-1] < self.model.batch:
             found.append(8 * found[-1])
-        return [*found, self.model.batch]
+        return [*found, self.model.batch] if self.model.batch > 2 else sorted({1, self.model.batch})
 
     def exact(self, tensor: int, examples: int, recompute: bool) -> tuple[Unit, ...] | None:
         """The units by the very programs that would run."""
         runs = self.runs(tensor)
-        if runs is None:
-            return None
+        if runs is None or examples < self._knots()[0]:
+            return None if runs is None else tuple(self.units(tensor, examples, recompute) or ())
         pricer = self.pricer(examples, tensor)
         prices = [pricer.price(r.first, r.end, tensor, r.dims, recompute) for r in runs]
         units = [self._unit(pricer, run, price) for run, price in zip(runs, prices)]
@@ -388,6 +390,13 @@ def search(prices: ModelPrices, machine: Machine, most: int = 1, choices: Choice
 
 
 # The plan ------------------------------------------------------------------------------------------------------------
+
+
+def best_plan(step: TrainStep, batch: Sequence[Any], devices: int, memory: float, cluster: Cluster) -> Plan:
+    """The fastest plan for a training step on batches like this one. Errors as of `search`."""
+    types = [t for leaf in tree.flatten(tuple(batch))[0] if (t := leaf_type(leaf)) is not None]
+    prices = ModelPrices(Planned.of(step, types), cluster)
+    return plan_of(prices.model, prices, search(prices, Machine(devices, memory, cluster)).layouts[0])
 
 
 def shard_of(model: Planned, prices: ModelPrices, layout: Layout) -> dict[str, Dims]:

@@ -56,6 +56,34 @@ if td.distributed.rank() == 0:
 assert losses[-1] < losses[0] / 2
 
 # %% [markdown]
+# The plan need not be written by hand. `find_plan` searches meshes, splits, ZeRO stages, pipelines and micro-batches
+# for a described cluster; `treadle plan` does the same from the command line, prints the alternatives and writes the
+# plan to a file. Here: four devices that compute 1 GFLOPS, talk at 10 GB/s, and have 40 KB of memory each.
+
+# %%
+from treadle.distributed.cost import Cluster, Link
+
+cluster = Cluster(Link(latency=1e-6, bandwidth=1e10), flops=1e9, memory=1e10)
+planned = td.distributed.find_plan(step, x, y, devices=4, memory=40e3, cluster=cluster)
+if td.distributed.rank() == 0:
+    print("planned for four devices:", dict(planned.mesh), "ZeRO", planned.zero, dict(planned.shard))
+
+# %% [markdown]
+# It is used like any other, and the losses go on from where they were: the planned step trains the same model. (A plan
+# may ask for micro-batches, which are the training step's.)
+
+# %%
+parallel.gather()
+again = td.train_step(net, lambda model, x, y: td.nn.functional.cross_entropy(model(x), y), opt, clip_norm=1.0,
+                      accumulate=planned.accumulate)
+here = planned.mesh if td.distributed.world_size() == 4 else {}
+parallel = td.distributed.parallelize(again, td.distributed.make_mesh(here), planned)
+more = [float(parallel(x, y).numpy()) for _ in range(5)]
+if td.distributed.rank() == 0:
+    print("losses under the plan:", [round(loss, 4) for loss in more])
+assert more[0] < losses[-1] < losses[0] / 2
+
+# %% [markdown]
 # The program of a rank can be looked at, and interpreted for all ranks together, without any processes. That is how
 # Treadle tests it: here the forward pass on a 2 x 2 mesh.
 

@@ -64,8 +64,12 @@ def main():
     plan = td.distributed.Plan.load(sys.argv[1])
     step = td.distributed.parallelize(step_of(plan.accumulate, "float64"), plan=plan)
     found = losses(step)
-    kept = {str(s): n for s, n in step.stages.kept_bytes.items()} if plan.cut else {}
-    gathered = step.job.gather_all({"kept": kept, "held": step.most_kept if plan.cut else 0})
+    if plan.cut:
+        facts = {"kept": {str(s): n for s, n in step.stages.kept_bytes.items()}}
+    else:
+        inputs = sum(int(v.type.nbytes) for v in step.partitioned.graph.inputs)
+        facts = {"memory": inputs + step.executable.signature.arena_bytes}
+    gathered = step.job.gather_all(facts)
     step.gather()
     if td.distributed.rank() == 0:
         np.savez(sys.argv[2], losses=found, facts=json.dumps(gathered),
