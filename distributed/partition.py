@@ -23,6 +23,7 @@ from ..ir.ops_collective import COLLECTIVES
 from ..ir.text import node_text
 from .cost import Cluster, sent_bytes
 from .mesh import Mesh
+from .propagate import is_view
 from .regions import counted, first_operand, operand_shift, outwards, result_shift
 from .reshard import Step, filled_with, path, seconds
 from .rules import Factors, Local, base
@@ -139,8 +140,13 @@ class _Emitter:
         if filled_with(node.results[0]) is not None:
             self.ways[node.results[0]] = {}  # made where it is wanted, in the shape that is wanted
             return
+        shardings, results = self.under(node, self.plan.strategies.get(node, {}))
+        self.results(node, shardings, results)
+
+    def under(self, node: Node, chosen: Mapping[str, Any]) -> tuple[list[Sharding], tuple[Value, ...]]:
+        """One node under a strategy for each axis: how its results lie, and they."""
+        assert self.plan.table is not None
         factors, shard = self.plan.table.factors[node], self.plan.table.rules[node]
-        chosen = self.plan.strategies.get(node, {})
         operands = [self.need(v, Sharding.of(v.rank, {a: factors.operand_placement(s, i) for a, s in chosen.items()}))
                     for i, v in enumerate(node.operands)]
         shardings = [Sharding.of(v.rank, {a: factors.result_placement(s, i) for a, s in chosen.items()})
@@ -159,7 +165,19 @@ class _Emitter:
         if [r.type for r in results] != types:
             raise VerifyError(f"the shard rule of {node_text(node)} gives {[str(r.type) for r in results]}, not "
                               f"{list(map(str, types))}, for the strategy {chosen}", node.loc)
-        self.results(node, shardings, results)
+        return shardings, results
+
+    def seen_again(self, v: Value, sharding: Sharding) -> Value | None:
+        """A view of a value that lies as this view of it is wanted: no way of the view itself has to be moved."""
+        if v.producer is None or not is_view(v.producer) or v.producer not in self.plan.strategies:
+            return None
+        assert self.plan.table is not None
+        for source in self.ways[v.producer.operands[0]]:
+            chosen = self.plan.table.views(v.producer, {a: source.placement(a) for a in self.mesh.names}, self.mesh)
+            if chosen is not None and sharding == Sharding.of(v.rank, {
+                    a: self.plan.table.factors[v.producer].result_placement(s, 0) for a, s in chosen.items()}):
+                return self.under(v.producer, chosen)[1][0]
+        return None
 
     def without_padding(self, node: Node, factors: Factors, axes: Mapping[Any, Sequence[str]],
                         operands: list[Value]) -> list[Value]:
@@ -237,6 +255,8 @@ class _Emitter:
             own = Sharding(sharding.dims) if number else sharding  # zeros are a partial sum as they are
             scalar = emit("constant", value=np.asarray(number, v.dtype.np))
             ways[own] = emit("broadcast_to", scalar, shape=own.local(v.type, self.mesh).shape)
+        if sharding not in ways and (found := self.seen_again(v, sharding)) is not None:
+            ways[sharding] = found
         if sharding not in ways:
             start = min(ways, key=lambda s: seconds(v.type, s, sharding, self.mesh, self.cluster))
             local = ways[start]

@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ..ir.graph import Graph, Node, Value
 from ..ir.opdef import rule
+from .mesh import Mesh
 from .regions import LOOPS, circles, ends, inwards, links, outwards
-from .rules import Blocked, Factors, Label, Shard, Strategy, base
-from .sharding import WHOLE, blocks_of, dim_of, divides
+from .rules import Blocked, Factors, Label, Linear, Shard, Strategy, base
+from .sharding import PARTIAL, WHOLE, blocks_of, dim_of, divides
 
 Hints = dict[Value, int]  # value -> the placement of what is split
 
@@ -41,6 +42,33 @@ class RuleTable:
         sizes = {v.shape[labels.index(label)] for labels, v in zip((*factors.operands, *factors.results),
                                                                    (*node.operands, *node.results)) if label in labels}
         return len(sizes) == 1 and isinstance(size := sizes.pop(), int) and size > ranks
+
+
+    def views(self, node: Node, places: Mapping[str, int], mesh: Mesh) -> dict[str, Strategy] | None:
+        """The strategies of a view of a value that lies so along each axis; None: it cannot be seen so."""
+        chosen: dict[str, Strategy] = {}
+        for axis, place in places.items():
+            found = self.view(node, place, mesh[axis])
+            if found is None:
+                return None
+            same = [a for a in chosen if place >= 0 and places[a] >= 0 and dim_of(places[a]) == dim_of(place)]
+            if any(base(chosen[a]) != base(found[0]) for a in same):
+                return None
+            chosen[axis] = found[0]
+        return chosen
+
+    def view(self, node: Node, place: int, ranks: int) -> tuple[Strategy] | None:
+        """The strategy of a view of a value that lies so along an axis, if there is one."""
+        factors = self.factors[node]
+        if place == PARTIAL:
+            return (Linear(0),) if factors.linear else None
+        found = [None] if place == WHOLE else [x for x in factors.strategies(0, 0, place) if self.fits(node, x, ranks)]
+        return (found[0],) if found else None
+
+
+def is_view(node: Node) -> bool:
+    """Whether a node shows its operand's elements in another shape or order, which costs nothing."""
+    return len(node.operands) == 1 and node.op.name in ("reshape", "transpose")
 
 
 class Propagation:

@@ -23,7 +23,7 @@ from ..ir.errors import ShapeError
 from ..ir.graph import Graph, Node, Value
 from .cost import Cluster
 from .mesh import Mesh
-from .propagate import Hints, Propagation, RuleTable, to_unfold
+from .propagate import Hints, Propagation, RuleTable, is_view, to_unfold
 from .regions import LOOPS, Loop, choose_loop, outwards, result_shift
 from .reshard import filled_with, transition
 from .rules import Linear, Strategy, base
@@ -277,7 +277,7 @@ class AxisSolver:
         return seconds
 
     def owed(self, v: Value, place: int) -> float:
-        """Seconds that a result will take to get where it has to be; nothing if it is added to what owes that already."""
+        """Seconds that a result takes to get where it has to be; none if it is added to what owes that already."""
         if place == PARTIAL and v in self.sole and self.joins(v, self.sole[v]):
             return 0.0
         return transition(self.cluster, self.axis, self.ranks, self.whole_bytes(v), place, self.goal(v, place))
@@ -323,6 +323,18 @@ class AxisSolver:
                 self.have[v].append(place)
         for i, v in enumerate(node.results):
             self.note(v, factors.result_placement(best, i))
+        if is_view(node) and node.result not in self.fixed:
+            self.note_ways(node)
+
+    def note_ways(self, node: Node) -> None:
+        """A value that lies in several ways is seen in as many."""
+        if self.have[node.result][0] == PARTIAL:
+            return
+        for place in self.have[node.operands[0]]:
+            found = self.table.view(node, place, self.ranks) if place != PARTIAL else None
+            if found is not None and (found[0] is None or self.allowed(node, found[0])):
+                seen = self.table.factors[node].result_placement(found[0], 0)
+                self.have[node.result] += [seen] if seen not in self.have[node.result] else []
 
     def note(self, v: Value, place: int) -> None:
         """Where a result lies, or is brought at once."""

@@ -134,6 +134,27 @@ def test_sequence_parallelism_scatters_and_gathers_instead():
     assert forward["reduce_scatter:tensor"] == 2 and forward["all_gather:tensor"] == 2
 
 
+@pytest.mark.parametrize("axes", [{"tensor": 2}, {"tensor": 4}, {"data": 2, "tensor": 2}], ids=str)
+def test_sequence_parallelism_sends_what_tensor_parallelism_does(axes):
+    """Korthikanti et al. 2022 (arXiv:2205.05198), section 4.2.2: an all-reduce becomes a reduce-scatter and an
+    all-gather, so the bytes are the same. (Here the head's input and the norms' gradients come in besides.)"""
+    layers, mesh = 3, Mesh(axes)
+    batch, seq, width = 8, 128, 512
+    graph, shardings = gpt(batch=batch, seq=seq, width=width, count=4, layers=layers, vocab=4096, **axes_of(mesh),
+                           sequence=True, vocabulary=True)
+    graph, outputs = with_gradients(graph, shardings)
+    made = partition(graph, mesh, shardings, outputs)
+    n, replicas = mesh["tensor"], mesh.size // mesh["tensor"]
+    activation = batch * seq * width * 8 // replicas
+    once = activation * (n - 1) // n
+    found = made.collectives()
+    # four for each layer; the table's look-up forwards, and the head backwards: scattered; and the other way round
+    assert found["reduce_scatter:tensor"] == 4 * layers + 2 and found["all_gather:tensor"] <= 4 * layers + 3
+    assert made.traffic()["reduce_scatter:tensor"] == (4 * layers + 2) * once
+    positions = seq * width * 8
+    assert made.traffic()["all_gather:tensor"] <= (4 * layers + 2) * once + positions
+
+
 def test_vocabulary_parallel_loss_sends_no_logits():
     mesh = Mesh({"tensor": 2})
     graph, shardings = gpt(batch=8, tensor="tensor", vocabulary=True, vocab=512)
