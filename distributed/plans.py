@@ -46,8 +46,8 @@ class Plan:
             `accumulate` of the training step is the number of micro-batches.
         schedule: "gpipe", "1f1b" or "interleaved", with `chunks` stages on each device.
         overlap: gradients are sent while the backward pass still runs, and waited for by the update.
-        weight: what a micro-batch of a pipeline counts in the loss, from its arrays: `lambda x, y: (y != -100).sum()`
-            makes a mean over tokens that of the whole batch, however they are spread. None: its examples.
+        weight: what a micro-batch counts in the loss: `lambda x, y: (y != -100).sum()` makes a mean over tokens that of
+            the whole batch, however they are spread. None: as `train_step(weight=)` says, or its examples.
         recompute: layers keep only what they were handed, and are computed again in the backward pass.
         measure: a pipeline is cut by the times that the layers take on this machine, measured once when the step is
             built, and not by the cost model's.

@@ -26,7 +26,7 @@ from ..distributed.comm import Job, load_mpi, mpi_available
 from ..distributed.cost import Cluster
 from ..distributed.errors import DistributedError, LaunchError
 from ..distributed.partition import Partitioned, partition
-from ..distributed.plans import Plan, Source, annotate
+from ..distributed.plans import Plan, Source, annotate, split_over
 from ..distributed.regather import in_groups
 from ..distributed.unroll import micro_batches, unroll
 from ..ir.errors import ArgumentsError
@@ -37,6 +37,7 @@ from ..ir.passes import TIDY
 from ..ir.pipeline import Pass, PassResult, Pipeline
 from ..ir.subjects import SUBJECTS
 from . import tree
+from .accumulate import ALONE, Spread, parts_of
 from .by_layers import by_layers
 from .compile import build_executable
 from .dispatch import apply, as_tensor
@@ -201,19 +202,24 @@ class ParallelStep:
 
     def trace(self, *batch: Any) -> Partitioned:
         """The per-rank program for such a batch, before it is compiled."""
+        data = self.plan.data
+        ranks = self.mesh[data] if data is not None and data in self.mesh else 1
+        self.inner.spread = Spread(ranks, self._lies, self.plan.weight)
         loss_fn = self.inner.loss_fn
         self.inner.loss_fn = by_layers(loss_fn) if self.plan.recompute else loss_fn
         try:
             graph = self.inner.trace(*batch)
         finally:
-            self.inner.loss_fn = loss_fn
+            self.inner.spread, self.inner.loss_fn = ALONE, loss_fn
         meta = graph.meta
         amp = self.inner._compiled.amp
         narrow = [] if amp is None else [amp_pass(amp), *TIDY]  # decided as on one process, before anything is split
         tidy = Pipeline([*TIDY, *narrow, UNROLL, *TIDY]).run(graph)
         tidy.meta.update(meta)
         sources = self._sources(tidy)
-        tidy, shapes = micro_batches(tidy, [i for i, s in enumerate(sources) if s.kind == "batch"])
+        alike = [i for i, (s, v) in enumerate(zip(sources, tidy.inputs)) if s.kind == "batch" and v.rank
+                 and len(parts_of(v.shape[0], self.inner.accumulate, ranks)) == 1]
+        tidy, shapes = micro_batches(tidy, alike)
         annotated, shardings = annotate(tidy, self.mesh, self.plan, sources, shapes)
         for i, tensor in meta["captures"].items():
             if id(tensor) in self._placed:
@@ -224,6 +230,15 @@ class ParallelStep:
         made.graph = bucket(in_groups(made.graph, most), most, overlap=apart if self.plan.overlap else ())
         made.graph.meta.update(meta)
         return made
+
+    def _lies(self, parameter: Tensor) -> tuple[str, ...] | None:
+        """How a gradient lies while parts of a batch add to it: ZeRO-2 and 3 keep parts of it, others sum at last."""
+        if self.plan.zero < 2 or self.mesh.size == 1:
+            return None
+        own = self.plan.of(self.names.get(id(parameter), ""), parameter.ndim)
+        assert self.plan.data is not None
+        dims = split_over(own, parameter.type, self.plan.data, self.mesh).dims
+        return tuple(",".join(d) if isinstance(d, tuple) else d or "" for d in dims)
 
     def _sources(self, graph: Graph) -> list[Source]:
         """What each input is."""

@@ -92,7 +92,7 @@ class Pending(Concrete):
         """Whether nobody has asked yet."""
         return self._held is None and self.source is not None
 
-    @property  # type: ignore[override]
+    @property
     def array(self) -> np.ndarray | None:
         """The elements, in memory that compiled code may update."""
         if self._held is None and self.source is not None:

@@ -26,8 +26,9 @@ import numpy as np
 from ..ir.errors import ArgumentsError, AttributeValueError, GradientError, TraceError
 from ..ir.graph import Graph
 from ..ir.location import user_location
-from . import control, tree
 from . import functions as F
+from . import tree
+from .accumulate import ALONE, accumulated, share_of
 from .compile import Compiled
 from .dynamic import Arguments, Dynamic
 from .eager import records
@@ -43,7 +44,8 @@ CLIP, FLAG = "clip_norm", "trainable."
 
 def train_step(model: Any, loss_fn: Callable[..., Any], opt: Any, amp: Any = None, clip_norm: float | None = None,
                accumulate: int = 1, memory_budget: int | None = None, target: str = "cpu", freezable: bool = False,
-               prune_frozen: bool = False, dynamic: Mapping[str, Any] | None = None) -> TrainStep:
+               prune_frozen: bool = False, dynamic: Mapping[str, Any] | None = None,
+               weight: Callable[..., Any] | None = None) -> TrainStep:
     """A compiled training step.
 
     A parameter whose `requires_grad` is False is frozen: neither it nor its optimizer state moves. That is a run-time
@@ -55,8 +57,10 @@ def train_step(model: Any, loss_fn: Callable[..., Any], opt: Any, amp: Any = Non
         opt: an optimizer over the parameters to train.
         amp: "bfloat16": mixed precision with float32 master weights.
         clip_norm: gradients whose global norm is larger are scaled down to it.
-        accumulate: run the batch in so many equal parts, adding up the gradients: the memory of a part, the step of the
-            whole. Every tensor of the batch is cut along its first axis.
+        accumulate: run the batch in so many parts, adding up the gradients: the memory of a part, the step of the
+            whole. Every tensor of the batch is cut along its first axis, as equally as it goes.
+        weight: with `accumulate`, what a part counts in the mean: `lambda x, y: (y != -100).sum()` for a loss that is a
+            mean over tokens. Default: its examples.
         memory_budget: bytes that values waiting between kernels may take; what costs least to compute again is
             recomputed in the backward pass until that is met. With open sizes it holds at each call: one that is
             too large for the programs there are compiles another.
@@ -74,7 +78,7 @@ def train_step(model: Any, loss_fn: Callable[..., Any], opt: Any, amp: Any = Non
         ArgumentsError, AttributeValueError: an argument outside its domain.
     """
     return TrainStep(model, loss_fn, opt, amp, clip_norm, accumulate, memory_budget, target, freezable, prune_frozen,
-                     dynamic)
+                     dynamic, weight)
 
 
 class TrainStep:
@@ -87,7 +91,7 @@ class TrainStep:
 
     def __init__(self, model: Any, loss_fn: Callable[..., Any], opt: Any, amp: Any, clip_norm: float | None,
                  accumulate: int, memory_budget: int | None, target: str, freezable: bool, prune_frozen: bool,
-                 dynamic: Mapping[str, Any] | None = None):
+                 dynamic: Mapping[str, Any] | None = None, weight: Callable[..., Any] | None = None):
         if not callable(loss_fn):
             raise ArgumentsError(f"train_step: loss_fn(model, *batch) must be a function, got {loss_fn!r}",
                                  user_location())
@@ -97,7 +101,10 @@ class TrainStep:
                                           user_location())
         if clip_norm is not None and not clip_norm > 0:
             raise AttributeValueError(f"train_step: clip_norm is {clip_norm!r}; expected a number > 0", user_location())
-        self.model, self.loss_fn, self.opt = model, loss_fn, opt
+        if weight is not None and not callable(weight):
+            raise ArgumentsError(f"train_step: weight(*batch) must be a function, got {weight!r}", user_location())
+        self.model, self.loss_fn, self.opt, self.weight = model, loss_fn, opt, weight
+        self.spread = ALONE  # how a mesh shares the parts of a batch, while it traces
         self.clip_norm, self.accumulate, self.memory_budget = clip_norm, accumulate, memory_budget
         _name_parts(model, opt)
         self.prune_frozen = bool(prune_frozen)
@@ -197,45 +204,23 @@ class TrainStep:
     def _forward_backward(self, batch: tuple[Any, ...], params: list[Tensor]) -> tuple[Any, list[Tensor | None]]:
         if self.accumulate == 1:
             return self._one_part(batch, params)
-        leaves, structure = tree.flatten(batch)
-        parts = tree.unflatten(structure, [_cut(leaf, self.accumulate) for leaf in leaves])
-        absent: list[bool] = []  # which parameters get no gradient: known once the body has been traced
+        return accumulated(lambda part, share: self._one_part(part, params, share), batch, params, self.accumulate,
+                           self.weight, self.spread)
 
-        def body(sums: list[Tensor], part: tuple[Any, ...]) -> tuple[list[Tensor], Any]:
-            result, grads = self._one_part(part, params)
-            absent[:] = [g is None for g in grads]
-            return [s if g is None else s + g.astype(s.dtype) for s, g in zip(sums, grads)], result
-
-        zeros = [F.zeros(p.shape, p.dtype if p.dtype.bits >= 32 else "float32") for p in params]
-        sums, results = control.scan(body, zeros, parts)
-        scale = 1.0 / self.accumulate
-        grads = [None if none else s * scale for s, none in zip(sums, absent)]
-        if isinstance(results, tuple):  # (loss, aux): aux keeps an axis of parts
-            return (F.mean(results[0], axis=0), *results[1:]), grads
-        return F.mean(results, axis=0), grads
-
-    def _one_part(self, batch: tuple[Any, ...], params: list[Tensor]) -> tuple[Any, list[Tensor | None]]:
+    def _one_part(self, batch: tuple[Any, ...], params: list[Tensor],
+                  share: Tensor | None = None) -> tuple[Any, list[Tensor | None]]:
         result = self.loss_fn(self.model, *batch)
         loss = result[0] if isinstance(result, tuple) else result
         if not isinstance(loss, Tensor):
             raise GradientError(f"train_step: loss_fn returned {loss!r}; it must return a scalar, or (loss, aux)",
                                 user_location())
-        return result, gradients(loss, params)
+        return result, gradients(loss if share is None else share_of(loss, share), params)
 
 
 def _replace(tensor: Tensor, new: Tensor, flag: Tensor | None) -> None:
     if new is not tensor:
         new = new.astype(tensor.dtype)
         tensor.assign(new if flag is None else F.where(flag, new, tensor))
-
-
-def _cut(leaf: Any, parts: int) -> Any:
-    if not isinstance(leaf, Tensor):
-        raise ArgumentsError(f"train_step: with accumulate the batch holds tensors only, got {leaf!r}", user_location())
-    if leaf.ndim == 0 or leaf.shape[0] % parts:
-        raise ArgumentsError(f"train_step: a tensor {leaf.type} of the batch does not divide into {parts} equal parts "
-                             "along its first axis (accumulate)", user_location())
-    return leaf.reshape((parts, leaf.shape[0] // parts, *leaf.shape[1:]))
 
 
 def _name_parts(model: Any, opt: Any) -> None:
