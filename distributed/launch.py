@@ -221,7 +221,8 @@ class _Attempt:
     def run(self) -> int:
         """The exit code."""
         logs = "-" if self.request.logs is None else str(self.request.logs)
-        keeper = [KEEPER, logs, sys.executable, "-u", *self.request.script]
+        # Isolated, as the modules beside it must not stand in for the library's.
+        keeper = ["-I", KEEPER, logs, sys.executable, "-u", *self.request.script]
         line = command(self.count, keeper, self.request.hosts, self.request.hostfile, shlex.split(self.request.more))
         before = signal.signal(signal.SIGTERM, _interrupt) if _main_thread() else None
         # A session of its own: Ctrl-C comes here, and what the ranks say about it is still shown.

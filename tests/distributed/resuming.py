@@ -25,7 +25,7 @@ def loader():
 def make(mesh, case):
     """(step, loader); equal cases make equal steps, in any process."""
     td.random.seed(case.get("seed", 0))
-    model = Gpt(case.get("dropout", 0.0))
+    model = Gpt(case.get("dropout", 0.0), fused=case.get("fused", False))
     model.to("float64")
     opt = td.optim.AdamW(model.parameters(), lr=td.optim.LinearWarmup(1e-2, 2, 0.1).then(td.optim.Cosine(1e-2, 4), 2))
     pipe = mesh.get("pipe", 1) > 1
