@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from ..ir.errors import AttributeValueError
 
-FORWARD, BACKWARD = "F", "B"
+FORWARD, BACKWARD, WEIGHTS = "F", "B", "W"
 
 
 @dataclass(frozen=True, order=True)
@@ -84,7 +84,22 @@ def interleaved(devices: int, micro: int, chunks: int) -> Schedule:
     return tuple(schedules)
 
 
-SCHEDULES = ("gpipe", "1f1b", "interleaved")
+def zb_h1(devices: int, micro: int) -> Schedule:
+    """1F1B whose backward passes come in two: cotangents at once, as the stage before waits for them, gradients of
+    weights d micro-batches later on device d, where it would wait (Qi et al. 2023, arXiv:2401.10241, ZB-H1). The first
+    device, for which nobody waits, has them in one. Every device keeps as many micro-batches as the first one."""
+    schedules = []
+    for d, tasks in enumerate(one_f_one_b(devices, micro)):
+        order: list[Task] = []
+        for task in tasks:
+            order.append(task)
+            if d and task.phase == BACKWARD and task.micro >= d:
+                order.append(Task(WEIGHTS, d, task.micro - d))
+        schedules.append((*order, *(Task(WEIGHTS, d, m) for m in range(max(micro - d, 0), micro if d else 0))))
+    return tuple(schedules)
+
+
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1")
 
 
 def schedule(kind: str, devices: int, micro: int, chunks: int = 1) -> Schedule:
@@ -95,6 +110,8 @@ def schedule(kind: str, devices: int, micro: int, chunks: int = 1) -> Schedule:
         return one_f_one_b(devices, micro)
     if kind == "interleaved":
         return interleaved(devices, micro, chunks)
+    if kind == "zb-h1":
+        return zb_h1(devices, micro)
     raise AttributeValueError(f"there is no pipeline schedule {kind!r}; there are: {', '.join(SCHEDULES)}")
 
 
@@ -102,6 +119,8 @@ def stash_bound(kind: str, devices: int, micro: int, stage: int, chunks: int = 1
     """Micro-batches whose activations a device keeps at most (counted once for each of its chunks)."""
     if kind == "gpipe":
         return micro
+    if kind == "zb-h1":
+        return min(devices, micro)
     if kind == "1f1b" or chunks == 1:
         return min(devices - stage, micro)
     return min((devices - stage - 1) * 2 + (chunks - 1) * devices + 1, micro * chunks)
@@ -131,20 +150,23 @@ def needs(task: Task, stages: int) -> list[Task]:
     """The tasks whose results a task reads."""
     if task.phase == FORWARD:
         return [Task(FORWARD, task.stage - 1, task.micro)] if task.stage else []
+    if task.phase == WEIGHTS:
+        return [Task(BACKWARD, task.stage, task.micro)]
     after = [Task(BACKWARD, task.stage + 1, task.micro)] if task.stage + 1 < stages else []
     return [Task(FORWARD, task.stage, task.micro), *after]
 
 
 def simulate(plan: Schedule, forward: Sequence[float], backward: Sequence[float],
-             transfer: float | Sequence[float] = 0.0) -> Played:
+             transfer: float | Sequence[float] = 0.0, weights: Sequence[float] | None = None) -> Played:
     """Plays a schedule: stage s takes `forward[s]` and `backward[s]` seconds, a hop between devices `transfer`.
 
+    `weights`: of the backward passes the gradients of weights, where a schedule has them apart; default: half.
     `transfer`: one number, or one for every stage but the last: from it to the next, or back.
 
     Raises:
         AttributeValueError: tasks wait for each other for ever; the message names them.
     """
-    stages = len(forward)
+    stages, times = len(forward), _times(plan, forward, backward, weights)
     hops = [transfer] * (stages - 1) if isinstance(transfer, (int, float)) else list(transfer)
     spans: dict[Task, tuple[float, float]] = {}
     at, clock = [0] * len(plan), [0.0] * len(plan)
@@ -160,7 +182,7 @@ def simulate(plan: Schedule, forward: Sequence[float], backward: Sequence[float]
                 ready = max((spans[b][1] + (hops[min(b.stage, task.stage)] if b.stage != task.stage else 0.0)
                              for b in before), default=0.0)
                 start = max(clock[d], ready)
-                clock[d] = start + (forward if task.phase == FORWARD else backward)[task.stage]
+                clock[d] = start + times[task.phase, task.stage]
                 spans[task] = (start, clock[d])
                 at[d] += 1
                 left -= 1
@@ -173,11 +195,21 @@ def simulate(plan: Schedule, forward: Sequence[float], backward: Sequence[float]
     return Played(spans, makespan, 1 - busy / (makespan * len(plan)) if makespan else 0.0, tuple(map(stash, plan)))
 
 
+def _times(plan: Schedule, forward: Sequence[float], backward: Sequence[float],
+           weights: Sequence[float] | None) -> dict[tuple[str, int], float]:
+    """(phase, stage) -> seconds."""
+    apart = {task.stage for tasks in plan for task in tasks if task.phase == WEIGHTS}
+    later = [(b / 2 if weights is None else weights[s]) * (s in apart) for s, b in enumerate(backward)]
+    return {**{(FORWARD, s): f for s, f in enumerate(forward)}, **{(WEIGHTS, s): w for s, w in enumerate(later)},
+            **{(BACKWARD, s): b - w for s, (b, w) in enumerate(zip(backward, later))}}
+
+
 def stash(tasks: Sequence[Task]) -> int:
     """The most micro-batches that have gone forward and not yet back, in a device's order."""
     held = most = 0
+    last = WEIGHTS if any(task.phase == WEIGHTS for task in tasks) else BACKWARD
     for task in tasks:
-        held += 1 if task.phase == FORWARD else -1
+        held += 1 if task.phase == FORWARD else -1 if task.phase == last else 0
         most = max(most, held)
     return most
 
@@ -188,11 +220,12 @@ def ideal_bubble(devices: int, micro: int, chunks: int = 1) -> float:
 
 
 def chart(played: Played, devices: int, width: int = 100) -> str:
-    """The schedule as text, one line a device: digits are the micro-batches' forward passes, letters the backward."""
+    """The schedule as text, one line a device: digits are the micro-batches' forward passes, letters the backward
+    (capitals: gradients of weights, where these come apart)."""
     scale = width / played.makespan if played.makespan else 0.0
     lines = [[" "] * width for _ in range(devices)]
     for task, (start, end) in sorted(played.spans.items(), key=lambda item: item[1]):
-        mark = (DIGITS if task.phase == FORWARD else LETTERS)[task.micro % 26]
+        mark = {FORWARD: DIGITS, BACKWARD: LETTERS, WEIGHTS: LETTERS.upper()}[task.phase][task.micro % 26]
         for x in range(int(start * scale), max(int(end * scale), int(start * scale) + 1)):
             if x < width:
                 lines[task.stage % devices][x] = mark

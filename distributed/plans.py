@@ -44,10 +44,13 @@ class Plan:
         zero: ZeRO stage, 0 to 3, over the axis `data`.
         pipe: the mesh axis along which the model is cut into stages; None, or an axis that the mesh lacks: it is not.
             `accumulate` of the training step is the number of micro-batches.
-        schedule: "gpipe", "1f1b" or "interleaved", with `chunks` stages on each device.
+        schedule: "gpipe", "1f1b", "zb-h1" (1F1B with less of a bubble) or "interleaved", with `chunks` stages on each
+            device.
         overlap: gradients are sent while the backward pass still runs, and waited for by the update.
         weight: what a micro-batch counts in the loss: `lambda x, y: (y != -100).sum()` makes a mean over tokens that of
             the whole batch, however they are spread. None: as `train_step(weight=)` says, or its examples.
+        reduce_dtype: "bfloat16" or "float16": gradients travel and are summed over `data` so; None: in their own dtype,
+            which is float32 under mixed precision. Not in a pipeline, whose sums stay as they are.
         recompute: layers keep only what they were handed, and are computed again in the backward pass.
         measure: a pipeline is cut by the times that the layers take on this machine, measured once when the step is
             built, and not by the cost model's.
@@ -67,6 +70,7 @@ class Plan:
     schedule: str = "1f1b"
     chunks: int = 1
     weight: Callable[..., Any] | None = field(default=None, repr=False)
+    reduce_dtype: str | None = None
     recompute: bool = False
     measure: bool = False
     mesh: Mapping[str, int] | None = None
@@ -76,6 +80,8 @@ class Plan:
     def __post_init__(self) -> None:
         if self.zero not in (0, 1, 2, 3):
             raise AttributeValueError(f"zero is {self.zero!r}; ZeRO has the stages 0 (off), 1, 2 and 3")
+        if self.reduce_dtype not in (None, "bfloat16", "float16"):
+            raise AttributeValueError(f"reduce_dtype is {self.reduce_dtype!r}; expected 'bfloat16', 'float16' or None")
 
     def save(self, path: Any) -> None:
         """Writes the plan as JSON.

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..ir.types import TensorType
 from .messages import Messages
-from .pipeline import BACKWARD, FORWARD, Task
+from .pipeline import BACKWARD, FORWARD, WEIGHTS, Task
 
 AHEAD = 2  # tasks for which receives are posted: the present one and the next
 
@@ -27,7 +27,7 @@ class Program:
     Attributes:
         fixed: the inputs, those that stay filled in.
         batch: from the parts of the micro-batch; handed: from the stage before; kept: from the forward pass's outputs;
-            cotangents: of what the stage handed on.
+            cotangents: of what the stage handed on; middle: from the backward program, for the one of weights.
     """
 
     run: Callable[[Sequence[Any]], list[np.ndarray]]
@@ -36,13 +36,14 @@ class Program:
     handed: list[tuple[int, int]] = field(default_factory=list)
     kept: list[tuple[int, int]] = field(default_factory=list)
     cotangents: list[tuple[int, int]] = field(default_factory=list)
+    middle: list[tuple[int, int]] = field(default_factory=list)
 
     def __call__(self, batch: Sequence[np.ndarray], handed: Sequence[np.ndarray], kept: Sequence[np.ndarray] = (),
-                 cotangents: Sequence[np.ndarray] = ()) -> list[np.ndarray]:
+                 cotangents: Sequence[np.ndarray] = (), middle: Sequence[np.ndarray] = ()) -> list[np.ndarray]:
         """The outputs, for one micro-batch."""
         inputs = list(self.fixed)
         for places, given in ((self.batch, batch), (self.handed, handed), (self.kept, kept),
-                              (self.cotangents, cotangents)):
+                              (self.cotangents, cotangents), (self.middle, middle)):
             for position, number in places:
                 inputs[position] = given[number]
         return self.run(inputs)
@@ -59,11 +60,13 @@ class StageProgram:
         kept: which of the forward program's outputs the backward program reads.
         results: numbers of the whole graph's outputs -> place among the forward program's outputs.
         first: the backward program of the first micro-batch, which starts the sums of gradients.
+        cotangents: if the backward pass comes in two, its first part; `backward` and `first` are then the second.
     """
 
     forward: Program
     backward: Program
     first: Program
+    cotangents: Program | None
     parts: Callable[[Sequence[np.ndarray]], list[np.ndarray]]
     handed: list[TensorType]
     out: list[TensorType]
@@ -75,12 +78,14 @@ class StageProgram:
 
 @dataclass
 class _Held:
-    """What a stage keeps of a micro-batch until its backward pass. `received`: whether `handed` are lent buffers."""
+    """What a stage keeps of a micro-batch until its backward pass is done. `lent`: buffers that then go back."""
 
     parts: list[np.ndarray]
     handed: list[np.ndarray]
     kept: list[np.ndarray]
-    received: bool
+    lent: list[np.ndarray]
+    cotangents: list[np.ndarray] = field(default_factory=list)
+    middle: list[np.ndarray] = field(default_factory=list)
 
 
 class Runner:
@@ -119,14 +124,18 @@ class Runner:
                 if task.stage + 1 == self.stages and shares[task.micro]:  # what counts nothing may be 0 / 0
                     loss += float(found) * shares[task.micro]
                 self.most_kept = max(self.most_kept, len(self.held))
-            else:
+            elif task.phase == BACKWARD:
                 self.backward(program, task, shares[task.micro])
+            elif program.cotangents is not None:
+                self.weights(program, task)
         if self.messages is not None:
             self.messages.finish()
         return loss
 
     def source(self, task: Task) -> int | None:
         """The stage whose results a task reads; None if there is none."""
+        if task.phase == WEIGHTS:
+            return None
         stage = task.stage - 1 if task.phase == FORWARD else task.stage + 1
         return stage if 0 <= stage < self.stages else None
 
@@ -161,18 +170,13 @@ class Runner:
         assert self.messages is not None
         self.messages.send(arrays, stage % self.devices, self.tag(task.phase, stage, task.micro))
 
-    def release(self, arrays: Sequence[np.ndarray], received: bool) -> None:
-        """Nobody reads these any more."""
-        if received and self.messages is not None:
-            for array in arrays:
-                self.messages.buffers.back(array)
-
     def forward(self, program: StageProgram, task: Task, arrays: Sequence[np.ndarray]) -> Any:
         """Runs a forward task; the loss, if it is of the last stage."""
         handed, received = self.take(task)
         parts = program.parts(arrays)
         outputs = program.forward(parts, handed)
-        self.held[task.stage, task.micro] = _Held(parts, handed, [outputs[i] for i in program.kept], received)
+        self.held[task.stage, task.micro] = _Held(parts, handed, [outputs[i] for i in program.kept],
+                                                  list(handed) if received else [])
         for number, place in program.results.items():
             self.results.setdefault(number, {})[task.micro] = np.array(outputs[place])
         if task.stage + 1 == self.stages:
@@ -181,18 +185,29 @@ class Runner:
         return None
 
     def backward(self, program: StageProgram, task: Task, share: float) -> None:
-        """Runs a backward task."""
+        """Runs a backward task, or as much of it as the stage before waits for."""
+        held = self.held[task.stage, task.micro]
         if task.stage + 1 == self.stages:
-            cotangents, received = [np.full((), share, program.out[0].dtype.np)], False
+            held.cotangents = [np.full((), share, program.out[0].dtype.np)]
         else:
-            cotangents, received = self.take(task)
-        held = self.held.pop((task.stage, task.micro))
-        run = program.backward if task.micro else program.first
-        outputs = run(held.parts, held.handed, held.kept, cotangents)
+            held.cotangents, received = self.take(task)
+            held.lent += held.cotangents if received else []
+        if program.cotangents is None:
+            outputs = self.weights(program, task)
+        else:
+            outputs = held.middle = program.cotangents(held.parts, held.handed, held.kept, held.cotangents)
         if task.stage:
             self.give(outputs[:len(program.back)], task, task.stage - 1)
-        self.release(cotangents, received)
-        self.release(held.handed, held.received)
+
+    def weights(self, program: StageProgram, task: Task) -> list[np.ndarray]:
+        """Runs what adds to the gradients; nothing is kept of the micro-batch any more."""
+        held = self.held.pop((task.stage, task.micro))
+        run = program.backward if task.micro else program.first
+        outputs = run(held.parts, held.handed, held.kept, held.cotangents, held.middle)
+        if self.messages is not None:
+            for array in held.lent:
+                self.messages.buffers.back(array)
+        return outputs
 
 
 WIDEST = 64  # tensors that may cross between two stages

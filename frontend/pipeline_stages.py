@@ -18,7 +18,7 @@ from ..autodiff.amp import amp_pass
 from ..autodiff.save_less import save_less
 from ..distributed import Sharding
 from ..distributed.buckets import bucket
-from ..distributed.halves import Halves, halves, overwriting
+from ..distributed.halves import halves, overwriting
 from ..distributed.partition import Partitioned, partition
 from ..distributed.plans import split_over
 from ..distributed.regather import gather_at_use, in_groups
@@ -37,6 +37,9 @@ from .tensor import Tensor
 
 if TYPE_CHECKING:
     from .pipelined import PipelineStep
+
+Run = Callable[[Sequence[Any]], list[np.ndarray]]
+Source = int | tuple[str, int]  # of an input: its number in the joint graph; what was kept, or made in the middle
 
 
 @dataclass(frozen=True)
@@ -197,31 +200,40 @@ class StageBuilder:
         made = self.partitioned(loss, joint, last)
         varying = [i for i in range(len(made.graph.inputs)) if not self._stays(loss, joint, i)]
         parts = halves(save_less(made.graph).graph, joint.ahead, varying)  # so that less waits for the backward pass
-        starting, left = self.starting(parts, joint, starts)
         forward = self.compiled(parts.forward, held + 1)
-        again, first = (self.compiled(g, 2) for g in (parts.backward, starting))
         kept = [parts.forward.outputs[i] for i in parts.kept]
         self.kept_bytes[number] = sum(int(v.type.nbytes) for v in kept)
         fixed = self.arrays(loss, joint, made, number)
+
+        def program(run: Run, sources: Sequence[Source]) -> Program:
+            return _program(run, sources, joint, loss, fixed)
+
+        graph, sources = parts.backward, [*(("kept", i) for i in range(len(kept))), *parts.backward_inputs]
+        cotangents = None
+        if self.plan.schedule == "zb-h1" and joint.back:
+            moving = [i for i, source in enumerate(sources) if isinstance(source, tuple) or source in varying]
+            two = halves(graph, len(joint.back), moving)
+            cotangents = program(self.compiled(two.forward, held + 1), [sources[i] for i in two.forward_inputs])
+            graph = two.backward
+            sources = [*(("middle", i) for i in two.kept), *(sources[i] for i in two.backward_inputs)]
+        first, left = self.starting(graph, sources, joint, starts)
         self.cleared.update((id(loss.captures[i]), self.sums[id(loss.captures[i])]) for i in left)
-        inputs = made.graph.inputs
         return StageProgram(
-            _program(forward, parts.forward_inputs, 0, joint, loss, fixed),
-            _program(again, parts.backward_inputs, len(parts.kept), joint, loss, fixed),
-            _program(first, parts.backward_inputs, len(parts.kept), joint, loss, fixed),
-            self.cutter(loss, joint, made),
-            [v.type for v in inputs[:len(stage.handed)]],
+            program(forward, parts.forward_inputs), program(self.compiled(graph, 2), sources),
+            program(self.compiled(first, 2), sources), cotangents, self.cutter(loss, joint, made),
+            [v.type for v in made.graph.inputs[:len(stage.handed)]],
             [v.type for v in made.graph.outputs[:len(stage.out)]],
             list(joint.back), list(joint.returned), list(parts.kept),
             {number: len(stage.out) + k for k, number in enumerate(stage.results)
              if number not in loss.graph.aliases})
 
-    def starting(self, parts: Halves, joint: Joint, starts: Collection[int]) -> tuple[Graph, set[int]]:
+    def starting(self, graph: Graph, sources: Sequence[Source], joint: Joint,
+                 starts: Collection[int]) -> tuple[Graph, set[int]]:
         """The backward program of the first micro-batch, and the inputs whose sums it adds to all the same."""
-        own = {joint.sums + k: i for k, (_, i) in enumerate(joint.params)}
-        at = {v: own[n] for n, v in zip(parts.backward_inputs, parts.backward.inputs[len(parts.kept):]) if n in own}
-        graph, left = overwriting(parts.backward, [v for v, i in at.items() if i in starts])
-        return graph, {i for v, i in at.items() if v in left or i not in starts}
+        own: dict[Source, int] = {joint.sums + k: i for k, (_, i) in enumerate(joint.params)}
+        at = {v: own[source] for source, v in zip(sources, graph.inputs) if source in own}
+        made, left = overwriting(graph, [v for v, i in at.items() if i in starts])
+        return made, {i for v, i in at.items() if v in left or i not in starts}
 
     def _stays(self, loss: LossGraph, joint: Joint, i: int) -> bool:
         """Whether an input is the same for all micro-batches."""
@@ -270,7 +282,7 @@ class StageBuilder:
             graph = gather_at_use(graph, gathered, self.plan.data)
         return partition(graph, self.mesh, inputs, outputs)
 
-    def compiled(self, graph: Graph, held: int = 1) -> Callable[[Sequence[Any]], list[np.ndarray]]:
+    def compiled(self, graph: Graph, held: int = 1) -> Run:
         """A per-rank program, ready to run, of whose results so many are in use at a time."""
         step = self.step
         most = self.plan.message_bytes(sum(int(p.type.nbytes) for p in step.inner.opt.params))
@@ -281,7 +293,7 @@ class StageBuilder:
             register(graph, step.job)
         executable = build_executable(graph, step.inner._compiled.target)
         executable.keep_results(held)
-        run: Callable[[Sequence[Any]], list[np.ndarray]] = executable.run
+        run: Run = executable.run
         return run
 
     def arrays(self, loss: LossGraph, joint: Joint, made: Partitioned, number: int) -> dict[int, np.ndarray]:
@@ -313,21 +325,21 @@ class StageBuilder:
         return lambda arrays: [arrays[i] if s.is_whole else s.cut(arrays[i], mesh, rank) for i, s in wanted]
 
 
-def _program(run: Callable[[Sequence[Any]], list[np.ndarray]], numbers: Sequence[int], kept: int, joint: Joint,
-             loss: LossGraph, fixed: Mapping[int, np.ndarray]) -> Program:
-    """Where the inputs of a half come from: what was kept, then inputs of the joint graph."""
-    made = Program(run, [None] * (kept + len(numbers)), kept=[(i, i) for i in range(kept)])
-    stage = joint.stage
+def _program(run: Run, sources: Sequence[Source], joint: Joint, loss: LossGraph,
+             fixed: Mapping[int, np.ndarray]) -> Program:
+    """A program with where its inputs come from."""
+    made, stage = Program(run, [None] * len(sources)), joint.stage
     batch = {k: n for n, k in enumerate(k for k, i in enumerate(stage.inputs, start=len(stage.handed))
                                         if i < loss.batch)}
-    for position, i in enumerate(numbers, start=kept):
-        if i in fixed:
-            made.fixed[position] = fixed[i]
-        elif i < len(stage.handed):
-            made.handed.append((position, i))
-        elif i in batch:
-            made.batch.append((position, batch[i]))
+    for position, source in enumerate(sources):
+        if isinstance(source, tuple):
+            (made.kept if source[0] == "kept" else made.middle).append((position, source[1]))
+        elif source in fixed:
+            made.fixed[position] = fixed[source]
+        elif source < len(stage.handed):
+            made.handed.append((position, source))
+        elif source in batch:
+            made.batch.append((position, batch[source]))
         else:
-            made.cotangents.append((position, i - joint.cotangents))
+            made.cotangents.append((position, source - joint.cotangents))
     return made
-

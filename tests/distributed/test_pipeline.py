@@ -10,6 +10,7 @@ from treadle.distributed.chain import Layer, cut, least_memory, stage_bytes
 from treadle.distributed.pipeline import (
     BACKWARD,
     FORWARD,
+    WEIGHTS,
     Task,
     chart,
     gpipe,
@@ -50,6 +51,20 @@ def test_interleaving_divides_the_bubble(devices, micro, chunks):
     assert played.bubble == pytest.approx(ideal_bubble(devices, micro, chunks))
     for stage, held in enumerate(played.stash):
         assert held <= stash_bound("interleaved", devices, micro, stage, chunks)
+
+
+@pytest.mark.parametrize(("devices", "micro"), SIZES)
+def test_gradients_of_weights_fill_the_bubble(devices, micro):
+    plan = schedule("zb-h1", devices, micro)
+    later = {Task(WEIGHTS, d, m) for d in range(1, devices) for m in range(micro)}
+    assert {t for tasks in plan for t in tasks} == every_task(devices, micro) | later
+    played = simulate(plan, [1.0] * devices, [2.0] * devices)
+    before = simulate(schedule("1f1b", devices, micro), [1.0] * devices, [2.0] * devices)
+    assert played.makespan <= before.makespan
+    if devices == 2 and micro > 2:
+        assert (before.makespan, played.makespan) == (3 * micro + 3, 3 * micro + 1)
+    for stage, held in enumerate(played.stash):
+        assert held <= stash_bound("zb-h1", devices, micro, stage)
 
 
 def test_tables():

@@ -70,8 +70,8 @@ class Watch:
         raise TimeoutError
 
 
-def stage(number, count, scale, sums, log):
-    """y = scale * x, the last sums y up; `sums` collects d(scale)."""
+def stage(number, count, scale, sums, log, apart=False):
+    """y = scale * x, the last sums y up; `sums` collects d(scale), `apart` from what is handed back."""
     last = number + 1 == count
 
     def forward(inputs):
@@ -79,19 +79,27 @@ def stage(number, count, scale, sums, log):
         y = inputs[0] * scale
         return [np.asarray(y.sum()) if last else y]
 
-    def backward(inputs):
+    def cotangents(inputs):
         log.append(f"B{number}")
+        return [] if number == 0 else [np.broadcast_to(inputs[1], (3,)) * scale]
+
+    def weights(inputs):
         x, ct = inputs
         sums[number] += float((x * ct).sum())
-        return [] if number == 0 else [np.broadcast_to(ct, (3,)) * scale]
+        return []
+
+    def backward(inputs):
+        weights(inputs)
+        return cotangents(inputs)
 
     source = {"batch": [(0, 0)]} if number == 0 else {"handed": [(0, 0)]}
-    back = Program(backward, [None, None], cotangents=[(1, 0)], **source)
-    return StageProgram(Program(forward, [None], **source), back, back, list, [VECTOR] * (number > 0),
-                        [SCALAR if last else VECTOR], [0] * (number > 0), [0], [], {})
+    back, first = (Program(run, [None, None], cotangents=[(1, 0)], **source)
+                   for run in (weights if apart else backward, cotangents))
+    return StageProgram(Program(forward, [None], **source), back, back, first if apart else None, list,
+                        [VECTOR] * (number > 0), [SCALAR if last else VECTOR], [0] * (number > 0), [0], [], {})
 
 
-@pytest.mark.parametrize(("kind", "chunks"), [("gpipe", 1), ("1f1b", 1), ("interleaved", 2)])
+@pytest.mark.parametrize(("kind", "chunks"), [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zb-h1", 1)])
 def test_devices_hand_over_and_use_memory_again(kind, chunks):
     devices, micro, steps = 2, 4, 3
     count, post = devices * chunks, Post()
@@ -103,7 +111,8 @@ def test_devices_hand_over_and_use_memory_again(kind, chunks):
         log = post.log.setdefault(here, [])
         order = schedule(kind, devices, micro, chunks)[here]
         runner = Runner(order, here, devices, count, micro, Messages(post.group(here), Watch()))
-        own = {s: stage(s, count, scales[s], sums, log) for s in range(count) if s % devices == here}
+        own = {s: stage(s, count, scales[s], sums, log, kind == "zb-h1" and s > 0)
+               for s in range(here, count, devices)}
         try:
             for _ in range(steps):
                 loss = runner.step([own] * micro, batch, shares)
