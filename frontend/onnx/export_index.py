@@ -16,6 +16,7 @@ import numpy as np
 
 from ...ir.dims import Dim, Size
 from ...ir.graph import Node, Value
+from ...ir.phases import names_in
 from .export_math import both
 from .export_ranges import MOVES, wrapped
 from .export_rules import exports
@@ -93,27 +94,27 @@ def empty(out: Writer, node: Node) -> Ref | None:
 
 @exports("true_places")
 def true_places(out: Writer, node: Node, mask: Ref) -> Ref:
-    return squeeze(out, out.op("NonZero", mask), [0])
+    size, places = node.attrs["size"], squeeze(out, out.op("NonZero", mask), [0])
+    if out.model.counted.keys() & names_in(size):  # it is their number
+        return places
+    padded = out.op("Concat", places, filled(out, 0, (size,), INT64), axis=0)
+    return take_slice(out, padded, [0], out.ints(0), out.size(size))
 
 
-@exports("take")
-def take(out: Writer, node: Node, x: Ref, index: Ref) -> Ref:
-    axis = node.attrs["axis"]
-    nothing = empty(out, node)
-    if nothing is not None:
-        return nothing
-    size = node.operands[0].shape[axis]
-    return out.op("Gather", x, gather_index(out, node.operands[1], index, size), axis=axis)
+def gather_rule(name: str, kind: str) -> None:
+    """The gathers along an axis: of whole slices, and element by element."""
+    @exports(name)
+    def rule(out: Writer, node: Node, x: Ref, index: Ref) -> Ref:
+        axis = node.attrs["axis"]
+        nothing = empty(out, node)
+        if nothing is not None:
+            return nothing
+        size = node.operands[0].shape[axis]
+        return out.op(kind, x, gather_index(out, node.operands[1], index, size), axis=axis)
 
 
-@exports("take_along_axis")
-def take_along_axis(out: Writer, node: Node, x: Ref, index: Ref) -> Ref:
-    axis = node.attrs["axis"]
-    nothing = empty(out, node)
-    if nothing is not None:
-        return nothing
-    size = node.operands[0].shape[axis]
-    return out.op("GatherElements", x, gather_index(out, node.operands[1], index, size), axis=axis)
+gather_rule("take", "Gather")
+gather_rule("take_along_axis", "GatherElements")
 
 
 def sizes_vector(out: Writer, sizes: Sequence[Size], less: int = 0) -> Ref:

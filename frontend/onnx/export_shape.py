@@ -77,20 +77,17 @@ def _empty_target(out: Writer, before: Sequence[Size], after: Sequence[Size]) ->
 
 def unsqueeze(out: Writer, x: Ref, axes: Sequence[int]) -> Ref:
     """x with axes of size 1 at these places of the result."""
-    if out.opset >= 13:
-        made = out.op("Unsqueeze", x, out.ints(*axes))
-    else:
-        made = out.op("Unsqueeze", x, axes=list(axes))
-    return made
+    return _with_axes(out, "Unsqueeze", x, axes)
 
 
 def squeeze(out: Writer, x: Ref, axes: Sequence[int]) -> Ref:
     """x without these axes of size 1."""
-    if out.opset >= 13:
-        made = out.op("Squeeze", x, out.ints(*axes))
-    else:
-        made = out.op("Squeeze", x, axes=list(axes))
-    return made
+    return _with_axes(out, "Squeeze", x, axes)
+
+
+def _with_axes(out: Writer, kind: str, x: Ref, axes: Sequence[int]) -> Ref:
+    """Axes are an operand from opset 13 on, before that an attribute."""
+    return out.op(kind, x, out.ints(*axes)) if out.opset >= 13 else out.op(kind, x, axes=list(axes))
 
 
 def transpose(out: Writer, x: Ref, perm: Sequence[int]) -> Ref:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...ir.dims import Dim
+from ...ir.dtypes import int64
 from .. import functions as F
 from ..data_sizes import require_zero, size_tensor
 from ..dispatch import apply, as_tensor, cast, constant
@@ -20,7 +21,7 @@ from .dtypes import attribute_dtype
 from .node import OnnxNode
 from .rules import onnx_rule
 from .sizes import as_number, inside, numbers, ranged, reshaped, sizes, sliced_by_data
-from .values import dims_array, known, require_ints, require_known, shape_of, tensor
+from .values import dims_array, dtype_of, known, require_ints, require_known, shape_of, tensor
 
 INFINITE = 10**9
 """Bounds at least this far out mean the end of an axis, whatever its size."""
@@ -375,11 +376,11 @@ def range_rule(node: OnnxNode, start: Any, limit: Any, delta: Any) -> Any:
     """start, start + delta, ... before limit."""
     given = [numbers(node, v, n)[0] for v, n in ((start, "start"), (limit, "limit"), (delta, "delta"))]
     if any(isinstance(v, Tensor) for v in given):
-        return ranged(node, *given)
+        return ranged(node, *given, dtype_of(start))
     first, last, step = given
     if isinstance(first, Dim) or isinstance(last, Dim):
         return F.arange(first, last, step, dtype="int64") if isinstance(step, int) and step == 1 else ranged(
-            node, *given)
+            node, *given, int64)
     dtype = require_known(node, start, "start").dtype
     if step == 0:
         raise node.fail("delta is 0")

@@ -22,7 +22,7 @@ from .values import is_known, plain
 
 
 def numbers(node: Any, value: Any, what: str) -> list[Any]:
-    """A vector of ints of which each element is an int, a `Dim`, or a scalar tensor (int64) that data decide."""
+    """A vector, of which each element is a number, a `Dim`, or a scalar tensor (integers as int64) that data decide."""
     if is_known(value):
         return list(plain(value).reshape(-1).tolist())
     if not isinstance(value, Tensor):
@@ -33,7 +33,8 @@ def numbers(node: Any, value: Any, what: str) -> list[Any]:
         raise node.fail(f"the operand {what!r} has the type {value.type}: its length depends on data too")
     flat = F.reshape(value, (value.size,))
     listed = [element(flat, i) for i in range(value.size)]
-    return [cast(flat[i], int64) if size is None else size for i, size in enumerate(listed)]
+    wide = int64 if flat.dtype.is_integer else flat.dtype
+    return [cast(flat[i], wide) if size is None else size for i, size in enumerate(listed)]
 
 
 def sizes(node: Any, value: Any, what: str) -> list[Size]:
@@ -139,15 +140,11 @@ def sliced_by_data(node: Any, x: Tensor, axis: int, start: Any, end: Any, step: 
     return F.take(x, first + F.arange(steps) * step, axis)
 
 
-def ranged(node: Any, start: Any, limit: Any, delta: Any) -> Tensor:
-    """start, start + delta, ... before limit, as long as data say."""
-    dtype = next((v.dtype for v in (start, limit, delta) if isinstance(v, Tensor)), int64)
-    first, last, step = (cast(v, dtype) if isinstance(v, Tensor) else F.asarray(v, dtype) if not isinstance(v, Dim)
-                         else cast(size_tensor(v), dtype) for v in (start, limit, delta))
-    if dtype.is_float:
-        count = cast(F.ceil((last - first) / step), int64)
-    else:
-        first, last, step = (cast(v, int64) for v in (first, last, step))
-        count = -((first - last) // step)
+def ranged(node: Any, start: Any, limit: Any, delta: Any, dtype: Any) -> Tensor:
+    """start, start + delta, ... before limit, as long as data say; the bounds are numbers, `Dim`s or scalar tensors."""
+    wide = dtype if dtype.is_float else int64
+    first, last, step = (cast(as_number(v) if isinstance(v, (Dim, Tensor)) else F.asarray(v, wide), wide)
+                         for v in (start, limit, delta))
+    count = cast(F.ceil((last - first) / step), int64) if dtype.is_float else -((first - last) // step)
     steps = node.size(F.maximum(count, 0), "the number of elements of the range")
-    return cast(cast(F.arange(steps), first.dtype) * step + first, dtype)
+    return cast(cast(F.arange(steps), wide) * step + first, dtype)

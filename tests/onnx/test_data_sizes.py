@@ -44,7 +44,7 @@ def check(model, samples, tmp_path, compiles=1, eager=True, tol=1e-5):
             again = onnxruntime.InferenceSession(tmp_path / "again.onnx", providers=["CPUExecutionProvider"])
         for got in (again.run(None, dict(zip(names, sample))), *(listed(way(*sample)) for way in ways)):
             for g, w in zip(got, wants, strict=True):
-                assert g.shape == w.shape
+                assert (g.shape, g.dtype) == (w.shape, w.dtype)
                 np.testing.assert_allclose(g, w, rtol=tol, atol=tol)
     assert len(shapes) > 2, "the samples have one answer"
     assert compiled.stats.compiles == compiles, compiled.stats.reasons
@@ -126,6 +126,13 @@ CASES = {
     "range": ([NODE("ReduceSum", ["x"], ["s"], keepdims=0), NODE("Range", ["one", "s", "two"], ["y"])],
               [("x", T.INT64, ["n"])], [("y", T.INT64, ["k"])], {"one": 1, "two": 2},
               [(np.array(v),) for v in ([1, 2], [3, 4, 5], [0], [-4])]),
+    "range of floats": ([NODE("ReduceSum", ["x"], ["s"], keepdims=0), NODE("Range", ["s", "end", "step"], ["y"])],
+                        [("x", T.FLOAT, ["n"])], [("y", T.FLOAT, ["k"])],
+                        {"end": np.float32(-1.1), "step": np.float32(-0.5)},
+                        [(np.array(v, "f4"),) for v in ([1, 2], [3, 4, 5], [0], [-4])]),
+    "range of int32": ([NODE("ReduceSum", ["x"], ["s"], keepdims=0), NODE("Range", ["one", "s", "two"], ["y"])],
+                       [("x", T.INT32, ["n"])], [("y", T.INT32, ["k"])], {"one": np.int32(1), "two": np.int32(2)},
+                       [(np.array(v, np.int32),) for v in ([1, 2], [3, 4, 5], [0], [-4])]),
     "top k": ([NODE("ReduceSum", ["c"], ["k"]), NODE("TopK", ["x", "k"], ["v", "i"])],
               [("x", T.FLOAT, ["n", 9]), ("c", T.INT64, ["m"])],
               [("v", T.FLOAT, ["n", "k"]), ("i", T.INT64, ["n", "k"])], {},
