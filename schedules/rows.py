@@ -69,16 +69,31 @@ class Held:
 
 
 class RowEvaluator(Evaluator):
-    """Divides by a row value by multiplying with its reciprocal, computed once a row (at most one ulp apart)."""
+    """Divides by a row value by multiplying with its reciprocal, computed once a row (at most one ulp apart).
+
+    Not so where the quotient is rounded to a whole number: a quantized 25.5 would become 25 instead of 26.
+    """
+
+    rounded: frozenset[Node] = frozenset()
 
     def compute(self, v: Value, idx: Idx) -> Any:
         node = v.producer
-        if node is not None and node.op.name == "div" and node in self.nodes:
+        if node is not None and node.op.name == "div" and node in self.nodes and node not in self.rounded:
             inverse = self.places.get((node.operands[1], "inverse"))
             if inverse is not None and v.type.size != node.operands[1].type.size:
                 x, y = node.operands
                 return hide(self.value(x, operand_index(idx, x)) * inverse.load(operand_index(idx, y)))
         return super().compute(v, idx)
+
+
+def rounded(nodes: Sequence[Node]) -> frozenset[Node]:
+    """The nodes whose results are rounded to whole numbers by others of them, at once or after more arithmetic."""
+    found: set[Node] = set()
+    for node in reversed(nodes):
+        to_integer = node.op.name == "cast" and not node.result.dtype.is_float
+        if node in found or to_integer or node.op.name in ("floor", "ceil", "round", "trunc"):
+            found.update(v.producer for v in node.operands if v.producer is not None)
+    return frozenset(found)
 
 
 @dataclass
@@ -125,6 +140,7 @@ class RowKernel:
         self.sinks = {v: self.places.pop(v) for v in domain.outputs}
         self.evaluator = RowEvaluator(frozenset(domain.nodes), dict(self.places),
                                       count_uses(domain.nodes, domain.outputs))
+        self.evaluator.rounded = rounded(domain.nodes)
         self.divisors = {n.operands[1] for n in domain.nodes if n.op.name == "div"
                          and domain.is_row(n.operands[1]) and not domain.is_row(n.result)}
         self.loops = domain.loops()

@@ -248,3 +248,16 @@ def test_results_that_wrap_keep_their_sign(dtype):
     for fn in (lambda x: td.abs(x - 1), lambda x: td.maximum(x * 3, 0), lambda x: td.left_shift(x, 1) < 0,
                lambda x: td.astype(td.astype(x, "u" + dtype), dtype) < 0):
         np.testing.assert_array_equal(td.compile(fn)(x).numpy(), fn(td.tensor(x)).numpy())
+
+
+def test_a_quotient_that_is_rounded_is_divided_exactly():
+    """Elsewhere rows multiply with the reciprocal of what they divide by, and halves would round the wrong way."""
+    x = (np.random.default_rng(0).integers(0, 511, (64, 255)) * 0.5).astype(np.float32)
+    x[:, 0] = 255
+
+    def quantized(x):
+        scale = (td.max(x, axis=1, keepdims=True) - td.minimum(td.min(x, axis=1, keepdims=True), 0.0)) / 255.0 * 1.7
+        return td.round(x * 1.7 / scale), td.clip(x * 1.7 / scale, 0, 200).astype("int32")
+
+    for got, want in zip(td.compile(quantized, specialize=True)(x), quantized(td.tensor(x))):
+        np.testing.assert_array_equal(got.numpy(), want.numpy())
