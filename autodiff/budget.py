@@ -30,6 +30,7 @@ from ..ir.rewrite import with_operands
 
 CHAIN_NODES = 24  # of one recomputation
 ROUNDS = 200
+GATHER_FLOPS = 16  # operations that a processor does while a byte is gathered
 WORTHWHILE = 0.99
 
 
@@ -225,7 +226,7 @@ def _plan(line: Timeline, value: Value, peak: int) -> Plan | None:
         elif v is not value and node.op.has("contraction") and 4 * _bytes(v, line.sizes) <= line.nbytes[value]:
             kept.add(v)  # small: to keep it is cheaper than to multiply again
             extended += _bytes(v, line.sizes)
-        elif node.regions or node.op.has("effect") or node.op.has("barrier") or len(chain) == CHAIN_NODES:
+        elif node.regions or _once(node) or node.op.has("barrier") or len(chain) == CHAIN_NODES:
             return None
         else:
             chain[node] = None
@@ -237,7 +238,14 @@ def _plan(line: Timeline, value: Value, peak: int) -> Plan | None:
     return Plan(value, use, tuple(order), saved, sum(_flops(n, line.sizes) for n in order), frozenset(kept))
 
 
+def _once(node: Node) -> bool:
+    """Whether a node may run only once. Ranks that gather run one program, so they may gather again, together."""
+    return node.op.has("effect") and node.op.name != "all_gather"
+
+
 def _flops(node: Node, sizes: Sizes) -> int:
+    if node.op.name == "all_gather":
+        return GATHER_FLOPS * sum(_bytes(v, sizes) for v in node.results)
     return int(evaluate(node.flops, sizes))
 
 

@@ -25,10 +25,12 @@ from ..distributed.buckets import bucket
 from ..distributed.comm import Job, load_mpi, mpi_available
 from ..distributed.cost import Cluster
 from ..distributed.errors import DistributedError, LaunchError
+from ..distributed.narrow import narrow_sums
 from ..distributed.partition import Partitioned, partition
 from ..distributed.plans import Plan, Source, annotate, split_over
 from ..distributed.regather import in_groups
 from ..distributed.unroll import micro_batches, unroll
+from ..ir.dtypes import as_dtype
 from ..ir.errors import ArgumentsError
 from ..ir.graph import Graph
 from ..ir.location import user_location
@@ -226,6 +228,9 @@ class ParallelStep:
                 shardings[i] = self._placed[id(tensor)]
         made = partition(annotated, self.mesh, shardings)
         most = self.plan.message_bytes(sum(int(p.type.nbytes) for p in self.inner.opt.params))
+        if self.plan.reduce_dtype is not None and ranks > 1:
+            assert data is not None
+            made.graph = narrow_sums(made.graph, data, as_dtype(self.plan.reduce_dtype))
         apart = self.mesh.names if self.job is None else self.job.apart
         made.graph = bucket(in_groups(made.graph, most), most, overlap=apart if self.plan.overlap else ())
         made.graph.meta.update(meta)

@@ -161,6 +161,10 @@ CASES.update({
     "zero3xtp2": case("gpt", {"data": 2, "tensor": 2}, {"zero": 3, "fused": True}),
     "lstm-dp2": case("lstm", {"data": 2}, {"zero": 1}),
     "lstm-tp2": case("lstm", {"tensor": 2}, {}),
+    "weighted-dp2": case("gpt", {"data": 2}, {"accumulate": 4, "weight": True, "dropout": 0.0}),
+    "uneven-zero2": case("gpt", {"data": 2}, {"accumulate": 3, "weight": True, "dropout": 0.0, "zero": 2}),
+    "uneven-zero3xtp2": case("gpt", {"data": 2, "tensor": 2}, {"accumulate": 3, "weight": True, "dropout": 0.0,
+                                                               "zero": 3}),
     "weighted": case("gpt", {"pipe": 2}, {"accumulate": 4, "weight": True, "dropout": 0.0}),
     "uneven": case("gpt", {"pipe": 2}, {"accumulate": 3, "weight": True, "dropout": 0.0}),
 })

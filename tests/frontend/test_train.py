@@ -178,8 +178,8 @@ def test_accumulation_equals_the_whole_batch():
     (model, opt), _ = pair()
     td.train_step(model, loss_fn, opt, accumulate=2)(X, Y)
     assert model.norm.running_mean.numpy().any()
-    with pytest.raises(td.TreadleError, match="3 equal parts"):
-        td.train_step(model, loss_fn, opt, accumulate=3)(X, Y)
+    with pytest.raises(td.TreadleError, match=f"does not divide into {len(X) + 1} parts"):
+        td.train_step(model, loss_fn, opt, accumulate=len(X) + 1)(X, Y)
 
 
 def test_the_graph_of_a_step():
