@@ -26,7 +26,8 @@ def _own_rows(ctx: Local, indices: Value, rows: int, clamp: bool) -> tuple[Value
     if clamp:
         index = emit("clip", index, lo=0, hi=ctx.node.operands[0].shape[ctx.node.attrs["axis"]] - 1)
     index = index - ctx.index("rows") * rows
-    return index, emit("logical_and", emit("ge", index, index * 0), emit("lt", index, index * 0 + rows))
+    first, end = (emit("constant", value=np.asarray(n, np.int64)) for n in (0, rows))
+    return index, emit("logical_and", emit("ge", index, first), emit("lt", index, end))
 
 
 # take, scatter_add -------------------------------------------------------------------------------------------------

@@ -87,14 +87,14 @@ def make_mesh(axes: Mapping[str, int]) -> Mesh:
     return mesh
 
 
-def constrain(x: Any, *dims: str | None) -> Tensor:
+def constrain(x: Any, *dims: str | tuple[str, ...] | None) -> Tensor:
     """`x`, of which the dimensions are to be split over these mesh axes (None: as it comes) when it is partitioned.
 
     Sequence parallelism is `x = td.distributed.constrain(x, None, "tensor", None)` on the residual stream. Without a
     mesh it does nothing.
     """
     value = as_tensor(x)
-    made: Tensor = apply("annotate", value, dims=tuple(d or "" for d in dims))
+    made: Tensor = apply("annotate", value, dims=tuple(",".join(d) if isinstance(d, tuple) else d or "" for d in dims))
     return made
 
 

@@ -99,6 +99,41 @@ def test_what_was_called_is_what_the_program_says(name, results):
     assert all(called[label] <= count for label, count in facts["collectives"].items() if label in called)
 
 
+def sent(name):
+    """Bytes that each rank sends in a step by the formulas: Rajbhandari et al. 2020 (arXiv:1910.02054), section 7, for
+    the data axis, Shoeybi et al. 2019 (arXiv:1909.08053), section 3, for the tensor axis."""
+    mesh, options = job.CASES[name]
+    ranks, zero, found = mesh.get("data", 1), options.get("zero", 0), {}
+    model = job.Gpt() if options["model"] == "gpt" else job.ResNet()
+    plan = job.tensor_plan(model) if "tensor" in mesh else {}
+    local = [8 * p.size // (mesh.get("tensor", 1) if any(plan.get(n, ())) else 1) for n, p in model.named_parameters()]
+    once = sum(local) * (ranks - 1) / ranks
+    if ranks > 1:
+        found["all_reduce:data"] = 0 if zero else 2 * once
+        found["reduce_scatter:data"] = once if zero else 0
+        found["all_gather:data"] = 0 if not zero else once if zero < 3 else 2 * once
+    if "tensor" in mesh and options["model"] == "gpt":
+        n, activation = mesh["tensor"], job.BATCH // ranks * job.SEQ * job.WIDTH * 8
+        found["all_reduce:tensor"] = 4 * len(model.blocks) * 2 * activation * (n - 1) / n
+    return found
+
+
+FORMULAS = [f"gpt-{n}" for n in ("dp2", "zero1", "zero2", "zero3", "tp2", "tp4", "dp2xtp2")]
+FORMULAS += [f"resnet-{n}" for n in ("dp2", "zero1", "zero2", "zero3")]
+
+
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in FORMULAS])
+def test_a_step_sends_what_the_papers_say(name, results):
+    """Up to scalars (loss, norm), statistics of batch norms, parameters that do not divide, and the tied table, which
+    ZeRO-3 gathers for each of its readers."""
+    traffic, expected = results(name)[1]["traffic"], sent(name)
+    few = 2000 if name.startswith("resnet") else 200
+    for label, nbytes in expected.items():
+        tied = 4 * 8 * job.VOCAB * job.WIDTH if label == "all_gather:data" and "zero3" in name else 0
+        assert nbytes - few <= traffic.get(label, 0) <= nbytes + few + tied, (label, traffic, expected)
+    assert all(nbytes <= few for label, nbytes in traffic.items() if label not in expected)
+
+
 @pytest.mark.slow
 def test_zero_keeps_a_part_of_everything(results, expected):
     whole = sum(v.nbytes for k, v in expected("gpt-zero3")[1].items() if k.endswith(".grad"))
