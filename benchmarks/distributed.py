@@ -1,9 +1,9 @@
 """Ranks of a mesh beside one process with as many threads: throughput, and where the rest of it goes.
 
-    python benchmarks/distributed.py [CASE ...] [--ranks 2] [--rounds 4] [--size small] [--json FILE]
+    python benchmarks/distributed.py [CASE ...] [--ranks 2] [--rounds 6] [--size small] [--json FILE]
 
-Cases: zero1, tp, pp (a training step of GPT-2 small on 8 x 128 tokens, f32; `gpt2` names all three), dp, zero3; messages
-and waiting (zero1 as if the ranks were on several hosts, sums of gradients sent while the backward pass runs, and not);
+Cases: zero1, tp, pp (a training step of GPT-2 small on 8 x 128 tokens, f32; `gpt2` names all three), dp, zero3;
+messages, waiting (zero1 as if the ranks were on several hosts, sums sent while the backward pass runs, and not);
 allreduce (sums called by a compiled program beside mpi4py's own call on equal buffers, from 4 bytes to 256 MB).
 
 Every rank has one thread, the one process as many as there are ranks, and both the same cores. They take turns, step
@@ -36,7 +36,7 @@ import harness
 
 GROUPS = {"gpt2": ("zero1", "tp", "pp")}
 CASES = ("zero1", "tp", "pp", "dp", "zero3", "messages", "waiting", "allreduce")
-STEPS = 3  # of a turn
+STEPS = 2  # of a turn
 
 
 def environment(threads: int) -> dict[str, str]:
@@ -97,7 +97,6 @@ def run_step(case: str, options: argparse.Namespace, console: Console) -> dict[s
         for _ in range(options.rounds):
             for process in both:
                 time.sleep(harness.PAUSE)
-                process.ask("round 1")
                 seconds.setdefault(process.name, []).extend(process.ask(f"round {STEPS}")["seconds"])
         (one,), spread = (process.ask(f"itemise {STEPS}")["ranks"] for process in both)
         memory = [process.ask("memory")["bytes"] for process in both]
@@ -135,7 +134,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join((*CASES, *GROUPS))}")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=4, help="turns of each job")
+    parser.add_argument("--rounds", type=int, default=6, help="turns of each job")
     parser.add_argument("--size", choices=("small", "tiny"), default="small")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()

@@ -1,5 +1,7 @@
 """The benchmark's own machinery, with contenders made of nothing: turns, failures, unequal maths."""
 
+import json
+import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -11,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import harness
 import models
 import problems
+
+from treadle.distributed.comm import mpi_available
 
 FAKE = """
 import sys
@@ -90,3 +94,24 @@ def test_models_get_the_inputs_that_their_files_declare(case):
 @pytest.mark.slow
 def test_gpt2_small_has_its_published_size():
     assert sum(w.size for w in problems.gpt2().weights.values()) == 124_439_808
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(mpi_available() is not None, reason=f"no MPI: {mpi_available()}")
+def test_ranks_stand_beside_one_process(tmp_path):
+    figures = tmp_path / "figures.json"
+    done = subprocess.run([sys.executable, str(harness.HERE / "distributed.py"), "gpt2", "allreduce", "--size", "tiny",
+                           "--rounds", "1", "--json", str(figures)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(figures.read_text())
+    for case in ("zero1", "tp", "pp"):
+        one, ranks = found[case]["losses"]
+        np.testing.assert_allclose(ranks, one, rtol=1e-4)
+        spread = found[case]["ranks"]
+        assert len(spread) == 2 and len(found[case]["memory"][1]) == 2
+        for rank in spread:
+            assert rank["flops"] < 0.7 * found[case]["one"]["flops"]
+            parts = rank["kernels"] + rank["outside"] + sum(v[1] + v[2] for v in rank["moved"].values())
+            assert parts == pytest.approx(rank["steps"])
+    assert {"reduce_scatter:data", "all_gather:data"} <= found["zero1"]["ranks"][0]["moved"].keys()
+    assert [row[0] for row in found["allreduce"]["rows"]] == [4, 1024, 1 << 20]

@@ -268,6 +268,24 @@ def test_host_call_sees_tensors_and_its_error_reaches_the_caller():
     np.testing.assert_array_equal(executable.run([values])[0], -(values + 1))  # still usable
 
 
+def test_a_host_function_may_bind_its_arrays_once():
+    bound = []
+
+    def negate(k, source, target):
+        bound.append(int(k))
+        return lambda: np.negative(source, out=target)
+
+    register_host_function("test.bound", negate, binds=True)
+    x, y, t, i = buffer("x", "input"), buffer("y", "output"), buffer("t"), LoopVar("i")
+    loop = Loop(i, 3, [HostCall("test.bound", [i, t, y], [2])])
+    executable = build(Program([x], [y], [call(add_one(), x, t), loop]))
+    for shift in range(4):
+        result = executable.run([X + shift])[0]
+        np.testing.assert_array_equal(result, -(X + shift + 1))
+        del result  # so that the next one lies in the same memory
+    assert bound == [0, 1, 2]  # the memory of every run, for each value of the counter
+
+
 def test_host_call_in_a_loop_gets_the_counter():
     steps_seen = []
     register_host_function("test.note", lambda k, t: steps_seen.append(int(k)))
