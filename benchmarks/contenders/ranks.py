@@ -76,7 +76,7 @@ CASES = {
     "waiting": Case("ZeRO-1 over messages, waited for", "data", {"zero": 1, "overlap": False}, environment=MESSAGES),
     "zero3": Case("data parallel, ZeRO-3", "data", {"zero": 3}),
     "tp": Case("tensor parallel", "tensor", {"shard": {**BLOCK, "wte.weight": ("tensor", None)}}, padded=True),
-    "pp": Case("pipeline, 8 micro-batches", "pipe", accumulate=8),
+    "pp": Case("pipeline (ZB-H1), 8 micro-batches", "pipe", {"schedule": "zb-h1"}, accumulate=8),
 }
 
 

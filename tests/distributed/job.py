@@ -136,6 +136,7 @@ MATRIX = {
     "dp2xtp2": ({"data": 2, "tensor": 2}, {"zero": 1}),
     **{f"pp{n}-{kind}": ({"pipe": n}, {**PIPE, "schedule": kind, "chunks": 1 + (kind == "interleaved")})
        for n in (2, 4) for kind in ("gpipe", "1f1b", "interleaved")},
+    "pp2-zb-h1": ({"pipe": 2}, {**PIPE, "schedule": "zb-h1"}),
     "dp2xpp2": ({"data": 2, "pipe": 2}, {**PIPE, "zero": 1}),
     "tp2xpp2": ({"tensor": 2, "pipe": 2}, PIPE),
     "zero2xpp2": ({"data": 2, "pipe": 2}, {**PIPE, "zero": 2}),
