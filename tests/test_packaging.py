@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import subprocess
 import sys
@@ -62,3 +63,11 @@ def test_the_wheel_imports_in_a_clean_environment(wheel, tmp_path):
     assert f"treadle-{version}-" in wheel.name
     script = run(str(tmp_path / "venv" / "bin" / "treadle"), "--version", cwd=tmp_path)
     assert version in script
+
+
+def test_the_notice_names_what_is_not_our_own():
+    """The word pieces are those of BERT, byte for byte; the notice goes with the wheel."""
+    notice = (ROOT / "NOTICE").read_text()
+    pieces = "frontend/cli/demo/wordpieces.txt"
+    assert pieces in notice and hashlib.sha256((ROOT / pieces).read_bytes()).hexdigest() in notice
+    assert 'license-files = ["LICENSE", "NOTICE"]' in (ROOT / "pyproject.toml").read_text()
