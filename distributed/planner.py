@@ -31,6 +31,8 @@ from .layouts import Candidate, Chain, Costs, Layout, Machine, Unit, held_of
 MOST_MICRO = 128  # micro-batches of a replica that are tried
 MOST_CUTS = 3000  # so many are all tried
 ROUNDS = 30  # in which bounds are moved
+WORTHWHILE = 1.3  # moving bounds makes a step faster by less than this factor
+TOGETHER = 3  # neighbouring bounds that move together
 CHUNKS = (2, 3, 4)  # stages of a device that interleaving tries
 SLACK = 1 - 1e-9  # rounding of bounds
 
@@ -141,6 +143,11 @@ def lower_bound(costs: Costs) -> float:
     return max(filled, work, c.micro * work / costs.pipe + after) * SLACK
 
 
+def pace_bound(costs: Costs) -> float:
+    """A bound that knows the layers: every micro-batch goes through the slowest stage, which can only be so fast."""
+    return costs.candidate.micro * balance(costs, math.inf)[0] * SLACK
+
+
 # Cuts ----------------------------------------------------------------------------------------------------------------
 
 
@@ -150,17 +157,20 @@ def every_cut(count: int, stages: int) -> np.ndarray:
     return np.array([(0, *bounds) for bounds in inner], int).reshape(len(inner), stages)
 
 
-def best_cut(costs: Costs, memory: float) -> tuple[int, ...] | None:
-    """The fastest cut that fits in memory; of many cuts the one that moving bounds arrives at. None: nothing fits."""
+def best_cut(costs: Costs, memory: float, wanted: float = math.inf) -> tuple[int, ...] | None:
+    """The fastest cut that fits in memory; of many cuts the one that moving bounds arrives at. None: nothing fits.
+
+    `wanted`: seconds of a step that are of interest; of many cuts one that is far from it is left as it is.
+    """
     count, stages = len(costs.chain.units), costs.candidate.stages
     if math.comb(count - 1, stages - 1) <= MOST_CUTS:
         found = _fastest(costs, every_cut(count, stages), memory)
         return None if found is None else found[1]
-    start = balanced(costs, memory)
+    _, start = balance(costs, memory)
     if start is None:
         return None
     best = _fastest(costs, np.array([start]), memory) or (math.inf, start)
-    for _ in range(ROUNDS):
+    for _ in range(ROUNDS if best[0] == math.inf or best[0] < WORTHWHILE * wanted else 0):
         moved = _fastest(costs, _moved(best[1], count), memory)
         if moved is None or moved[0] >= best[0] * SLACK:
             break
@@ -179,10 +189,10 @@ def _fastest(costs: Costs, cuts: np.ndarray, memory: float) -> tuple[float, tupl
 
 
 def _moved(bounds: Sequence[int], count: int) -> np.ndarray:
-    """Cuts of which a run of bounds has moved by a unit or two."""
+    """Cuts of which a short run of bounds has moved by a unit or two."""
     found = []
     for a in range(1, len(bounds)):
-        for b in range(a, len(bounds)):
+        for b in range(a, min(a + TOGETHER, len(bounds))):
             for by in (-2, -1, 1, 2):
                 made = [*bounds[:a], *(x + by for x in bounds[a:b + 1]), *bounds[b + 1:]]
                 if made[-1] < count and all(x < y for x, y in zip(made, made[1:])):
@@ -190,15 +200,15 @@ def _moved(bounds: Sequence[int], count: int) -> np.ndarray:
     return np.array(found, int).reshape(-1, len(bounds))
 
 
-def balanced(costs: Costs, memory: float, least: bool = False) -> tuple[int, ...] | None:
+def balance(costs: Costs, memory: float, least: bool = False) -> tuple[float, tuple[int, ...] | None]:
     """The cut whose slowest stage is fastest, of those whose stages fit; with `least`, whose fullest is smallest.
 
-    Dynamic programming over (stages, units done), a whole column at a time. Where a device has several stages each may
-    take its part of the memory.
+    Gives that stage's seconds, or bytes, too. Dynamic programming over (stages, units done), a whole column at a time.
+    Where a device has several stages each may take its part of the memory.
     """
     count, stages = len(costs.chain.units), costs.candidate.stages
     if stages > count:
-        return None
+        return math.inf, None
     seconds, nbytes = _stage_tables(costs)
     row = np.full(count + 1, np.inf)
     row[0] = 0.0
@@ -209,12 +219,12 @@ def balanced(costs: Costs, memory: float, least: bool = False) -> tuple[int, ...
         chosen.append(worst.argmin(0))
         row = worst.min(0)
     if not row[count] < np.inf:
-        return None
+        return math.inf, None
     bounds, end = [], count
     for s in reversed(range(stages)):
         end = int(chosen[s][end])
         bounds.append(end)
-    return tuple(reversed(bounds))
+    return float(row[count]), tuple(reversed(bounds))
 
 
 def _stage_tables(costs: Costs) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -258,6 +268,7 @@ def plan(prices: Prices, machine: Machine, batch: int, most: int = 1, choices: C
     if machine.devices < 1 or batch < 1:
         raise AttributeValueError("a plan needs at least one device and one example")
     waiting: list[tuple[float, int, Costs]] = []
+    bounded: set[int] = set()  # whose slowest stage has been looked at
     for number, candidate in enumerate(candidates(machine, batch, choices)):
         units = prices.units(candidate.size("tensor"), candidate.examples, candidate.recompute)
         if units is not None and len(units) >= candidate.stages:
@@ -270,11 +281,15 @@ def plan(prices: Prices, machine: Machine, batch: int, most: int = 1, choices: C
     found: list[Layout] = []
     costed = 0
     while waiting:
-        bound, _, costs = heapq.heappop(waiting)
+        bound, number, costs = heapq.heappop(waiting)
         if len(found) >= most and bound >= found[most - 1].seconds:
             break
+        if costs.candidate.stages > 1 and number not in bounded:
+            bounded.add(number)
+            heapq.heappush(waiting, (max(bound, pace_bound(costs)), number, costs))
+            continue
         costed += 1
-        bounds = best_cut(costs, machine.memory)
+        bounds = best_cut(costs, machine.memory, found[most - 1].seconds if len(found) >= most else math.inf)
         if bounds is not None:
             found.append(costs.layout(bounds))
             found.sort(key=lambda x: (x.seconds, x.nbytes))
@@ -309,7 +324,7 @@ def least_memory(costs: Costs) -> float:
     if math.comb(count - 1, stages - 1) <= MOST_CUTS:
         cuts = every_cut(count, stages)
     else:
-        found = balanced(costs, math.inf, least=True)
+        _, found = balance(costs, math.inf, least=True)
         assert found is not None
         cuts = np.array([found])
     return float(costs.memory(costs.stages(cuts)).max(0).min())

@@ -12,7 +12,7 @@ Equal layers are priced once: a run is looked up by the structure of its graph.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..autodiff.amp import amp_pass
@@ -89,6 +89,7 @@ class Pricer:
                  known: dict[Any, Price] | None = None):
         self.loss, self.chain, self.cluster, self.amp = loss, chain, cluster, amp
         self.known: dict[Any, Price] = {} if known is None else known
+        self.joints: dict[tuple[str, bool], Joint] = {}
         self.stages: dict[tuple[int, int], tuple[Stage, str]] = {}
 
     def stage(self, first: int, end: int) -> tuple[Stage, str]:
@@ -115,14 +116,20 @@ class Pricer:
         places = tuple(dims.get(i) for i in stage.inputs)
         known = key, ranks, places, again, free
         if known not in self.known:
-            run = stage_at(self.chain, first, end, again=True) if again else stage
-            self.known[known] = self._price(run, ranks, dims, free)
+            if (key, again) not in self.joints:
+                run = stage_at(self.chain, first, end, again=True) if again else stage
+                joint = join(self.loss, run)
+                steps = [*TIDY, *([amp_pass(self.amp), *TIDY] if self.amp is not None else [])]
+                self.joints[key, again] = replace(joint, graph=Pipeline(steps).run(joint.graph))
+            joint = self.joints[key, again]
+            own = dict(zip(joint.stage.inputs, places))  # of the run that was priced first, whose numbers count
+            self.known[known] = self._price(joint, ranks, own, free)
         found = self.known[known]
         numbers = dict(zip(_numbers(found), (i for i in stage.inputs if i in self.loss.trained)))
         return _renumbered(found, numbers)
 
-    def _price(self, stage: Stage, ranks: int, dims: Mapping[int, Dims], free: bool) -> Price:
-        joint = join(self.loss, stage)
+    def _price(self, joint: Joint, ranks: int, dims: Mapping[int, Dims | None], free: bool) -> Price:
+        stage = joint.stage
         made, shardings = self._partitioned(joint, ranks, dims, free)
         varying = [k for k in range(len(made.inputs)) if not self._stays(joint, k)]
         parts = halves(save_less(made).graph, joint.ahead, varying)
@@ -143,17 +150,16 @@ class Pricer:
             any(k < len(stage.handed) for k in parts.backward_inputs), any(k < outs for k in parts.kept),
             {i: placed[i] for i in trained}, _gathered(made, outs))
 
-    def _partitioned(self, joint: Joint, ranks: int, dims: Mapping[int, Dims],
+    def _partitioned(self, joint: Joint, ranks: int, dims: Mapping[int, Dims | None],
                      free: bool) -> tuple[Graph, list[Sharding]]:
-        steps = [*TIDY, *([amp_pass(self.amp), *TIDY] if self.amp is not None else [])]
-        graph, stage = Pipeline(steps).run(joint.graph), joint.stage
+        graph, stage = joint.graph, joint.stage
         if ranks == 1:
             return sweep(INLINE.run(graph).graph).graph, [Sharding.whole(v.rank) for v in graph.inputs]
         inputs = {k: Sharding.whole(v.rank) for k, v in enumerate(graph.inputs[:joint.sums])}
         own = {i: k for k, i in enumerate(stage.inputs, start=len(stage.handed))}
         for i in stage.inputs:
-            if ranks > 1 and dims.get(i) is not None:
-                inputs[own[i]] = Sharding(dims[i])
+            if (wish := dims.get(i)) is not None:
+                inputs[own[i]] = Sharding(wish)
             elif free and i in self.loss.trained:
                 del inputs[own[i]]
         for k, (number, _) in enumerate(joint.params):
@@ -320,7 +326,8 @@ class Annotator:
         dims = {i: self.settled[i] for i in own if i in self.settled}
         whole = self.pricer.price(first, end, self.ranks, dims)
         best, some = whole, None
-        waiting = [i for i in own if i not in dims and self._multiplied(stage, i)]
+        alike = {self._multiplied(stage, i): i for i in reversed(own) if i not in dims}
+        waiting = sorted(i for key, i in alike.items() if key is not None)
         batches = [waiting, *([i] for i in waiting)]  # the best of all first, then what is left
         for batch in batches:
             tried = [p for i in batch if i not in dims for k in range(self._rank(i))
@@ -337,11 +344,14 @@ class Annotator:
         return placed, best, some
 
     @staticmethod
-    def _multiplied(stage: Stage, i: int) -> bool:
-        """Whether a parameter is a factor of a product, or rows are taken from it."""
+    def _multiplied(stage: Stage, i: int) -> Any:
+        """What a parameter is a factor with, or rows are taken by: equal for those of a kind, as query, key and value;
+        None for others."""
         v = stage.graph.inputs[len(stage.handed) + stage.inputs.index(i)]
-        return v.rank >= 2 and any(n.op.has("contraction") or n.op.name == "take" for n in stage.graph.nodes
-                                   if v in n.operands)
+        for node in stage.graph.nodes:
+            if v.rank >= 2 and v in node.operands and (node.op.has("contraction") or node.op.name == "take"):
+                return node.op.name, v.shape, tuple(x for x in node.operands if x is not v)
+        return None
 
     def _try(self, first: int, end: int, dims: Mapping[int, Dims], i: int, k: int) -> Price | None:
         shape = self.pricer.loss.graph.inputs[i].shape

@@ -136,7 +136,7 @@ def test_a_model_of_one_batch_size_is_refused():
     weight = td.nn.Linear(4, 4)
     f32 = TensorType((8, 4), as_dtype("float32"))
     what = Planned.of(lambda x: td.mean(weight(x.reshape((2, 16)).reshape((8, 4)))), [f32], [weight])
-    with pytest.raises(ArgumentsError, match="cannot be traced for a micro-batch of 1 of its 8 examples"):
+    with pytest.raises(ArgumentsError, match="cannot be traced for a micro-batch of 2 of its 8 examples"):
         search(ModelPrices(what, CLUSTER), Machine(2, 1e9, CLUSTER))
     with pytest.raises(ArgumentsError, match="no parameters to train"):
         search(ModelPrices(Planned.of(lambda x: td.mean(x), [f32]), CLUSTER), Machine(2, 1e9, CLUSTER))
@@ -183,8 +183,8 @@ def test_a_planned_layout_runs(number, tmp_path):
         np.testing.assert_allclose(got[name], tensor.numpy(), rtol=1e-7, atol=1e-9, err_msg=name)
     if plan.cut is not None:
         kept = {int(s): n for fact in facts for s, n in fact["kept"].items()}
-        runs = best.runs()
-        assert sum(kept.values()) == pytest.approx(sum(u.activations for run in runs for u in run), rel=0.2)
+        handed = sum(run[-1].output for run in best.runs()[:-1])  # the runtime keeps it apart
+        assert sum(kept.values()) + handed == pytest.approx(sum(u.activations for u in best.units), rel=0.2)
     else:  # inputs of the compiled step (parameters, states, batch) and what lies between its kernels
         assert facts[0]["memory"] == pytest.approx(best.nbytes, rel=0.25)
 
