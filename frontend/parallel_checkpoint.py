@@ -156,8 +156,6 @@ def save(path: Any, step: ParallelStep, metadata: Mapping[str, str] | None = Non
         except BaseException as error:
             _clear(folder, token, step.rank, error)
             raise
-    if step.rank == 0:
-        _sweep(folder, set(index["files"]))
 
 
 def _pieces(step: ParallelStep) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -204,6 +202,7 @@ def _publish(folder: Path, index: Mapping[str, Any]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, folder / INDEX)
         sync_folder(folder)
+        _sweep(folder, set(index["files"]))
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}") from error
 
