@@ -103,7 +103,14 @@ SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1")
 
 
 def schedule(kind: str, devices: int, micro: int, chunks: int = 1) -> Schedule:
-    """The schedule by name."""
+    """The schedule by name.
+
+    Raises:
+        AttributeValueError: there is none of that name, or it has no `chunks`.
+    """
+    if chunks > 1 and kind != "interleaved" and kind in SCHEDULES:
+        raise AttributeValueError(f"the schedule {kind!r} has one stage on each device, not {chunks} chunks: use "
+                                  "'interleaved', or chunks=1")
     if kind == "gpipe":
         return gpipe(devices, micro)
     if kind == "1f1b":

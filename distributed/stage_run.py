@@ -93,6 +93,7 @@ class Runner:
 
     Attributes:
         order: its tasks. Stage s runs on device s % devices.
+        widest: the most tensors that cross between two stages, anywhere.
         most_kept: the most micro-batches whose activations it held at a time in the last step.
         results: what the stages gave besides the loss in the last step: output -> micro-batch -> array.
     """
@@ -103,7 +104,7 @@ class Runner:
         self.messages = messages
         self.local: dict[tuple[Any, ...], list[np.ndarray]] = {}
         self.held: dict[tuple[int, int], _Held] = {}
-        self.most_kept = 0
+        self.most_kept, self.widest = 0, 1
         self.results: dict[int, dict[int, np.ndarray]] = {}
 
     def step(self, programs: Sequence[Mapping[int, StageProgram]], batch: Sequence[Sequence[np.ndarray]],
@@ -115,6 +116,8 @@ class Runner:
             batch: the arrays of each micro-batch; shares: what each counts in the loss.
         """
         loss, self.most_kept, self.results = 0.0, 0, {}
+        self.held.clear()  # of a step that was interrupted
+        self.local.clear()
         for k, task in enumerate(self.order):
             for later in self.order[k:k + AHEAD]:
                 self.expect(later, programs[later.micro][later.stage])
@@ -141,7 +144,7 @@ class Runner:
 
     def tag(self, phase: str, stage: int, micro: int) -> int:
         """Of the first message to a stage; each tensor has one of its own."""
-        return (((phase == BACKWARD) * self.stages + stage) * self.micro + micro) * WIDEST
+        return (((phase == BACKWARD) * self.stages + stage) * self.micro + micro) * self.widest
 
     def expect(self, task: Task, program: StageProgram) -> None:
         """Posts the receives of a task that reads what another device sends."""
@@ -208,6 +211,3 @@ class Runner:
             for array in held.lent:
                 self.messages.buffers.back(array)
         return outputs
-
-
-WIDEST = 64  # tensors that may cross between two stages

@@ -208,8 +208,8 @@ class StageBuilder:
         def program(run: Run, sources: Sequence[Source]) -> Program:
             return _program(run, sources, joint, loss, fixed)
 
-        graph, sources = parts.backward, [*(("kept", i) for i in range(len(kept))), *parts.backward_inputs]
-        cotangents = None
+        graph, cotangents = parts.backward, None
+        sources: list[Source] = [*(("kept", i) for i in range(len(kept))), *parts.backward_inputs]
         if self.plan.schedule == "zb-h1" and joint.back:
             moving = [i for i, source in enumerate(sources) if isinstance(source, tuple) or source in varying]
             two = halves(graph, len(joint.back), moving)

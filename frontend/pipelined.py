@@ -95,6 +95,8 @@ class PipelineStep(ParallelStep):
                 specs[i] = _micro_spec(leaf_type(leaves[i]), n)
             loss, results = self._loss_graph(tree.unflatten(structure, specs), len(tensors))
             found[kind] = loss, results, stages_of(*self._cut(loss), again=self.plan.recompute)
+        widths = [len(stage.out) for _, _, stages in found.values() for stage in stages]
+        self.runner.widest = max(self.runner.widest, *widths)
         if self.job is not None:
             texts = [str(loss.graph) for loss, _, _ in found.values()]
             self.job.agree("the model and its cut", "\n".join([*texts, repr(self.cut), str(self.plan)]))

@@ -91,6 +91,8 @@ def test_what_cannot_be_scheduled():
         interleaved(4, 6, 2)
     with pytest.raises(AttributeValueError, match="no pipeline schedule 'zigzag'"):
         schedule("zigzag", 2, 2)
+    with pytest.raises(AttributeValueError, match="'gpipe' has one stage on each device, not 2 chunks"):
+        schedule("gpipe", 2, 2, 2)
 
 
 # Cuts --------------------------------------------------------------------------------------------------------------
