@@ -29,7 +29,7 @@ from .errors import DistributedError
 from .far import Far
 from .launch import find_mpiexec
 from .mesh import Mesh
-from .near import Near
+from .near import near
 from .process import fail, join, load_mpi, versions
 
 Arrays = Sequence[np.ndarray]
@@ -65,7 +65,7 @@ class Job:
         self.seconds: dict[str, float] = {}
         self.error: BaseException | None = None
         self.far = {axis: Far(mpi, group, self.watch) for axis, group in self.groups.items()}
-        self.near = {axis: Near(mpi, self.groups[axis], self.watch) for axis in self._on_one_host()}
+        self.near = {axis: near(mpi, self.groups[axis], self.watch) for axis in self._on_one_host()}
         self.transports: dict[str, Any] = {**self.far, **self.near}
 
     def _color(self, axis: str) -> int:
@@ -78,14 +78,14 @@ class Job:
         mine = [wanted * int(group.Split_type(self.mpi.COMM_TYPE_SHARED).size == group.size) for group in groups]
         all_do = np.array(mine, np.int64)
         self.world.Allreduce(self.mpi.IN_PLACE, all_do, self.mpi.MIN)
-        return [axis for axis, near in zip((a for a in self.mesh.names if self.mesh[a] > 1), all_do) if near]
+        return [axis for axis, together in zip((a for a in self.mesh.names if self.mesh[a] > 1), all_do) if together]
 
     def transport(self, group: Any) -> Any:
         """The collectives of some ranks, by their communicator; all of them call this."""
-        near = np.array(int(config.get("TREADLE_SHARED_MEMORY"))
-                        * int(group.Split_type(self.mpi.COMM_TYPE_SHARED).size == group.size), np.int64)
-        group.Allreduce(self.mpi.IN_PLACE, near, self.mpi.MIN)
-        return (Near if near else Far)(self.mpi, group, self.watch)
+        together = np.array(int(config.get("TREADLE_SHARED_MEMORY"))
+                            * int(group.Split_type(self.mpi.COMM_TYPE_SHARED).size == group.size), np.int64)
+        group.Allreduce(self.mpi.IN_PLACE, together, self.mpi.MIN)
+        return near(self.mpi, group, self.watch) if together else Far(self.mpi, group, self.watch)
 
     @property
     def apart(self) -> list[str]:

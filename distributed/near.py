@@ -26,7 +26,7 @@ import numpy as np
 
 from .buffers import WIDENED, cut, flat
 
-SLOT = 1 << 20       # bytes that a rank hands out in a round
+SLOT = 512 << 10     # bytes that a rank hands out in a round
 HEADER = 128         # bytes before the slots: the number of the round that this rank has filled
 DIRECT = 16 << 10    # bytes up to which an all-reduce is one round: everybody sums everything
 SPIN = 300           # looks at a counter before the watchdog takes over
@@ -49,6 +49,18 @@ class _Piece:
 
 
 Calls = list[tuple[Callable[..., Any], tuple[Any, ...]]]
+
+
+_MADE: dict[tuple[int, ...], Near] = {}
+
+
+def near(mpi: Any, group: Any, watch: Any) -> Near:
+    """The collectives of a group; groups of the same ranks share the memory, which may be scarce (containers)."""
+    everybody = mpi.COMM_WORLD.Get_group()
+    ranks = tuple(group.Get_group().Translate_ranks(list(range(group.size)), everybody))
+    if ranks not in _MADE:
+        _MADE[ranks] = Near(mpi, group, watch)
+    return _MADE[ranks]
 
 
 class Near:
@@ -274,5 +286,5 @@ def _smallest(a: Array, b: Array, out: Array) -> None:
     np.minimum(a, b, out=out)
 
 
-COMBINE = {"sum": np.add, "max": _largest, "min": _smallest}
-BOOLEAN = {"sum": np.logical_or, "max": np.logical_or, "min": np.logical_and}
+COMBINE: dict[str, Callable[..., Any]] = {"sum": np.add, "max": _largest, "min": _smallest}
+BOOLEAN: dict[str, Callable[..., Any]] = {"sum": np.logical_or, "max": np.logical_or, "min": np.logical_and}

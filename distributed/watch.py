@@ -55,10 +55,6 @@ class Watch:
         self._own = self.rows[self.near.rank]
         self._own[:] = 0
         self._head = self._own[:24].view(np.int64)  # step, calls, state
-        self._words, self._text = self._head.data, self._own[24:].data  # the same: a word costs a tenth to write here
-        self._shown: dict[str, bytes] = {}
-        self._entered = 0.0
-        self.timeline: list[tuple[str, float, float]] | None = None
         # The same memory: a word costs a tenth to write here.
         self._words, self._text = self._head.data, self._own[24:24 + LABELS].data
         self._shown: dict[str, bytes] = {}
