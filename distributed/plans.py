@@ -54,6 +54,8 @@ class Plan:
         recompute: layers keep only what they were handed, and are computed again in the backward pass.
         measure: a pipeline is cut by the times that the layers take on this machine, measured once when the step is
             built, and not by the cost model's.
+        memory: bytes that a stage of a pipeline may take, for which it is cut: parameters with their gradients and
+            states, and the activations that the schedule keeps, before other axes of the mesh divide them. None: any.
         mesh: axes and their ranks that the plan was made for; `parallelize` takes them where no mesh is given.
         accumulate: the micro-batches that it was made for: those of `train_step(accumulate=)`.
         cut: where the stages of a pipeline end but for the last, counted in the steps of the loss's graph, as
@@ -73,6 +75,7 @@ class Plan:
     reduce_dtype: str | None = None
     recompute: bool = False
     measure: bool = False
+    memory: float | None = None
     mesh: Mapping[str, int] | None = None
     accumulate: int | None = None
     cut: tuple[int, ...] | None = None

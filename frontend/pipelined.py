@@ -146,10 +146,11 @@ class PipelineStep(ParallelStep):
             self._ends, self.cut = self._given_cut(loss, self.plan.cut)
         if self._ends is None:
             kept = [self._bound(s % self.devices) for s in range(self.count)]
-            chain, self.cut = cut_graph(loss.graph, data, self.count, kept=kept)
+            memory = float("inf") if self.plan.memory is None else self.plan.memory
+            chain, self.cut = cut_graph(loss.graph, data, self.count, memory, kept)
             if self.plan.measure:
                 chain = self._measured(loss, chain)
-                self.cut = cut(chain.layers, self.count, kept=kept)
+                self.cut = cut(chain.layers, self.count, memory, kept)
             self._ends = chain.ends, chain.ops
             return chain, self.cut
         assert self.cut is not None

@@ -189,6 +189,8 @@ def test_what_a_pipeline_refuses():
         pipeline(examples=10, loss=lambda model, x, y: (loss_of(model, x, y), model(x)))
     with pytest.raises(AttributeValueError, match="can be cut into [0-9]+ stages at most, not 200"):
         pipeline(chunks=200)
+    with pytest.raises(AttributeValueError, match="no cut into 3 stages fits in 100 bytes a device; the least"):
+        pipeline(memory=100)
     with pytest.raises(ArgumentsError, match="takes no memory_budget"):
         model = Net()
         step = td.train_step(model, loss_of, td.optim.SGD(model.parameters(), lr=0.1), memory_budget=1 << 20)
