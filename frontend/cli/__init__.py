@@ -200,6 +200,19 @@ def run_plan(
         tensor, pipe, micro, zero, schedule, recompute, measure, most, gantt, out))
 
 
+@app.command("links")
+def run_links() -> None:
+    """Measure latency and bandwidth between the processes of an MPI job (mpiexec -n 2 treadle links)."""
+    from ...distributed.probe import links
+    from ..parallel import rank
+
+    found = list(links())
+    if rank() == 0:
+        for other, host, link in found:
+            print(f"rank 0 to rank {other} on {host}: --bandwidth {link.bandwidth / 1e9:.3g}GB/s --latency "
+                  f"{link.latency * 1e6:.3g}us")
+
+
 @app.command("doctor")
 def run_doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,

@@ -1,12 +1,16 @@
 """`treadle plan`: its forms of a model, what it prints and writes, and what it says of a wrong command line."""
 
 import json
+import re
+import subprocess
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from treadle.distributed.errors import LaunchError
 from treadle.distributed.plans import Plan
+from treadle.distributed.probe import links
 from treadle.frontend.cli.plan import Request, choices_of, cluster_of, quantity, show
 from treadle.ir.errors import ArgumentsError, AttributeValueError
 
@@ -149,3 +153,18 @@ def test_the_batch_is_needed(tmp_path):
     (tmp_path / "other_net.py").write_text(MODEL)
     with pytest.raises(ArgumentsError, match="give the type of a whole batch"):
         show(Console(), f"{tmp_path}/other_net.py:loss", [], Request())
+
+
+def test_links_are_measured_between_processes(tmp_path):
+    pytest.importorskip("mpi4py", reason="needs the extra `mpi`")
+    from treadle.distributed.launch import command
+
+    line = command(2, ["-m", "treadle", "links"])
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = re.fullmatch(r"rank 0 to rank 1 on \S+: --bandwidth (\S+) --latency (\S+)\n", done.stdout)
+    bandwidth, latency = said.groups()
+    found = cluster_of(Request(bandwidth=bandwidth, latency=latency)).link
+    assert 1e6 < found.bandwidth < 1e12 and 0 < found.latency < 1
+    with pytest.raises(LaunchError, match="a job of one process has no links to measure"):
+        list(links())
