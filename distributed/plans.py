@@ -46,7 +46,7 @@ class Plan:
             `accumulate` of the training step is the number of micro-batches.
         schedule: "gpipe", "1f1b", "zb-h1" (1F1B with less of a bubble) or "interleaved", with `chunks` stages on each
             device.
-        overlap: gradients are sent while the backward pass still runs, and waited for by the update.
+        overlap: between hosts, gradients are sent while the backward pass runs, and waited for by the update.
         weight: what a micro-batch counts in the loss: `lambda x, y: (y != -100).sum()` makes a mean over tokens that of
             the whole batch, however they are spread. None: as `train_step(weight=)` says, or its examples.
         reduce_dtype: "bfloat16" or "float16": gradients travel and are summed over `data` so; None: in their own dtype,

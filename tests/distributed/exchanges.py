@@ -9,6 +9,7 @@ import itertools
 import ml_dtypes
 import numpy as np
 
+from treadle.distributed import far
 from treadle.distributed.comm import Job
 from treadle.distributed.far import Far
 from treadle.distributed.mesh import Mesh
@@ -65,14 +66,14 @@ def check(transport, ranks, rank, dtype):
                 np.testing.assert_array_equal(out, want)
 
 
-def check_started(far, ranks, rank):
+def check_started(transport, ranks, rank):
     xs = [drawn(rank, (8, 4), "float32", 1), drawn(rank, (4, 12), "float32", 2)]
     everyone = [[drawn(r, (8, 4), "float32", 1), drawn(r, (4, 12), "float32", 2)] for r in range(ranks)]
     totals = [sum(own[i] for own in everyone) for i in range(2)]
     token = np.ones((), np.int64)
     wholes, parts = fresh((8, 4), (4, 12), dtype="float32"), fresh((8 // ranks, 4), (4, 12 // ranks), dtype="float32")
-    runs = [far.start(xs, token, "all_reduce", (), 0), far.start(xs, token, "reduce_scatter", (0, 1), 1),
-            far.wait(parts, 1), far.wait(wholes, 0)]
+    runs = [transport.start(xs, token, "all_reduce", (), 0), transport.start(xs, token, "reduce_scatter", (0, 1), 1),
+            transport.wait(parts, 1), transport.wait(wholes, 0)]
     for _ in range(2):
         for run in runs:
             run()
@@ -89,6 +90,7 @@ def main():
     job = Job(Mesh({"data": ranks}))
     assert list(job.near) == ["data"] and job.apart == []
     group = job.groups["data"]
+    far.LONGEST = 4096  # so that some sums take several messages
     transports = [job.near["data"], Far(job.mpi, group, job.watch), Near(job.mpi, group, job.watch, slot=8192)]
     for transport, dtype in itertools.product(transports, DTYPES):
         check(transport, ranks, job.rank, dtype)
