@@ -79,6 +79,8 @@ class Propagation:
         self.graph, self.table, self.ranks, self.fixed = graph, table, ranks, fixed
         self.links, self.refused = links, refused
         self.hints: Hints = {v: p for v, p in fixed.items() if p >= 0}
+        self.firm = set(fixed)  # what is annotated, and what it is called within loops
+        self.whole = {v for v, p in fixed.items() if p == WHOLE}  # of that, what stays whole
 
     def run(self) -> Hints:
         """The hints, annotated splits included."""
@@ -109,6 +111,9 @@ class Propagation:
     def through(self, node: Node, forwards: bool) -> None:
         """One pass over the regions of a node: what its operands say of them, and they of its results; or back."""
         into, out = list(links(node)), list(ends(node))
+        moving = {v for _, v in circles(node)}
+        self.firm |= {inner for outer, inner, _ in into if outer in self.firm}
+        self.whole |= {inner for outer, inner, _ in into if outer in self.whole and inner not in moving}
         for outer, inner, shift in into if forwards else out:
             self.pass_on(outer, inner, inwards(self.hints.get(outer, WHOLE), shift))
         for region in node.regions:
@@ -130,14 +135,14 @@ class Propagation:
         for i, value in enumerate(sources):
             place = self.hints.get(value)
             for strategy in () if place is None else self.table.factors[node].strategies(side, i, place):
-                weight = (value in self.fixed, int(value.type.nbytes))
+                weight = (value in self.firm, int(value.type.nbytes))
                 if self.table.fits(node, strategy, self.ranks) and weight > most:
                     best, most = strategy, weight
         return best
 
     def add(self, value: Value, place: int) -> None:
         """A hint for a value that has none, if the dimension can be split."""
-        if place < 0 or value in self.hints or self.fixed.get(value) == WHOLE or self.refused(value, dim_of(place)):
+        if place < 0 or value in self.hints or value in self.whole or self.refused(value, dim_of(place)):
             return
         size, blocks = value.shape[dim_of(place)], blocks_of(place)
         if isinstance(size, int) and size and (blocks == 1 or divides(size, [(blocks, self.ranks)])):

@@ -166,7 +166,8 @@ def _try(solver: AxisSolver, node: Node, places: Sequence[int]) -> tuple[float, 
             wanted = [WHOLE]
         else:
             wanted[:carries(node)] = places[:carries(node)]
-        inner = solver.inside(region, dict(zip(region.inputs, places[first:])), wanted, free)
+        kept = {v for i, v in enumerate(region.inputs, first) if solver.is_firm(node.operands[i]) and places[i] >= 0}
+        inner = solver.inside(region, dict(zip(region.inputs, places[first:])), wanted, free, kept)
         total += inner.total
         found.append(tuple(inner.have[v][0] if w is None else w for v, w in zip(region.outputs, wanted)))
     total *= steps(node)

@@ -154,7 +154,7 @@ class AxisSolver:
         self.table, self.cluster, self.ranks = plan.table, plan.cluster, plan.mesh[axis]
         self.have: dict[Value, list[int]] = {}  # of the values of regions as well
         self.stored: dict[Value, int] = {}
-        self.stays = STAYS
+        self.firm = {v for v in plan.graph.inputs if fixed.get(v, WHOLE) >= 0}
         self.read(plan.graph)
 
     def read(self, graph: Graph) -> None:
@@ -180,13 +180,13 @@ class AxisSolver:
         self.plan.seconds[self.axis] = self.total
 
     def inside(self, region: Graph, places: Mapping[Value, int], ends: Sequence[int | None],
-               free: Collection[Value] = ()) -> AxisSolver:
+               free: Collection[Value] = (), kept: Collection[Value] = ()) -> AxisSolver:
         """The solver of a region whose inputs lie as told, and its outputs (None: as they come); after it ran.
 
-        `free`: values whose hints do not count.
+        `free`: values whose hints do not count. `kept`: inputs that stay where they are.
         """
         inner = copy.copy(self)
-        inner.stays = 1.0
+        inner.firm = set(kept)
         inner.hints = {v: place for v, place in self.hints.items() if v not in free} if free else self.hints
         inner.read(region)
         for v in region.inputs:
@@ -216,7 +216,11 @@ class AxisSolver:
             return 0.0
         least = min(transition(self.cluster, self.axis, self.ranks, self.whole_bytes(v), source, target)
                     for source in self.have[v])
-        return least * self.stays if v.producer is None and self.fixed.get(v, WHOLE) >= 0 else least
+        return least * STAYS if v in self.firm else least
+
+    def is_firm(self, v: Value) -> bool:
+        """Whether a value is an input that was annotated as split, and so stays."""
+        return v in self.firm
 
     def candidates(self, node: Node) -> list[Strategy]:
         """Adding up partial sums first, whole last: of equal cost the first is taken."""

@@ -5,14 +5,17 @@ import pytest
 
 import treadle as td
 from treadle.autodiff import grad_graph
-from treadle.distributed import Mesh, Sharding
+from treadle.distributed import Mesh, Sharding, unroll
 from treadle.ir.builder import GraphBuilder, emit
 from treadle.ir.ops_collective import COLLECTIVES
 from treadle.ir.passes import TIDY
 from treadle.ir.pipeline import Pipeline
 from treadle.ir.types import TensorType
 
+from . import job
 from .test_partition import check
+from .test_plans import check as check_step
+from .test_plans import traced
 
 STEPS, BATCH, WIDTH = 5, 4, 4
 
@@ -92,6 +95,19 @@ def test_a_scan_over_layers_has_one_all_reduce_for_each_and_direction():
     made = check(graph, Mesh({"data": 2, "tensor": 2}), {0: Sharding(("data", None)), **shardings},
                  {1: shardings[1], 2: shardings[2]})
     assert made.collectives()["all_reduce:tensor"] == 2 * count and made.collectives()["all_reduce:data"] == 3
+
+
+@pytest.mark.parametrize(("axes", "plan"), [({"data": 2}, {}), ({"data": 2}, {"zero": 1}),
+                                            ({"data": 2, "tensor": 2}, {})], ids=str)
+def test_parts_of_a_batch_in_a_loop(axes, plan, monkeypatch):
+    """Accumulation over more parts than are written out: over the data axis nothing is sent within the loop."""
+    monkeypatch.setattr(unroll, "MOST_STEPS", 1)
+    made, arrays, _ = traced(axes, td.distributed.Plan(**plan), accumulate=2, clip=None)
+    check_step(made, arrays)
+    (scan,) = [n for n in made.graph.nodes if n.op.name == "scan"]
+    own = [i for i, v in enumerate(scan.operands) if v.name.endswith("norm1.weight")]
+    assert own and all(scan.operands[i].shape == (job.WIDTH,) for i in own)
+    assert not [n for n in scan.regions[0].walk() if n.attrs.get("axis") == "data" and n.op.name == "reduce_scatter"]
 
 
 def test_while_and_cond_are_split_where_their_condition_is_whole():
