@@ -78,14 +78,15 @@ def whole():
     return train(None)
 
 
-@pytest.mark.parametrize("options", [{}, {"schedule": "gpipe", "chunks": 1}, {"recompute": True}],
-                         ids=["plain", "one stage", "recompute"])
+@pytest.mark.parametrize("options", [{}, pytest.param({"schedule": "gpipe", "chunks": 1}, marks=pytest.mark.slow),
+                                     {"recompute": True}], ids=["plain", "one stage", "recompute"])
 def test_random_numbers_and_running_statistics(options, whole):
     found = pipeline(**options)
     assert_same(found, whole)
     assert len(found[3].cut.bounds) == options.get("chunks", CHUNKS)
 
 
+@pytest.mark.slow
 def test_recomputation_keeps_less():
     options = {"steps": 1, "model": Deep, "chunks": 1, "schedule": "gpipe"}
     kept = [pipeline(**options, recompute=again)[3].stages.kept_bytes[0] for again in (False, True)]
@@ -162,6 +163,7 @@ def test_several_tensors_cross():
     assert any(" 2 x " in row for row in rows) and any(" 3 x " in row for row in rows)
 
 
+@pytest.mark.slow
 def test_cut_by_measured_times():
     found = pipeline(model=Deep, measure=True)
     assert_same(found, train(None, model=Deep))
@@ -170,6 +172,7 @@ def test_cut_by_measured_times():
     assert str(found[3].cut).count("\n") == CHUNKS
 
 
+@pytest.mark.slow
 def test_mixed_precision():
     """The gradients of one step: what plain descent takes from the parameters."""
     options = {"dtype": "float32", "amp": "bfloat16", "steps": 1, "descent": True, "model": Plain}
@@ -197,6 +200,7 @@ def test_what_a_pipeline_refuses():
         td.distributed.parallelize(step, td.distributed.Mesh({"pipe": 1}))
 
 
+@pytest.mark.slow
 def test_a_gpt_and_a_resnet():
     for options in ({"dropout": 0.25}, {"model": "resnet"}):
         options = {"accumulate": 4, "clip": 0.05, "optimizer": "adamw", "stop": 2, "schedule": "interleaved",
