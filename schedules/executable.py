@@ -95,6 +95,7 @@ class _Result:
         self.dtype = numpy_dtype(info.dtype)
         self.position, self.slot = position, slot  # among the outputs; in the table
         self.held = -1  # bytes of `raw`
+        self.offset = self.address = 0  # where the aligned place among them begins
         self.most = 1  # memories that are kept
         self.others: list[tuple[Any, ...]] = []  # of earlier results that may still be held
         self.resize(info.shape if all(isinstance(n, int) for n in info.shape) else (0,))
