@@ -50,10 +50,11 @@ class Far:
         self.started: dict[int, tuple[Any, Array, Array, np.dtype]] = {}
 
     def all_reduce(self, xs: Sequence[Array], outs: Sequence[Array], reduce: str) -> Run:
-        """outs[i] becomes the sum (max, min) of all ranks' xs[i]."""
+        """outs[i] becomes the sum (max, min) of all ranks' xs[i]; it may be the same array."""
         op, dtype = getattr(self.mpi, REDUCE[reduce]), summed_as(xs[0].dtype)
         if len(xs) == 1 and dtype == xs[0].dtype:
-            return lambda: self._reduce(flat(xs[0]), flat(outs[0]), op)
+            send = None if np.may_share_memory(xs[0], outs[0]) else flat(xs[0])
+            return lambda: self._reduce(send, flat(outs[0]), op)
 
         def run() -> None:
             with _Message(self.scratch, dtype, sum(x.size for x in xs)) as row:

@@ -7,8 +7,8 @@ takes. Two slots are used in turn: who says that round k is filled has done with
 slot of round k - 1 is free again, and one meeting a round is enough.
 
 A slot is small enough to stay in the caches: each tensor is read once and written once, from where it lies to where it
-belongs, however it is split; nothing is joined or dealt out. What a rank keeps is not copied into its slot. Sums are
-taken in the order of the ranks, so every rank gets the same bits.
+belongs, however it is split; nothing is joined or dealt out. What a rank keeps is not copied into its slot. A sum is
+made by one rank for all, or by all in the same order, so every rank gets the same bits.
 
 MPI does the same over a network, and with copies into messages of its own: see `far.py`. On one host its algorithms
 reached a tenth of the memory's bandwidth (docs/distributed.md).
@@ -86,13 +86,13 @@ class Near:
     # Collectives: each gives a function that runs it on these arrays --------------------------------------------
 
     def all_reduce(self, xs: Sequence[Array], outs: Sequence[Array], reduce: str) -> Run:
-        """outs[i] becomes the sum (max, min) of all ranks' xs[i]."""
+        """outs[i] becomes the sum (max, min) of all ranks' xs[i]; it may be the same array."""
         rows = [(flat(x), flat(out)) for x, out in zip(xs, outs)]
         if sum(x.nbytes for x in xs) <= min(DIRECT, self.slot):
             pieces = []
             for x, out in rows:
                 piece = _Piece(_room(x.nbytes), [(0, x)])
-                piece.takes.append((out, [x if r == self.rank else (r, 0) for r in range(self.size)]))
+                piece.takes.append((out, [(r, 0) for r in range(self.size)]))  # all in one order, and `out` may be x
                 pieces.append(piece)
             return self._program([pieces], reduce)
         scattered, gathered = [], []
@@ -146,7 +146,8 @@ class Near:
             return sum(size for r, size in enumerate(sizes[:taker]) if r != giver)
 
         piece.fills = [(place(self.rank, r), p) for r, p in enumerate(parts) if r != self.rank]
-        piece.takes = [(out, [parts[r] if r == self.rank else (r, place(r, self.rank)) for r in range(self.size)])]
+        others = [(r, place(r, self.rank)) for r in range(self.size) if r != self.rank]
+        piece.takes = [(out, [parts[self.rank], *others])]  # the own part first: `out` may be its memory
         piece.nbytes = max(sum(sizes) - size for size in sizes)  # the same on every rank
         return piece
 

@@ -39,6 +39,11 @@ def check(transport, ranks, rank, dtype):
                 run()
                 for i, out in zip(chosen, outs):
                     np.testing.assert_array_equal(out.astype(np.float64), want[i])
+        for chosen in ([0], [8], [0, 3]):  # in place
+            own = [everyone[rank][i].copy() for i in chosen]
+            transport.all_reduce(own, own, reduce)()
+            for i, out in zip(chosen, own):
+                np.testing.assert_array_equal(out.astype(np.float64), want[i])
     cut = [(i, d) for i, s in enumerate(SHAPES) for d in range(len(s)) if s[d] % ranks == 0]
     for chosen in ([cut[0]], [cut[1]], cut, cut[::-2]):
         xs = [everyone[rank][i] for i, _ in chosen]
@@ -67,11 +72,11 @@ def check(transport, ranks, rank, dtype):
 
 
 def check_started(transport, ranks, rank):
-    xs = [drawn(rank, (8, 4), "float32", 1), drawn(rank, (4, 12), "float32", 2)]
-    everyone = [[drawn(r, (8, 4), "float32", 1), drawn(r, (4, 12), "float32", 2)] for r in range(ranks)]
+    xs = [drawn(rank, (12, 4), "float32", 1), drawn(rank, (4, 12), "float32", 2)]
+    everyone = [[drawn(r, (12, 4), "float32", 1), drawn(r, (4, 12), "float32", 2)] for r in range(ranks)]
     totals = [sum(own[i] for own in everyone) for i in range(2)]
     token = np.ones((), np.int64)
-    wholes, parts = fresh((8, 4), (4, 12), dtype="float32"), fresh((8 // ranks, 4), (4, 12 // ranks), dtype="float32")
+    wholes, parts = fresh((12, 4), (4, 12), dtype="float32"), fresh((12 // ranks, 4), (4, 12 // ranks), dtype="float32")
     runs = [transport.start(xs, token, "all_reduce", (), 0), transport.start(xs, token, "reduce_scatter", (0, 1), 1),
             transport.wait(parts, 1), transport.wait(wholes, 0)]
     for _ in range(2):

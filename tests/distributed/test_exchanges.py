@@ -11,7 +11,7 @@ from .test_mpi import start
 MISSING = mpi_available()
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.skipif(MISSING is not None, reason=f"no MPI: {MISSING}")
 def test_every_collective_gives_what_numpy_gives(ranks):
     done = start(ranks, "exchanges.py", timeout=300)
