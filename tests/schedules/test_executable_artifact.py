@@ -43,7 +43,7 @@ def test_round_trip(saved):
     original, loaded = build(program()), load(saved)
     assert loaded.signature == original.signature
     assert Signature.from_json(json.loads(json.dumps(original.signature.to_json()))) == original.signature
-    assert loaded.signature.meta == {"tree": [1, {"a": None}]}
+    assert loaded.signature.meta["tree"] == [1, {"a": None}]
     np.testing.assert_array_equal(loaded.run([X])[0], original.run([X])[0])
     np.testing.assert_array_equal(loaded.run([X])[0], X + 1 + C)
     with pytest.raises(CompileError, match="need the compiler"):
