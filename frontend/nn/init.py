@@ -53,7 +53,7 @@ class Drawing:
         """The elements of a part."""
         rng = np.random.Generator(np.random.Philox(0))
         rng.bit_generator.state = self.state
-        shape, dtype = self.type.shape, self.type.dtype.np
+        shape, dtype = tuple(map(int, self.type.shape)), self.type.dtype.np
         if not self.by_rows or not shape:
             return np.asarray(self.draw(rng, shape, shape)).astype(dtype)[place]
         into = np.empty([s.stop - s.start for s in place], dtype)
@@ -66,7 +66,8 @@ class Drawing:
                 rows[self.blank - start] = 0
             low = max(start, first)
             if low < stop:
-                into[low - first:stop - first] = rows[(slice(low - start, None), *place[1:])]
+                kept = (slice(low - start, None), *place[1:])
+                into[low - first:stop - first] = rows[kept]
         return into
 
 
