@@ -124,13 +124,14 @@ FORMULAS += [f"resnet-{n}" for n in ("dp2", "zero1", "zero2", "zero3")]
 
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in FORMULAS])
 def test_a_step_sends_what_the_papers_say(name, results):
-    """Up to scalars (loss, norm), statistics of batch norms, parameters that do not divide, and the tied table, which
-    ZeRO-3 gathers for each of its readers."""
+    """Up to scalars (loss, norms), statistics of batch norms, and parameters that do not divide. ZeRO-3 gathers the tied
+    table for each of its readers, and not again what the backward pass does not read (biases, looked-up positions)."""
     traffic, expected = results(name)[1]["traffic"], sent(name)
-    few = 2000 if name.startswith("resnet") else 200
+    few = 2000 if name.startswith("resnet") else 400
     for label, nbytes in expected.items():
-        tied = 4 * 8 * job.VOCAB * job.WIDTH if label == "all_gather:data" and "zero3" in name else 0
-        assert nbytes - few <= traffic.get(label, 0) <= nbytes + few + tied, (label, traffic, expected)
+        again = label == "all_gather:data" and "zero3" in name
+        least, most = 0.9 * nbytes if again else nbytes, nbytes + again * 4 * 8 * job.VOCAB * job.WIDTH
+        assert least - few <= traffic.get(label, 0) <= most + few, (label, traffic, expected)
     assert all(nbytes <= few for label, nbytes in traffic.items() if label not in expected)
 
 
