@@ -124,7 +124,7 @@ FORMULAS += [f"resnet-{n}" for n in ("dp2", "zero1", "zero2", "zero3")]
 
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in FORMULAS])
 def test_a_step_sends_what_the_papers_say(name, results):
-    """Up to scalars (loss, norms), statistics of batch norms, and parameters that do not divide. ZeRO-3 gathers the tied
+    """Up to scalars (loss, norms), statistics of batch norms, and parameters that do not divide. ZeRO-3 gathers a tied
     table for each of its readers, and not again what the backward pass does not read (biases, looked-up positions)."""
     traffic, expected = results(name)[1]["traffic"], sent(name)
     few = 2000 if name.startswith("resnet") else 400
