@@ -206,7 +206,8 @@ class PipelineStep(ParallelStep):
                 assert self.job is not None
                 group = self.job.groups[self.pipe].Split(0 if self.here in own else self.job.mpi.UNDEFINED, self.here)
                 if self.here in own:
-                    tied.append(_adding(self.job.transport(group), self.stages.sums[id(p)], len(own)))
+                    total = [self.stages.sums[id(p)]]
+                    tied.append(self.job.transport(group).all_reduce(total, total, "sum"))
         return owner, tied
 
     # What ranks have --------------------------------------------------------------------------------------------
@@ -341,19 +342,6 @@ class _Steps:
             job.watch.enter("all_reduce of a tied parameter:" + self.step.pipe)
             add()
             job.watch.leave()
-
-
-def _adding(transport: Any, total: np.ndarray, ranks: int) -> Callable[[], None]:
-    """What adds up an array over the ranks of a transport, in place."""
-    own = total if ranks == 2 else np.empty_like(total)  # a sum of several is begun before all have been read
-    run: Callable[[], None] = transport.all_reduce([own], [total], "sum")
-
-    def add() -> None:
-        if own is not total:
-            own[...] = total
-        run()
-
-    return add
 
 
 def micro_sizes(type: TensorType | None, micro: int, ranks: int) -> list[int]:
