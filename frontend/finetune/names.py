@@ -78,7 +78,7 @@ def select(model: Module, patterns: Patterns, among: Iterable[str] | None = None
 
 
 def _nearest(glob: str, known: Sequence[str], own: dict[str, tuple[str, ...]]) -> str:
-    spoken = [m for n in known for m in (n, *own.get(n, ()))]
+    spoken = list(dict.fromkeys(m for n in known for m in (n, *own.get(n, ()))))
     near = difflib.get_close_matches(glob.strip("*."), spoken, n=4, cutoff=0.3) or spoken[:4]
     return f"; there are for example {', '.join(near)} ({len(known)} in all)" if near else "; there are none"
 
