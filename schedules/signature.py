@@ -84,7 +84,7 @@ class Signature(NamedTuple):
             for key in ("inputs", "outputs", "constants")
         }
         tensors["temps"] = [TempInfo(**{**t, "shape": shape_from_json(t["shape"])}) for t in data.get("temps", ())]
-        tensors["checks"] = [SizeCheck(*shape_from_json([rest]), what) for rest, what in data.get("checks", ())]
+        tensors["checks"] = [SizeCheck(shape_from_json([rest])[0], what) for rest, what in data.get("checks", ())]
         kernels = [KernelInfo(**k) for k in data["kernels"]]
         return Signature(**{"sizes": [], **data, **tensors, "kernels": kernels})
 

@@ -376,11 +376,12 @@ def range_rule(node: OnnxNode, start: Any, limit: Any, delta: Any) -> Any:
     """start, start + delta, ... before limit."""
     given = [numbers(node, v, n)[0] for v, n in ((start, "start"), (limit, "limit"), (delta, "delta"))]
     if any(isinstance(v, Tensor) for v in given):
-        return ranged(node, *given, dtype_of(start))
+        return ranged(node, given[0], given[1], given[2], dtype_of(start))
     first, last, step = given
     if isinstance(first, Dim) or isinstance(last, Dim):
-        return F.arange(first, last, step, dtype="int64") if isinstance(step, int) and step == 1 else ranged(
-            node, *given, int64)
+        if not isinstance(step, int) or step != 1:
+            return ranged(node, first, last, step, int64)
+        return F.arange(first, last, step, dtype="int64")
     dtype = require_known(node, start, "start").dtype
     if step == 0:
         raise node.fail("delta is 0")
