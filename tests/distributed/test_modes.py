@@ -20,10 +20,10 @@ from .test_plans import arrays_of
 DATA, BOTH = {"data": 2}, {"data": 2, "tensor": 2}
 
 
-def inner_of(dtype, loss=job.lm_loss, **options):
+def inner_of(dtype, loss=job.lm_loss, optimizer=td.optim.AdamW, **options):
     td.random.seed(0)
     model = job.Gpt().to(dtype)
-    return td.train_step(model, loss, td.optim.AdamW(model.parameters(), lr=1e-2), clip_norm=0.05, **options)
+    return td.train_step(model, loss, optimizer(model.parameters(), lr=1e-2), clip_norm=0.05, **options)
 
 
 def on_a_mesh(inner, axes, plan, batch):
@@ -56,18 +56,34 @@ def reductions(made):
 # Mixed precision ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("axes", "zero", "tol"), [
-    (DATA, 0, 1e-6), (DATA, 2, 1e-6), (DATA, 3, 1e-6), ({"tensor": 2}, 0, 5e-2), (BOTH, 3, 5e-2)], ids=str)
-def test_mixed_precision_is_that_of_one_process(axes, zero, tol):
-    """Over data nothing but the order of f32 sums differs; tensor parallelism rounds activations' partial sums."""
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_mixed_precision_over_data_is_that_of_one_process(zero):
+    """Nothing but the order of f32 sums differs."""
     inner, batch = inner_of("float32", amp="bfloat16"), some_batch(8)
-    made = on_a_mesh(inner, axes, td.distributed.Plan(zero=zero), batch)
+    made = on_a_mesh(inner, DATA, td.distributed.Plan(zero=zero), batch)
     arrays = arrays_of(made, batch)
     for got, want in zip(lockstep.run_whole(made, arrays), interp.run(made.whole, arrays), strict=True):
-        np.testing.assert_allclose(got, want, rtol=tol, atol=tol * np.max(np.abs(want), initial=0))
-    if "tensor" not in axes:
-        assert set(reductions(made)["reduced"]) == {"float32"}  # gradients keep their digits
-        assert any(n.op.name == "start" for n in made.graph.nodes)  # and leave while the backward pass runs
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6 * np.max(np.abs(want), initial=0))
+    assert set(reductions(made)["reduced"]) == {"float32"}  # gradients keep their digits
+    assert any(n.op.name == "start" for n in made.graph.nodes)  # and leave while the backward pass runs
+    if zero == 3:
+        assert reductions(made)["gathered"]["bfloat16"] > reductions(made)["gathered"]["float32"]
+
+
+@pytest.mark.parametrize(("axes", "zero"), [({"tensor": 2}, 0), (BOTH, 3)], ids=str)
+def test_mixed_precision_over_tensors_is_that_of_one_process(axes, zero):
+    """Partial sums of activations are rounded to 16 bits, so gradients agree to some of these. SGD moves a parameter by
+    its gradient; AdamW would blow up the noise of those that are zero (a key's bias has no effect on attention)."""
+    inner, batch = inner_of("float32", optimizer=td.optim.SGD, amp="bfloat16"), some_batch(8)
+    made = on_a_mesh(inner, axes, td.distributed.Plan(zero=zero), batch)
+    arrays = arrays_of(made, batch)
+    got, want = lockstep.run_whole(made, arrays), interp.run(made.whole, arrays)
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-2)
+    steps = [(got[i] - arrays[j], want[i] - arrays[j]) for i, j in made.whole.aliases.items()]
+    most = max(np.max(np.abs(b)) for _, b in steps)
+    assert most > 0
+    for a, b in steps:
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-2 * most)
     if zero == 3:
         assert reductions(made)["gathered"]["bfloat16"] > reductions(made)["gathered"]["float32"]
 
