@@ -21,6 +21,7 @@ from .lower_slots import cast, compute_dtype, const, let, read
 from .sizes import is_dynamic
 
 Reader = Callable[[Value, Sequence[Any]], Any]
+ACCUMULATED = {"bfloat16": "float32", "float16": "float32"}  # the tiled kernels' sums, which a result may keep
 
 
 def needs_plain(node: Node) -> bool:
@@ -30,8 +31,9 @@ def needs_plain(node: Node) -> bool:
     images = [v for v in values if v is not weights]
     if is_dynamic(*weights.shape, *(v.shape[-1 if node.attrs["channels_last"] else 1] for v in images)):
         return True
+    x, w = (v.dtype for v in node.operands)
     return any(v.type.size == 0 for v in values) or not 3 <= node.result.rank <= 5 \
-        or any(v.dtype not in DTYPES or v.dtype != node.result.dtype for v in values)
+        or x not in DTYPES or x != w or node.result.dtype not in (x, ACCUMULATED.get(x, x))
 
 
 def plain_kernel(node: Node, epilogue: Any, name: str) -> Any:
