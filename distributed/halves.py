@@ -75,13 +75,8 @@ def overwriting(graph: Graph, sums: Collection[Value]) -> tuple[Graph, set[Value
                 (outputs[i],) = (v for v in node.operands if v is not total)
                 left.discard(total)
         replay(needed(graph, outputs), mapping, builder)
-        given: set[Value] = set()
         for i, v in enumerate(outputs):
-            local = mapping[v]
-            if local in given or local in builder.graph.inputs:
-                (local,) = builder.emit("identity", [local], {})
-            given.add(local)
-            builder.output(local, alias=builder.graph.inputs[graph.aliases[i]] if i in graph.aliases else None)
+            builder.own_output(mapping[v], builder.graph.inputs[graph.aliases[i]] if i in graph.aliases else None)
     return builder.graph, left
 
 
@@ -100,13 +95,8 @@ def _program(graph: Graph, name: str, nodes: Sequence[Node], lazy: Collection[No
                 _provide(node.operands, mapping, builder)
                 replay([node], mapping, builder)
         _provide(outputs, mapping, builder)
-        given: set[Value] = set()
         for k, v in enumerate(outputs):
-            local = mapping[v]
-            if local in given or local in builder.graph.inputs:
-                (local,) = builder.emit("identity", [local], {})
-            given.add(local)
-            builder.output(local, alias=mapping[graph.inputs[aliases[k]]] if k in aliases else None)
+            builder.own_output(mapping[v], mapping[graph.inputs[aliases[k]]] if k in aliases else None)
     return builder.graph, numbers
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import LaunchError
-from .links import keep_alive, own_addresses
+from .links import first_line, keep_alive, own_addresses
 
 GRACE = 5.0   # seconds that the other ranks have after the first has failed
 ENDING = 5.0   # seconds that mpiexec has to end when all ranks have
@@ -261,7 +261,7 @@ class _Attempt:
         link, _ = self.server.accept()
         link.settimeout(5)
         try:
-            secret, number, host = _line(link).split()
+            secret, number, host = first_line(link).split()
             if not secrets.compare_digest(secret, self.secret):
                 raise ValueError("another job's")
             link.sendall(b"ok\n")
@@ -352,13 +352,3 @@ def _interrupt(number: int, frame: Any) -> None:
 
 def _main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
-
-
-def _line(link: socket.socket) -> str:
-    data = b""
-    while not data.endswith(b"\n") and len(data) < 300:
-        byte = link.recv(1)
-        if not byte:
-            break
-        data += byte
-    return data.decode(errors="replace")

@@ -82,7 +82,7 @@ class Links:
                     link, _ = server.accept()
                     link.settimeout(CONNECT)
                     with contextlib.suppress(OSError, ValueError):
-                        number, given = _line(link).split()
+                        number, given = first_line(link).split()
                         if given == secret and int(number) in above:
                             link.sendall(f"{self.rank}\n".encode())
                             self.sockets[int(number)] = link
@@ -173,16 +173,16 @@ def _connect(addresses: Sequence[str], port: int, hello: str, answer: str) -> so
         with contextlib.suppress(OSError):
             link = socket.create_connection((address, port), CONNECT)
             link.sendall(hello.encode())
-            if _line(link) == answer:
+            if first_line(link) == answer:
                 return link
             link.close()
     return None
 
 
-def _line(link: socket.socket) -> str:
-    """The first line that comes, at most 200 bytes."""
+def first_line(link: socket.socket) -> str:
+    """The first line that comes, at most 300 bytes."""
     data = b""
-    while not data.endswith(b"\n") and len(data) < 200:
+    while not data.endswith(b"\n") and len(data) < 300:
         byte = link.recv(1)
         if not byte:
             break

@@ -120,14 +120,10 @@ class _Emitter:
             for node in graph.nodes:
                 with builder.at(node.loc):
                     self.node(node)
-            given: set[Value] = set()
+            output = builder.own_output if graph is self.plan.graph else builder.output
             for i, (v, sharding) in enumerate(zip(graph.outputs, outputs)):
-                local = self.need(v, sharding)
-                if graph is self.plan.graph and (local in given or local in builder.graph.inputs):
-                    local = emit("identity", local)
-                given.add(local)
                 alias = builder.graph.inputs[graph.aliases[i]] if i in graph.aliases else None
-                builder.output(local, alias=alias)
+                output(self.need(v, sharding), alias=alias)
         builder.graph.meta.update(graph.meta)
         return builder.graph
 

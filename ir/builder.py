@@ -117,6 +117,12 @@ class GraphBuilder(Builder):
             self.graph.aliases[len(self.graph.outputs)] = self.graph.inputs.index(alias)
         self.graph.outputs.extend(values)
 
+    def own_output(self, value: Value, alias: Value | None = None) -> None:
+        """Adds an output that has memory of its own: of an input, and of what is an output already, a copy."""
+        if value in self.graph.inputs or value in self.graph.outputs:
+            (value,) = self.emit("identity", [value], {})
+        self.output(value, alias=alias)
+
 
 def copy_into(graph: Graph, operands: Sequence[Value], into: Builder | None = None) -> list[Value]:
     """Emits a copy of a graph's nodes into a builder (the current one by default), inputs replaced.

@@ -10,6 +10,7 @@ Channels-first outputs collect a row of accumulators in L1 and transpose it tile
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from contextlib import ExitStack
 
 from tvm import tirx
@@ -33,7 +34,7 @@ LOOPED_STORES = 4  # vectors of a tile from which a loop stores them: an epilogu
 MAX_EDGE_TILES = 6  # beyond these, code size matters more than the few masked pixels
 
 
-class GatherConv:
+class GatherConv(ABC):
     """The loop nest of one convolution; a subclass supplies packing and `emit_tile`.
 
     `source` is the flat input (x, or dy for the input gradient), `packed` the packed weights, `store(n, c, idx, acc)`
@@ -80,12 +81,12 @@ class GatherConv:
         """The LLVM functions that the kernel calls."""
         return [self.untile] if self.out_layout == "NCHW" else []
 
+    @abstractmethod
     def emit_tile(self, source, packed, sink, place: Row, width: AxisTaps, start, size: int, taps) -> None:
         """Accumulate pixels `start .. start + size` of a row and hand them to `sink`.
 
         `taps`: None (every tap is whole), a list of (tap, (low, high)) of the pixels that tap may touch, or "mask".
         """
-        raise NotImplementedError
 
     def enter_tap_rows(self, nest: ExitStack, place: Row, base):
         """Open the loops over tap rows that lie in the image: (their input's start, index of (depth, height) tap)."""

@@ -17,8 +17,7 @@ from rich.markup import escape
 from ... import __version__
 from ...ir.errors import TreadleError
 
-app = typer.Typer(name="treadle", no_args_is_help=True, add_completion=False, rich_markup_mode="rich",
-                  help="A deep-learning compiler: trace, differentiate, fuse, schedule, train.")
+app = typer.Typer(name="treadle", no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
 
 demo_app = typer.Typer()
 app.add_typer(demo_app, name="demo")
@@ -37,7 +36,7 @@ def _options(
     version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True,
                                           help="Print the version and exit.")] = False,
 ) -> None:
-    pass
+    """A deep-learning compiler: trace, differentiate, fuse, schedule, train."""
 
 
 @demo_app.callback(invoke_without_command=True)

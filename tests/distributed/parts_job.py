@@ -9,7 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
-import gpt8
+import gpt
 import numpy as np
 
 import treadle as td
@@ -46,16 +46,18 @@ def run(case, folder):
     ranks = td.distributed.world_size()
     start = resident()
     plan = td.distributed.Plan(zero=case.get("zero", 0))
-    step = gpt8.step_of({"data": ranks} if ranks > 1 else {}, plan, case["width"], clip=case.get("clip"))
+    size = {**gpt.EIGHT, "width": case["width"]}
+    mesh = td.distributed.Mesh({"data": ranks} if ranks > 1 else {})
+    step = td.distributed.parallelize(gpt.step_of(size, clip_norm=case.get("clip")), mesh, plan)
     made = resident() - start
-    batch = gpt8.batch(case.get("batch", ranks))
+    batch = gpt.batch(size, case.get("batch", ranks))
     losses, peaks, after = [], [], []
     for _ in range(3):
         loss, peak = most(lambda: step(*batch))
         losses.append(float(loss.numpy()))
         peaks.append(peak - start)
         after.append(resident() - start)
-    model, layer = gpt8.sizes(step)
+    model, layer = gpt.nbytes(step.inner.model)
     figures = {"model": model, "layer": layer, "made": made, "peaks": peaks, "after": after, "losses": losses,
                "memory": step.memory}
     weight = step.inner.model.blocks[0].up.weight

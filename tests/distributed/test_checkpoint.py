@@ -59,7 +59,7 @@ def same_bits(found, resumed):
         assert found[name].tobytes() == resumed[name].tobytes(), name
 
 
-def close(found, expected, losses):
+def assert_close(found, expected, losses):
     np.testing.assert_allclose(found["losses"], losses, rtol=1e-9)
     assert set(found) == set(expected)
     for name in set(found) - {"losses"}:
@@ -83,11 +83,11 @@ def test_any_mesh_goes_on_where_any_mesh_stopped(tmp_path):
     found = run_all(tmp_path, rest + others)
     for name in MESHES:
         same_bits(whole[name], found[f"rest {name}"])
-        close(whole[name], expected, expected["losses"])
+        assert_close(whole[name], expected, expected["losses"])
     for case in others:
-        close(found[case["name"]], expected, expected["losses"][2:])
+        assert_close(found[case["name"]], expected, expected["losses"][2:])
     for name in MESHES:
-        close(in_process(ONE, steps=2, load=str(tmp_path / name), seed=99), expected, expected["losses"][2:])
+        assert_close(in_process(ONE, steps=2, load=str(tmp_path / name), seed=99), expected, expected["losses"][2:])
         files = sorted(p.name for p in (tmp_path / name).iterdir())
         assert len(files) == 3 and files[0] == "index.json", "nothing else is left"
 

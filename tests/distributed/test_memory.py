@@ -12,7 +12,7 @@ from treadle.distributed.comm import mpi_available
 from treadle.frontend.compile import passes
 from treadle.ir.pipeline import Pipeline
 
-from . import gpt8
+from . import gpt
 from .test_mpi import start
 
 RANKS = 4
@@ -22,9 +22,9 @@ MISSING = mpi_available()
 
 def planned(plan, ranks=RANKS, **options):
     """The program of a rank for a GPT of eight equal layers, and the bytes of the model and of a layer."""
-    step = gpt8.step_of({}, plan, **options)
+    step = td.distributed.parallelize(gpt.step_of(gpt.EIGHT, **options), Mesh({}), plan)
     step.mesh, step.plan = Mesh({"data": ranks}), plan
-    return step.trace(*gpt8.batch(ranks)), *gpt8.sizes(step)
+    return step.trace(*gpt.batch(gpt.EIGHT, ranks)), *gpt.nbytes(step.inner.model)
 
 
 def accounted(made):
@@ -44,7 +44,7 @@ def accounted(made):
 def test_a_rank_holds_its_part_and_a_layer(zero, clip):
     """Parameters, gradients and AdamW's two states at a quarter where the stage says so, plus one layer: what is
     gathered, made and sent just now."""
-    made, model, layer = planned(td.distributed.Plan(zero=zero), clip=clip)
+    made, model, layer = planned(td.distributed.Plan(zero=zero), clip_norm=clip)
     found = accounted(made)
     promised = {1: model + model + 2 * model / RANKS, 2: model + 3 * model / RANKS, 3: 4 * model / RANKS}[zero]
     assert sum(found.values()) - found["activations"] <= promised + layer
@@ -53,7 +53,7 @@ def test_a_rank_holds_its_part_and_a_layer(zero, clip):
 
 @pytest.mark.slow
 def test_without_zero_everything_is_whole():
-    made, whole, _ = planned(td.distributed.Plan(), clip=1.0)
+    made, whole, _ = planned(td.distributed.Plan(), clip_norm=1.0)
     found = accounted(made)
     assert found["parameters"] >= whole and found["gradients"] >= 0.99 * whole and found["states"] >= 2 * whole
 

@@ -21,20 +21,25 @@ from treadle.ir.errors import ArgumentsError, AttributeValueError
 from treadle.ir.pipeline import Pipeline
 from treadle.ir.types import TensorType
 
-from . import planned
+from . import gpt
 from .test_mpi import start
 
 CLUSTER = Cluster(Link(1e-6, 1e9), flops=1e9, memory=1e9)
-TYPES = [TensorType((planned.BATCH, planned.SEQ), as_dtype("int64"))] * 2
+EXAMPLES = 8
+TYPES = [TensorType((EXAMPLES, gpt.SMALL["length"]), as_dtype("int64"))] * 2
+
+
+def step_of(accumulate=1, dtype="float32", layers=gpt.SMALL["layers"]):
+    return gpt.step_of({**gpt.SMALL, "layers": layers}, dtype, clip_norm=1.0, accumulate=accumulate)
 
 
 def prices_of(dtype="float32", layers=3, **options):
-    return ModelPrices(Planned.of(planned.step_of(1, dtype, layers), TYPES), CLUSTER, **options)
+    return ModelPrices(Planned.of(step_of(1, dtype, layers), TYPES), CLUSTER, **options)
 
 
 def candidate(data=1, tensor=1, pipe=1, micro=1, **more):
     axes = (("pipe", pipe), ("data", data), ("tensor", tensor))
-    return Candidate(axes, micro, planned.BATCH // data // micro, **more)
+    return Candidate(axes, micro, EXAMPLES // data // micro, **more)
 
 
 def layout_of(prices, c, bounds=(0,)):
@@ -86,9 +91,9 @@ LAYOUTS = [({"data": 2}, {}), ({"data": 2}, {"zero": 1}), ({"data": 4}, {"zero":
 def real_step(prices, layout):
     """The program of a rank under a layout without a pipeline, partitioned and not compiled."""
     c = layout.candidate
-    step = td.distributed.parallelize(planned.step_of(c.micro), Mesh({}))
+    step = td.distributed.parallelize(step_of(c.micro), Mesh({}))
     step.mesh, step.plan = c.mesh, plan_of(prices.model, prices, layout)
-    return step.trace(*planned.batch())
+    return step.trace(*gpt.batch(gpt.SMALL, EXAMPLES))
 
 
 @pytest.mark.parametrize(("axes", "options"), LAYOUTS, ids=str)
@@ -110,7 +115,7 @@ def test_interpolated_units_are_near_the_priced_ones():
 def test_recomputation_keeps_what_is_handed_on():
     prices = prices_of()
     plain, again = prices.exact(1, 4, False), prices.exact(1, 4, True)
-    stream = 4 * planned.SEQ * planned.WIDTH * 4
+    stream = 4 * gpt.SMALL["length"] * gpt.SMALL["width"] * 4
     assert sum(u.activations for u in again) <= (len(again) + 1) * stream < sum(u.activations for u in plain) / 2
     assert sum(u.backward for u in again) > sum(u.backward for u in plain)
 
@@ -173,11 +178,11 @@ def test_a_planned_layout_runs(number, tmp_path):
     plan = plan_of(prices.model, prices, best)
     plan.save(path)
     assert Plan.load(path) == plan
-    done = start(4, "planned.py", path, tmp_path / "out.npz")
+    done = start(4, "planned_job.py", path, tmp_path / "out.npz")
     assert done.returncode == 0, done.stderr[-4000:]
     got = dict(np.load(tmp_path / "out.npz"))
-    alone = planned.step_of(best.candidate.micro, "float64")
-    np.testing.assert_allclose(got.pop("losses"), planned.losses(alone), rtol=1e-9)
+    alone = step_of(best.candidate.micro, "float64")
+    np.testing.assert_allclose(got.pop("losses"), gpt.losses(alone), rtol=1e-9)
     facts = json.loads(str(got.pop("facts")))
     for name, tensor in alone.model.state_dict().items():
         np.testing.assert_allclose(got[name], tensor.numpy(), rtol=1e-7, atol=1e-9, err_msg=name)
@@ -190,7 +195,7 @@ def test_a_planned_layout_runs(number, tmp_path):
 
 
 def test_plans_that_do_not_match(tmp_path):
-    step = planned.step_of()
+    step = step_of()
     with pytest.raises(td.distributed.MeshError, match="give parallelize a mesh"):
         td.distributed.parallelize(step)
     alone = td.distributed.parallelize(step, plan=Plan(mesh={}))
@@ -213,11 +218,11 @@ def test_layers_computed_again_without_a_pipeline():
     prices = prices_of("float64")
     peaks, results = [], []
     for again in (False, True):
-        step = td.distributed.parallelize(planned.step_of(1, "float64"), Mesh({}), Plan(recompute=again))
-        graph = Pipeline(passes()).run(step.trace(*planned.batch()).graph)
+        step = td.distributed.parallelize(step_of(1, "float64"), Mesh({}), Plan(recompute=again))
+        graph = Pipeline(passes()).run(step.trace(*gpt.batch(gpt.SMALL, EXAMPLES)).graph)
         peaks.append(timeline(graph).peak)
-        results.append(planned.losses(step))
+        results.append(gpt.losses(step))
     assert peaks[1] < 0.8 * peaks[0]
     np.testing.assert_allclose(results[1], results[0], rtol=1e-12)
-    kept = [sum(u.activations for u in prices.exact(1, planned.BATCH, again)) for again in (False, True)]
+    kept = [sum(u.activations for u in prices.exact(1, EXAMPLES, again)) for again in (False, True)]
     assert kept[1] < 0.5 * kept[0]

@@ -208,4 +208,4 @@ def test_data_of_the_users_own():
 def test_the_package_is_imported_when_it_is_used():
     code = "import sys, treadle; assert 'treadle.frontend.finetune' not in sys.modules; treadle.finetune.Tuner; " \
            "assert 'onnx' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

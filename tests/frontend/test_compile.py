@@ -11,7 +11,7 @@ import pytest
 import treadle as td
 from treadle.frontend import compile as compile_module
 
-from .tools import close
+from .tools import assert_close
 
 X = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
 
@@ -27,7 +27,7 @@ def test_results_and_containers():
     f = td.compile(fn)
     args = ((X, td.tensor(X)), {"b": np.arange(3), "a": X})
     for scale in (2, 3):
-        close(
+        assert_close(
             f(*args, scale, shift=td.ones(3)),
             fn(*[td.frontend.tree.map(td.asarray, a) for a in args], scale, shift=td.ones(3)),
         )
@@ -68,10 +68,10 @@ def test_state_is_updated_in_place():
 
     assert [f(X[:1]).numpy()[0] for _ in range(3)] == pytest.approx([2 * X[0].sum() * i for i in (1, 2, 3)])
     assert counter._value.array.ctypes.data == place and f.stats.compiles == 1
-    close(other, np.full(3, 1.75))
+    assert_close(other, np.full(3, 1.75))
     before = counter.numpy()
     counter.assign(0.0)
-    close(f(X[:1]), np.full(2, 2 * X[0].sum(), np.float32), 1e-5)
+    assert_close(f(X[:1]), np.full(2, 2 * X[0].sum(), np.float32), 1e-5)
     assert before[0] != 0
 
 
@@ -79,19 +79,19 @@ def test_captured_parameters_are_read_where_they_lie():
     w = td.nn.Parameter(np.ones((3, 2), np.float32))
     table = td.ones((2,))
     f = td.compile(lambda x: x @ w + table)
-    close(f(X), X @ np.ones((3, 2)).astype("f4") + 1, 1e-5)
+    assert_close(f(X), X @ np.ones((3, 2)).astype("f4") + 1, 1e-5)
     w.assign(2.0)
     table.assign(5.0)
-    close(f(X), X @ np.full((3, 2), 2, np.float32) + 5, 1e-5)
+    assert_close(f(X), X @ np.full((3, 2), 2, np.float32) + 5, 1e-5)
     assert f.stats.compiles == 1
 
 
 def test_a_captured_scalar_is_part_of_the_program_until_it_changes():
     scale = td.tensor(2.0)
     f = td.compile(lambda x: x * scale)
-    close(f(X), X * 2)
+    assert_close(f(X), X * 2)
     scale.assign(3.0)
-    close(f(X), X * 3)
+    assert_close(f(X), X * 3)
     assert f.stats.compiles == 2 and "captured scalar" in f.stats.reasons[1]
     f(X)
     assert f.stats.compiles == 2
@@ -104,11 +104,11 @@ def test_modes_and_replaced_parts_of_modules():
         model.train()
         assert (f(X).numpy() == 0).any()
         model.eval()
-        close(f(X), model(td.asarray(X)), 1e-5)
+        assert_close(f(X), model(td.asarray(X)), 1e-5)
     assert f.stats.compiles == 2, "each mode is compiled once"
     assert model[1].running_mean.numpy().any(), "running statistics moved in place"
     model[0].weight = td.nn.Parameter(np.zeros((4, 3), np.float32))
-    close(f(X), model(td.asarray(X)), 1e-5)
+    assert_close(f(X), model(td.asarray(X)), 1e-5)
     assert f.stats.compiles == 3
 
 
@@ -118,16 +118,16 @@ def test_random_numbers_go_on_from_call_to_call():
     first, second = f(td.ones(64)).numpy(), f(td.ones(64)).numpy()
     assert not np.array_equal(first, second)
     td.random.seed(3)
-    close(td.ones(64) * td.random.bernoulli(0.5, (64,)), first)
-    close(f(td.ones(64)), second)
+    assert_close(td.ones(64) * td.random.bernoulli(0.5, (64,)), first)
+    assert_close(f(td.ones(64)), second)
 
 
 def test_gradients_are_compiled():
     w = td.nn.Parameter(np.random.default_rng(1).normal(size=(3, 3)).astype(np.float32))
     fn = td.value_and_grad(lambda x: (td.tanh(x @ w) ** 2).sum())
-    close(td.compile(fn)(X), fn(td.asarray(X)), 1e-5)
+    assert_close(td.compile(fn)(X), fn(td.asarray(X)), 1e-5)
     inner = td.compile(lambda x: td.tanh(x @ w))
-    close(td.compile(td.grad(lambda x: inner(x).sum()))(X), td.grad(lambda x: td.tanh(x @ w).sum())(X), 1e-5)
+    assert_close(td.compile(td.grad(lambda x: inner(x).sum()))(X), td.grad(lambda x: td.tanh(x @ w).sum())(X), 1e-5)
     assert inner.stats.compiles == 0, "inside a trace a compiled function is part of it"
 
 
@@ -135,7 +135,7 @@ def test_a_tracked_argument_is_recorded(caplog):
     x = td.tensor(X, requires_grad=True)
     f = td.compile(lambda x: (x * x).sum())
     f(x).backward()
-    close(x.grad, 2 * X)
+    assert_close(x.grad, 2 * X)
     assert "runs uncompiled" in caplog.text
     with td.no_grad():
         assert not f(x).requires_grad and f.stats.compiles == 1
@@ -155,13 +155,13 @@ def test_a_record_notices_an_update_by_compiled_code():
 def test_graphs():
     graph = td.trace(lambda x, y: {"s": x + y}, td.spec(("n", 3)), td.spec(("n", 3)))
     f = td.compile(graph)
-    close(f(X, X), {"s": 2 * X})
-    close(f(X[:2], X[:2]), {"s": 2 * X[:2]})
+    assert_close(f(X, X), {"s": 2 * X})
+    assert_close(f(X[:2], X[:2]), {"s": 2 * X[:2]})
     assert f.stats.compiles == 1
-    close(td.compile(lambda x: f(x, x)["s"].sum())(X), 2 * X.sum(), 1e-5)
-    close(f(td.tensor(X, requires_grad=True), X), {"s": 2 * X})
+    assert_close(td.compile(lambda x: f(x, x)["s"].sum())(X), 2 * X.sum(), 1e-5)
+    assert_close(f(td.tensor(X, requires_grad=True), X), {"s": 2 * X})
     plain = td.ir.parse(str(graph))
-    close(td.compile(plain)(X, X), 2 * X)
+    assert_close(td.compile(plain)(X, X), 2 * X)
     for wrong in (
         lambda: f(X),
         lambda: f((X, X)),
@@ -207,8 +207,8 @@ def test_files(tmp_path):
     expected = f({"x": X}, 2)
     f.save(tmp_path / "f.treadle")
     loaded = td.load(tmp_path / "f.treadle")
-    close(loaded({"x": X}, 2), expected)
-    close(loaded({"x": td.tensor(X)}, 2), expected)
+    assert_close(loaded({"x": X}, 2), expected)
+    assert_close(loaded({"x": td.tensor(X)}, 2), expected)
     for wrong, words in (
         (lambda: loaded(X, 2), "saved for"),
         (lambda: loaded({"x": X}, 3), "was 2"),
@@ -248,7 +248,7 @@ def test_methods_and_threads():
         def apply(self, x):
             return x * self.factor
 
-    close(Doubler().apply(X), X * 2)
+    assert_close(Doubler().apply(X), X * 2)
     f = td.compile(lambda x: (x @ x.T).sum())
     results: dict[int, list[float]] = {}
 

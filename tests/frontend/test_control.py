@@ -7,7 +7,7 @@ import pytest
 
 import treadle as td
 
-from .tools import both, close, run_graph, traced
+from .tools import assert_close, both, run_graph, traced
 
 X = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
 
@@ -63,10 +63,10 @@ def test_scan():
     h = np.zeros(3, np.float32)
     for row in X:
         h = np.tanh(h * 0.5 + row)
-    close(state["h"], h, 1e-5)
+    assert_close(state["h"], h, 1e-5)
     assert hs.shape == (5, 3) and sums.shape == (5,)
-    close(both(lambda x: fn(x, True), X)[1][1], X.sum(1), 1e-5)
-    close(both(lambda x: td.scan(lambda s, _: (s * 2, None), x, length=3), X), (X * 8, None))
+    assert_close(both(lambda x: fn(x, True), X)[1][1], X.sum(1), 1e-5)
+    assert_close(both(lambda x: td.scan(lambda s, _: (s * 2, None), x, length=3), X), (X * 8, None))
     empty = both(lambda x: td.scan(lambda s, x: (s + x.sum(), x * 2), td.tensor(1.0), x), X[:0])
     assert empty[0].item() == 1 and empty[1].shape == (0, 3)
 
@@ -87,7 +87,7 @@ def test_nested_loops_capture_through_all_levels():
 
     both(fn, X)
     assert outer_state.item() == 30
-    close(traced(td.grad(lambda x: fn(x)[1].sum()), X), td.grad(lambda x: fn(x)[1].sum())(X), 1e-4)
+    assert_close(traced(td.grad(lambda x: fn(x)[1].sum()), X), td.grad(lambda x: fn(x)[1].sum())(X), 1e-4)
 
 
 @pytest.mark.parametrize("tracing", [False, True])
@@ -138,9 +138,9 @@ def test_the_same_seed_gives_the_same_numbers_everywhere():
     assert not np.array_equal(first[0].numpy(), second[0].numpy())
     td.random.seed(7)
     graph = td.trace(fn, X)
-    close(run_graph(graph, X), first)
+    assert_close(run_graph(graph, X), first)
     assert (td.random.default_generator().state.numpy() == state).all()
-    close(run_graph(graph, X), second)
+    assert_close(run_graph(graph, X), second)
 
 
 def test_known_words():

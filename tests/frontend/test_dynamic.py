@@ -14,7 +14,7 @@ def data(*shape):
     return RNG.standard_normal(shape).astype(np.float32)
 
 
-def close(got, want, tol=1e-4):
+def assert_close(got, want, tol=1e-4):
     np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=tol, atol=tol)
 
 
@@ -39,7 +39,7 @@ def expected(x, y):
 @pytest.mark.parametrize("batch, n", [(1, 1), (2, 3), (0, 4), (17, 2), (100, 9), (5, 0)])
 def test_one_program_serves_every_size(compiled, batch, n):
     x, y = data(batch, 40), data(n, 24)
-    close(compiled(x, y).numpy(), expected(x, y))
+    assert_close(compiled(x, y).numpy(), expected(x, y))
     assert compiled.stats.compiles == 1
 
 
@@ -54,7 +54,7 @@ def test_what_does_not_fit_is_refused(compiled):
 
 def test_sizes_of_one_name_must_agree():
     f = td.compile(lambda x, y: x * y, dynamic={"x": ("n", 3), "y": ("n", 3)})
-    close(f(data(4, 3) * 0, data(4, 3)).numpy(), np.zeros((4, 3)))
+    assert_close(f(data(4, 3) * 0, data(4, 3)).numpy(), np.zeros((4, 3)))
     with pytest.raises(td.TreadleError, match="n = 4|n = 5|agree"):
         f(data(4, 3), data(5, 3))
 
@@ -69,7 +69,7 @@ def test_formulas():
     f = td.compile(lambda x: x.reshape((x.shape[0] // 4, 4)).sum(axis=1), dynamic={"x": ("4*n",)})
     for n in (4, 8, 40):
         x = data(n)
-        close(f(x).numpy(), x.reshape(-1, 4).sum(axis=1))
+        assert_close(f(x).numpy(), x.reshape(-1, 4).sum(axis=1))
     assert f.stats.compiles == 1
     with pytest.raises(td.TreadleError):
         f(data(7))
@@ -80,8 +80,8 @@ def test_containers_and_static_arguments():
     for n in (1, 5):
         a, b = data(n, 2), data(n, 3)
         got = f([a, b], 2)
-        close(got[0].numpy(), 2 * a)
-        close(got[1].numpy(), 2 * b)
+        assert_close(got[0].numpy(), 2 * a)
+        assert_close(got[1].numpy(), 2 * b)
     assert f.stats.compiles == 1
     f([data(2, 2), data(2, 3)], 3)
     assert f.stats.compiles == 2
@@ -90,8 +90,8 @@ def test_containers_and_static_arguments():
 def test_specialising(compiled):
     x, y = data(8, 40), data(2, 24)
     fixed = compiled.specialize(batch=8)
-    close(fixed(x, y).numpy(), expected(x, y))
-    close(fixed(x, data(5, 24) * 0).numpy(), expected(x, np.zeros((5, 24))))
+    assert_close(fixed(x, y).numpy(), expected(x, y))
+    assert_close(fixed(x, data(5, 24) * 0).numpy(), expected(x, np.zeros((5, 24))))
     assert fixed.stats.compiles == 1
     with pytest.raises(td.TreadleError):
         fixed(x[:3], y)
@@ -106,10 +106,10 @@ def test_graphs_are_open_where_they_are_symbolic():
     f = td.compile(graph)
     for b in (1, 6):
         x, y = data(b, 40), data(3, 24)
-        close(f(x, y).numpy(), expected(x, y))
+        assert_close(f(x, y).numpy(), expected(x, y))
     assert f.stats.compiles == 1
     g = td.compile(graph).specialize(b=6)
-    close(g(x, y).numpy(), expected(x, y))
+    assert_close(g(x, y).numpy(), expected(x, y))
 
 
 def test_saved_programs_stay_open(compiled, tmp_path):
@@ -118,7 +118,7 @@ def test_saved_programs_stay_open(compiled, tmp_path):
     loaded = td.load(tmp_path / "f.td")
     for b in (1, 3, 50):
         x, y = data(b, 40), data(b + 1, 24)
-        close(loaded(x, y).numpy(), expected(x, y))
+        assert_close(loaded(x, y).numpy(), expected(x, y))
     with pytest.raises(td.TreadleError):
         loaded(data(3, 41), data(3, 24))
 
@@ -154,7 +154,7 @@ def test_an_encoder():
         mask[:, max(seq - 2, 1):] = 0
         with td.no_grad():
             want = model(td.tensor(ids), td.tensor(mask)).numpy()
-        close(f(ids, mask).numpy(), want, 2e-4)
+        assert_close(f(ids, mask).numpy(), want, 2e-4)
     assert f.stats.compiles == 1
 
 
@@ -178,7 +178,7 @@ def test_a_network_for_images():
         x = data(batch, 3, height, width)
         with td.no_grad():
             want = model(td.tensor(x)).numpy()
-        close(f(x).numpy(), want, 2e-4)
+        assert_close(f(x).numpy(), want, 2e-4)
     assert f.stats.compiles == 1
 
 
@@ -192,7 +192,7 @@ def test_gradients():
     for batch in (1, 3, 50):
         x = data(batch, 24)
         for got, want in zip(f(w, x), static(w, x)):
-            close(got.numpy(), want.numpy())
+            assert_close(got.numpy(), want.numpy())
     assert f.stats.compiles == 1
 
 
@@ -204,7 +204,7 @@ def test_scans():
     for time, batch in ((1, 1), (5, 2), (12, 3)):
         x, h = data(time, batch, 4), data(batch, 4)
         for got, want in zip(f(x, h), static(x, h)):
-            close(got.numpy(), want.numpy())
+            assert_close(got.numpy(), want.numpy())
     assert f.stats.compiles == 1
 
 
@@ -244,15 +244,15 @@ def test_training_steps_of_any_batch(options):
     opened, static = steps(model, mean_square, batches, {"x": {0: "batch"}, "y": {0: "batch"}}, **options)
     assert opened[2] == 1 and static[2] == 4
     tol = 2e-2 if "amp" in options else 1e-4
-    close(opened[0], static[0], tol)
+    assert_close(opened[0], static[0], tol)
     for a, b in zip(opened[1], static[1]):
-        close(a, b, tol)
+        assert_close(a, b, tol)
 
 
 def test_training_steps_on_images_of_any_size():
     batches = [(data(n, 3, h, w), RNG.integers(0, 10, n)) for n, h, w in ((2, 8, 8), (1, 12, 10), (5, 9, 16))]
     opened, static = steps(Images, cross_entropy, batches, {"x": ("n", 3, "h", "w"), "y": ("n",)})
     assert opened[2] == 1
-    close(opened[0], static[0], 1e-3)
+    assert_close(opened[0], static[0], 1e-3)
     for a, b in zip(opened[1], static[1]):
-        close(a, b, 2e-3)
+        assert_close(a, b, 2e-3)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import treadle as td
 
-from .tools import both, close
+from .tools import assert_close, both
 
 rng = np.random.default_rng(0)
 X = rng.uniform(-2, 2, (3, 4)).astype(np.float32)
@@ -34,15 +34,15 @@ BINARY = (
 def test_unary(name):
     x = P if name in IN_UNIT else X
     expected = getattr(np, name)(x)
-    close(both(getattr(td, name), x), expected, 2e-6)
+    assert_close(both(getattr(td, name), x), expected, 2e-6)
     if name not in IN_UNIT and name not in ("isnan", "isinf", "isfinite"):
         result = both(getattr(td, name), I)
-        close(result.astype("float64"), np.asarray(getattr(np, name)(I), np.float64), 2e-6)
+        assert_close(result.astype("float64"), np.asarray(getattr(np, name)(I), np.float64), 2e-6)
 
 
 @pytest.mark.parametrize("name", BINARY)
 def test_binary(name):
-    close(both(getattr(td, name), X, X[1] + 0.25), getattr(np, name)(X, X[1] + np.float32(0.25)))
+    assert_close(both(getattr(td, name), X, X[1] + 0.25), getattr(np, name)(X, X[1] + np.float32(0.25)))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_elementwise_extras(fn, expected):
     x = P if expected is None else X
     if expected is None:
         expected = (1 / np.sqrt(P)) if fn is td.rsqrt else P - np.log(np.exp(P).sum(-1, keepdims=True))
-    close(both(fn, x), np.asarray(expected, fn(td.asarray(x)).numpy().dtype), 2e-6)
+    assert_close(both(fn, x), np.asarray(expected, fn(td.asarray(x)).numpy().dtype), 2e-6)
 
 
 def test_not_a_number_and_infinity():
@@ -99,26 +99,26 @@ def test_reductions(name, axis):
             expected = getattr(np, name)(given_x, axis=axis, keepdims=keepdims)
             result = both(lambda t: getattr(td, name)(t, axis=axis, keepdims=keepdims), given_x)  # noqa: B023
             wanted = result.numpy().dtype if name in ("mean", "var", "std") else np.asarray(expected).dtype
-            close(result, np.asarray(expected, wanted), 3e-6)
+            assert_close(result, np.asarray(expected, wanted), 3e-6)
 
 
 def test_reduction_options():
-    close(both(lambda x: td.var(x, 1, ddof=1), X), X.var(1, ddof=1))
-    close(both(lambda x: td.std(x, correction=1), X), X.std(ddof=1))
-    close(both(lambda x: td.logsumexp(x, 0), X), np.log(np.exp(X).sum(0)))
+    assert_close(both(lambda x: td.var(x, 1, ddof=1), X), X.var(1, ddof=1))
+    assert_close(both(lambda x: td.std(x, correction=1), X), X.std(ddof=1))
+    assert_close(both(lambda x: td.logsumexp(x, 0), X), np.log(np.exp(X).sum(0)))
     for order in (1, 2, 3, 0, np.inf, -np.inf):
-        close(
+        assert_close(
             both(lambda x, order=order: td.norm(x, order, axis=1), X),
             np.linalg.norm(X, order, axis=1).astype(np.float32),
         )
     assert td.sum(I, dtype="float64").dtype == "float64" and td.mean(X, dtype="float64").dtype == "float64"
     for axis in (None, 0, 1):
-        close(both(lambda x: td.argmax(x, axis), X), np.asarray(X.argmax(axis)))  # noqa: B023
-        close(both(lambda x: td.argmin(x, axis, keepdims=True), X), X.argmin(axis, keepdims=True))  # noqa: B023
-        close(both(lambda x: td.cumsum(x, axis), X), X.cumsum(axis), 3e-6)  # noqa: B023
-        close(both(lambda x: td.cumprod(x, axis), X), X.cumprod(axis))  # noqa: B023
-        close(both(lambda x: td.median(x, axis, keepdims=True), X), np.median(X, axis, keepdims=True))  # noqa: B023
-        close(both(lambda x: td.median(x, axis), I), np.asarray(np.median(I, axis), np.float32))  # noqa: B023
+        assert_close(both(lambda x: td.argmax(x, axis), X), np.asarray(X.argmax(axis)))  # noqa: B023
+        assert_close(both(lambda x: td.argmin(x, axis, keepdims=True), X), X.argmin(axis, keepdims=True))  # noqa: B023
+        assert_close(both(lambda x: td.cumsum(x, axis), X), X.cumsum(axis), 3e-6)  # noqa: B023
+        assert_close(both(lambda x: td.cumprod(x, axis), X), X.cumprod(axis))  # noqa: B023
+        assert_close(both(lambda x: td.median(x, axis, keepdims=True), X), np.median(X, axis, keepdims=True))  # noqa: B023
+        assert_close(both(lambda x: td.median(x, axis), I), np.asarray(np.median(I, axis), np.float32))  # noqa: B023
     for wrong in (lambda: td.sum(X, 2), lambda: td.sum(X, (0, 0)), lambda: td.sum(X, 1.5)):
         with pytest.raises(td.TreadleError, match="axis"):
             wrong()
@@ -126,13 +126,13 @@ def test_reduction_options():
 
 def test_order():
     for axis in (0, 1):
-        close(both(lambda x: td.sort(x, axis), X), np.sort(X, axis))  # noqa: B023
-        close(both(lambda x: td.argsort(x, axis), I), np.argsort(I, axis, kind="stable"))  # noqa: B023
-    close(both(lambda x: td.sort(x, descending=True), X), -np.sort(-X))
+        assert_close(both(lambda x: td.sort(x, axis), X), np.sort(X, axis))  # noqa: B023
+        assert_close(both(lambda x: td.argsort(x, axis), I), np.argsort(I, axis, kind="stable"))  # noqa: B023
+    assert_close(both(lambda x: td.sort(x, descending=True), X), -np.sort(-X))
     values, indices = both(lambda x: td.top_k(x, 2), X)
-    close(values, -np.sort(-X)[:, :2])
-    close(np.take_along_axis(X, indices.numpy(), 1), values)
-    close(both(lambda x: td.top_k(x, 1, axis=0, largest=False)[0], X), X.min(0, keepdims=True))
+    assert_close(values, -np.sort(-X)[:, :2])
+    assert_close(np.take_along_axis(X, indices.numpy(), 1), values)
+    assert_close(both(lambda x: td.top_k(x, 1, axis=0, largest=False)[0], X), X.min(0, keepdims=True))
 
 
 CREATED = [
@@ -175,7 +175,7 @@ CREATED = [
 @pytest.mark.parametrize("case", range(len(CREATED)))
 def test_creation(case):
     fn, expected = CREATED[case]
-    close(both(fn), expected)
+    assert_close(both(fn), expected)
 
 
 MOVED = [
@@ -229,7 +229,7 @@ MOVED = [
 @pytest.mark.parametrize("case", range(len(MOVED)))
 def test_moving(case):
     fn, expected = MOVED[case]
-    close(both(fn, X), expected(X))
+    assert_close(both(fn, X), expected(X))
 
 
 @pytest.mark.parametrize(
@@ -292,13 +292,13 @@ def test_products():
         lambda m, a, b: m.tensordot(a[0, 0], b[0, 0], axes=0),
     ):
         expected = np.asarray(fn(np, A, B))
-        close(both(lambda a, b: fn(td, a, b), A, B), expected.astype("f4"), 1e-5)  # noqa: B023
-    close(td.matmul(A[0], A[1], transpose_y=True), A[0] @ A[1].T, 1e-5)
+        assert_close(both(lambda a, b: fn(td, a, b), A, B), expected.astype("f4"), 1e-5)  # noqa: B023
+    assert_close(td.matmul(A[0], A[1], transpose_y=True), A[0] @ A[1].T, 1e-5)
     assert (
         td.matmul(td.ones((2, 3), "bfloat16"), td.ones((3, 2), "bfloat16"), out_dtype="float32").dtype
         == "float32"
     )
-    close(td.trace_of(A[:, :3, :3]), np.trace(A[:, :3, :3], axis1=1, axis2=2), 1e-5)
+    assert_close(td.trace_of(A[:, :3, :3]), np.trace(A[:, :3, :3], axis1=1, axis2=2), 1e-5)
 
 
 EINSUMS = [
@@ -338,7 +338,7 @@ def test_einsum(text):
     ranks = {"...ij": (5, 3, 4), "...jk": (1, 4, 2), "...i": (2, 5, 3), "a...": (2, 5, 1), "...b": (1, 4, 3)}
     terms = text.replace(" ", "").split("->")[0].split(",")
     arrays = [rng.normal(size=ranks.get(t) or tuple(sizes[c] for c in t)) for t in terms]
-    close(both(lambda *xs: td.einsum(text, *xs), *arrays), np.asarray(np.einsum(text, *arrays)), 1e-9)
+    assert_close(both(lambda *xs: td.einsum(text, *xs), *arrays), np.asarray(np.einsum(text, *arrays)), 1e-9)
 
 
 @given(st.data())
@@ -352,7 +352,7 @@ def test_einsum_on_random_terms(data):
     sizes = {c: data.draw(st.integers(1, 3)) for c in labels}
     arrays = [np.random.default_rng(1).normal(size=tuple(sizes[c] for c in t)) for t in terms]
     text = ",".join(terms) + "->" + output
-    close(td.einsum(text, *map(td.asarray, arrays)), np.asarray(np.einsum(text, *arrays)), 1e-9)
+    assert_close(td.einsum(text, *map(td.asarray, arrays)), np.asarray(np.einsum(text, *arrays)), 1e-9)
 
 
 def test_einsum_moves_nothing_where_flags_do():
@@ -371,9 +371,9 @@ def test_windows():
     back = td.conv_transpose(y, w, stride=(2, 1), padding=((1, 0), (2, 1)), dilation=(1, 2), groups=2)
     assert back.shape == x.shape
     inner = (y * y).sum()  # <conv x, y> = <x, conv_transpose y>
-    close((td.asarray(x) * back).sum(), inner, 1e-3)
-    close(both(lambda x: td.max_pool(x, 2), x), x[:, :, :, :6].reshape(2, 4, 3, 2, 3, 2).max((3, 5)))
-    close(
+    assert_close((td.asarray(x) * back).sum(), inner, 1e-3)
+    assert_close(both(lambda x: td.max_pool(x, 2), x), x[:, :, :, :6].reshape(2, 4, 3, 2, 3, 2).max((3, 5)))
+    assert_close(
         both(lambda x: td.avg_pool(x, (2, 3), stride=(2, 3)), x),
         x[:, :, :, :6].reshape(2, 4, 3, 2, 2, 3).mean((3, 5), dtype="f4"),
     )
@@ -386,24 +386,24 @@ def test_norms_attention_and_loss():
     x = rng.normal(size=(2, 4, 6)).astype("f4")
     scale, bias = rng.normal(size=6).astype("f4"), rng.normal(size=6).astype("f4")
     normal = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
-    close(both(lambda x, s, b: td.layer_norm(x, s, b), x, scale, bias), normal * scale + bias, 1e-5)
-    close(
+    assert_close(both(lambda x, s, b: td.layer_norm(x, s, b), x, scale, bias), normal * scale + bias, 1e-5)
+    assert_close(
         both(lambda x, s: td.rms_norm(x, s), x, scale),
         x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * scale,
         1e-5,
     )
     y, mean, variance = both(lambda x: td.batch_norm(x, td.ones(4), td.zeros(4)), x)
-    close((mean, variance), (x.mean((0, 2)), x.var((0, 2))), 1e-5)
+    assert_close((mean, variance), (x.mean((0, 2)), x.var((0, 2))), 1e-5)
     assert abs(y.numpy().mean((0, 2))).max() < 1e-5
-    close(td.group_norm(x, td.ones(4), td.zeros(4), groups=1).numpy().mean((1, 2)), np.zeros(2, "f4"), 1e-5)
+    assert_close(td.group_norm(x, td.ones(4), td.zeros(4), groups=1).numpy().mean((1, 2)), np.zeros(2, "f4"), 1e-5)
     scores = x @ x.transpose(0, 2, 1) / np.float32(np.sqrt(6))
     weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
-    close(both(lambda x: td.attention(x, x, x), x), weights @ x, 1e-5)
-    close(td.attention(x, x, x, mask=td.tri(4, dtype="bool")), td.attention(x, x, x, causal=True), 1e-6)
+    assert_close(both(lambda x: td.attention(x, x, x), x), weights @ x, 1e-5)
+    assert_close(td.attention(x, x, x, mask=td.tri(4, dtype="bool")), td.attention(x, x, x, causal=True), 1e-6)
     labels = np.array([[0, 5, 2, 1], [3, 3, -1, 0]])
     logp = x - np.log(np.exp(x).sum(-1, keepdims=True))
     picked = -np.take_along_axis(logp, labels.clip(0)[..., None], -1)[..., 0]
-    close(
+    assert_close(
         both(lambda x, y: td.cross_entropy(x, y, ignore_index=-1), x, labels),
         np.where(labels < 0, 0, picked).astype("f4"),
         1e-5,

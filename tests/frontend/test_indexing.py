@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 
 import treadle as td
 
-from .tools import both, close, traced
+from .tools import assert_close, both, traced
 
 X = np.arange(60, dtype=np.float32).reshape(3, 4, 5)
 L = np.array
@@ -23,7 +23,7 @@ def test_basic_indices(data):
     shape = data.draw(SHAPES)
     index = data.draw(hnp.basic_indices(shape, allow_newaxis=True))
     x = np.arange(np.prod(shape), dtype=np.int32).reshape(shape)
-    close(td.asarray(x)[index], np.asarray(x[index]))
+    assert_close(td.asarray(x)[index], np.asarray(x[index]))
 
 
 @given(st.data())
@@ -36,8 +36,8 @@ def test_updates_at_basic_indices(data):
     replaced, added = x.copy(), x.copy()
     replaced[index] = values
     added[index] += values
-    close(td.asarray(x).at[index].set(values), replaced)
-    close(td.asarray(x).at[index].add(values), added)
+    assert_close(td.asarray(x).at[index].set(values), replaced)
+    assert_close(td.asarray(x).at[index].add(values), added)
 
 
 ADVANCED = [
@@ -68,17 +68,17 @@ def test_advanced_indices(case):
     index = ADVANCED[case]
     index = tuple(L(i) if isinstance(i, list) else i for i in index) if isinstance(index, tuple) else index
     expected = X[index]
-    close(both(lambda x: x[index], X), np.asarray(expected))
+    assert_close(both(lambda x: x[index], X), np.asarray(expected))
     values = np.arange(expected.size, dtype=np.float32).reshape(expected.shape) + 100
     if len({tuple(p) for p in np.argwhere(np.ones(expected.shape))}) == len(
         set(np.arange(60).reshape(X.shape)[index].ravel())
     ):
         replaced = X.copy()
         replaced[index] = values
-        close(both(lambda x: x.at[index].set(values), X), replaced)
+        assert_close(both(lambda x: x.at[index].set(values), X), replaced)
     added = X.copy()
     np.add.at(added, index, values)
-    close(both(lambda x: x.at[index].add(values), X), added)
+    assert_close(both(lambda x: x.at[index].add(values), X), added)
 
 
 def test_traced_indices():
@@ -87,23 +87,23 @@ def test_traced_indices():
 
     for i in (np.asarray(2), L([0, 2, 2]), L([-1, 0], np.int32)):
         x = td.asarray(X)
-        close(traced(pick, X, i), pick(x, td.asarray(i)))
-        close(pick(x, td.asarray(i))[0], np.asarray(X[i]))
+        assert_close(traced(pick, X, i), pick(x, td.asarray(i)))
+        assert_close(pick(x, td.asarray(i))[0], np.asarray(X[i]))
 
 
 def test_masks():
     mask = X[..., 0] % 2 == 0
     x = td.asarray(X)
-    close(x[td.asarray(mask)], X[mask])
-    close(x[X > 30], X[X > 30])
-    close(x[:, td.tensor([True, False, True, False])], X[:, [0, 2]])
+    assert_close(x[td.asarray(mask)], X[mask])
+    assert_close(x[X > 30], X[X > 30])
+    assert_close(x[:, td.tensor([True, False, True, False])], X[:, [0, 2]])
     expected = X.copy()
     expected[mask] = 0
-    close(both(lambda x: x.at[x[..., 0] % 2 == 0].set(0.0), X), expected)
-    close(x.at[mask].set(X[mask] * 2).sum(), np.where(mask[..., None], X * 2, X).sum())
-    close(traced(lambda x: x[x > 30], X), X[X > 30])
-    close(traced(lambda x: td.nonzero(x > 57), X), tuple(np.nonzero(X > 57)))
-    close(td.nonzero(td.asarray(X > 57)), tuple(np.nonzero(X > 57)))
+    assert_close(both(lambda x: x.at[x[..., 0] % 2 == 0].set(0.0), X), expected)
+    assert_close(x.at[mask].set(X[mask] * 2).sum(), np.where(mask[..., None], X * 2, X).sum())
+    assert_close(traced(lambda x: x[x > 30], X), X[X > 30])
+    assert_close(traced(lambda x: td.nonzero(x > 57), X), tuple(np.nonzero(X > 57)))
+    assert_close(td.nonzero(td.asarray(X > 57)), tuple(np.nonzero(X > 57)))
 
 
 @pytest.mark.parametrize(
@@ -130,10 +130,10 @@ def test_wrong_indices(index, words):
 def test_traced_slice_bounds_are_refused():
     with pytest.raises(td.TreadleError, match="td.dynamic_slice"):
         td.trace(lambda x, i: x[i:], X, np.asarray(1))
-    close(both(lambda x, i: td.dynamic_slice(x, (i, 0, 1), (1, 4, 2)), X, np.asarray(1)), X[1:2, :, 1:3])
+    assert_close(both(lambda x, i: td.dynamic_slice(x, (i, 0, 1), (1, 4, 2)), X, np.asarray(1)), X[1:2, :, 1:3])
     updated = X.copy()
     updated[1:3, 2:4, 0:1] = -1
-    close(
+    assert_close(
         both(lambda x, i: td.dynamic_update_slice(x, -td.ones((2, 2, 1)), (i, 2, 0)), X, np.asarray(1)),
         updated,
     )
@@ -141,17 +141,17 @@ def test_traced_slice_bounds_are_refused():
 
 def test_by_name():
     i = L([[0, 2], [1, 1]])
-    close(both(lambda x: td.take(x, i), X), np.take(X, i))
-    close(both(lambda x: x.take(i, 1), X), np.take(X, i, 1))
-    close(both(lambda x: td.gather(x, i), X), X[i])
+    assert_close(both(lambda x: td.take(x, i), X), np.take(X, i))
+    assert_close(both(lambda x: x.take(i, 1), X), np.take(X, i, 1))
+    assert_close(both(lambda x: td.gather(x, i), X), X[i])
     along = np.argsort(-X, 1)
-    close(both(lambda x, i: td.take_along_axis(x, i, 1), X, along), np.take_along_axis(X, along, 1))
-    close(both(lambda x: td.take_along_axis(x, L([[[0]]]), -1), X), X[..., :1])
+    assert_close(both(lambda x, i: td.take_along_axis(x, i, 1), X, along), np.take_along_axis(X, along, 1))
+    assert_close(both(lambda x: td.take_along_axis(x, L([[[0]]]), -1), X), X[..., :1])
     expected = np.zeros((4, 5), np.float32)
     np.add.at(expected, i, X[:2, :2])
-    close(both(lambda u: td.scatter_add(td.zeros((4, 5)), i, u), X[:2, :2]), expected)
-    close(both(lambda x: td.gather_nd(x, i), X), X[i[:, 0], i[:, 1]])
-    close(
+    assert_close(both(lambda u: td.scatter_add(td.zeros((4, 5)), i, u), X[:2, :2]), expected)
+    assert_close(both(lambda x: td.gather_nd(x, i), X), X[i[:, 0], i[:, 1]])
+    assert_close(
         td.scatter_add_nd(td.zeros((3, 4)), i, td.ones(2)),
         np.array([[0, 0, 1, 0], [0, 1, 0, 0], [0] * 4], np.float32),
     )
@@ -165,7 +165,7 @@ def test_other_updates():
         and x.at[2].minimum(1).max() == 39
     )
     assert (x.at[1].get().numpy() == X[1]).all()
-    close(td.zeros(3).at[L([1, 1])].set(td.tensor([5.0, 7.0])), L([0, 7, 0], np.float32))
+    assert_close(td.zeros(3).at[L([1, 1])].set(td.tensor([5.0, 7.0])), L([0, 7, 0], np.float32))
     with pytest.raises(td.TreadleError, match=r"f32\[7\] do not fit"):
         x.at[0].set(td.zeros(7))
 

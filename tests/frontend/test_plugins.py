@@ -8,7 +8,7 @@ import pytest
 import treadle as td
 from treadle.frontend import plugins
 
-from .tools import both, close, traced
+from .tools import assert_close, both, traced
 
 X = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
 
@@ -31,17 +31,17 @@ def swish():
 
 def test_an_op(swish):
     expected = X / (1 + np.exp(-2 * X))
-    close(both(lambda x: swish(x, beta=2.0), X), expected, 1e-5)
+    assert_close(both(lambda x: swish(x, beta=2.0), X), expected, 1e-5)
     reference = td.grad(lambda x: (x * td.sigmoid(2 * x) * x).sum())
     gradient = td.grad(lambda x: (swish(x, beta=2.0) * x).sum())
-    close(gradient(X), reference(X), 1e-5)
-    close(traced(gradient, X), reference(X), 1e-5)
+    assert_close(gradient(X), reference(X), 1e-5)
+    assert_close(traced(gradient, X), reference(X), 1e-5)
     second = td.grad(lambda x: (gradient(x) ** 2).sum())
-    close(
+    assert_close(
         second(X.astype(np.float64)), td.grad(lambda x: (reference(x) ** 2).sum())(X.astype(np.float64)), 1e-9
     )
-    close(td.compile(lambda x: swish(x, beta=2.0) + 1)(X), expected + 1, 1e-5)
-    close(td.compile(gradient)(X), reference(X), 1e-5)
+    assert_close(td.compile(lambda x: swish(x, beta=2.0) + 1)(X), expected + 1, 1e-5)
+    assert_close(td.compile(gradient)(X), reference(X), 1e-5)
     graph = td.trace(swish, X)
     assert "user_swish(%x0)" in str(graph) or "user_swish" in str(graph)
     assert td.ir.parse(str(graph)) == graph and swish.__doc__ == "x * sigmoid(beta * x)."
@@ -67,8 +67,8 @@ def test_an_op_with_several_operands_and_results():
         ],
     )
     try:
-        close(td.grad(lambda x: op(x, X)[0].sum())(X), np.cos(X) * X, 1e-5)
-        close(td.grad(lambda x: op(x, X)[1].sum() + op(x, X)[0].sum())(X), (np.cos(X) - np.sin(X)) * X, 1e-5)
+        assert_close(td.grad(lambda x: op(x, X)[0].sum())(X), np.cos(X) * X, 1e-5)
+        assert_close(td.grad(lambda x: op(x, X)[1].sum() + op(x, X)[0].sum())(X), (np.cos(X) - np.sin(X)) * X, 1e-5)
         assert (td.grad(lambda y: op(X, y)[0].sum())(X).numpy() == 0).all()
         with pytest.raises(td.TreadleError, match="user_sincos"):
             td.compile(lambda x: op(x, x)[0])(X)
@@ -131,5 +131,5 @@ def test_a_layer_an_optimizer_and_a_loss():
                 log_cosh(model, td.asarray(X), td.asarray(X * 2)).backward()
                 opt.step()
         runs.append(model)
-    close(runs[0].state_dict(), runs[1].state_dict(), 1e-5)
+    assert_close(runs[0].state_dict(), runs[1].state_dict(), 1e-5)
     assert runs[0][1].calls.item() == 3

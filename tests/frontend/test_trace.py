@@ -8,7 +8,7 @@ import pytest
 import treadle as td
 from treadle.frontend import recording, tree
 
-from .tools import close, run_graph, traced
+from .tools import assert_close, run_graph, traced
 
 X = np.arange(6, dtype=np.float32).reshape(2, 3)
 
@@ -41,7 +41,7 @@ def test_arguments_and_results_are_trees():
     graph = td.trace(fn, *args, shift={"by": td.ones(3)})
     assert [v.name for v in graph.inputs] == ["pair_0", "pair_1", "options_a", "options_b", "shift_by"]
     result = run_graph(graph, *args, np.ones(3, np.float32))
-    close(result, {"sum": X * 3 + 1, "rest": [X[0], (X + 1,)], "none": None})
+    assert_close(result, {"sum": X * 3 + 1, "rest": [X[0], (X + 1,)], "none": None})
     assert [v.name for v in td.trace(lambda *xs: xs[0], X, X).inputs] == ["xs0", "xs1"]
 
 
@@ -55,7 +55,7 @@ def test_symbolic_sizes():
     graph = td.trace(
         lambda x: td.concatenate([x, x[1:-1], td.zeros((x.shape[0], 3))]).mean(0), td.spec(("n", 3))
     )
-    close(
+    assert_close(
         run_graph(graph, X.repeat(2, 0)),
         np.concatenate([X.repeat(2, 0), X.repeat(2, 0)[1:-1], np.zeros((4, 3))]).mean(0).astype("f4"),
     )
@@ -86,7 +86,7 @@ def test_arrays_are_constants_or_captured_by_size():
     X2 = X.copy()
     graph = td.trace(lambda x: x + X2, X)
     X2 += 1
-    close(run_graph(graph, X), X + X)
+    assert_close(run_graph(graph, X), X + X)
 
 
 def test_assignments_become_outputs_that_take_over_inputs():
@@ -100,7 +100,7 @@ def test_assignments_become_outputs_that_take_over_inputs():
 
     graph = td.trace(fn, X)
     assert graph.aliases == {2: 1, 3: 2}
-    close(run_graph(graph, X), (np.zeros(1, "f4"), np.full(1, 15, "f4")))
+    assert_close(run_graph(graph, X), (np.zeros(1, "f4"), np.full(1, 15, "f4")))
     assert counter.item() == 15 and other.item() == 15
     with pytest.raises(td.TreadleError, match="traced value"):
         td.trace(lambda x: x.assign(0.0), X)
@@ -167,9 +167,9 @@ def test_elements_of_concrete_tensors_read_while_tracing():
     with pytest.raises(td.TreadleError, match="keep the present value for ever"):
         td.trace(lambda x: x * state.numpy()[0], X)
     f = td.compile(lambda x: x * plain.tolist()[0])
-    close(f(X), X)
+    assert_close(f(X), X)
     plain.assign(3.0)
-    close(f(X), X * 3)
+    assert_close(f(X), X * 3)
 
 
 def test_no_grad_inside_a_trace_stops_gradients():
@@ -178,9 +178,9 @@ def test_no_grad_inside_a_trace_stops_gradients():
             y = x * 3
         return (x * y).sum()
 
-    close(traced(td.grad(fn), X), X * 3)
+    assert_close(traced(td.grad(fn), X), X * 3)
     with td.no_grad():
-        close(traced(td.grad(lambda x: (x * x).sum()), X), X * 2)
+        assert_close(traced(td.grad(lambda x: (x * x).sum()), X), X * 2)
 
 
 def test_specs():
@@ -210,7 +210,7 @@ def test_trees():
             self.x = x
 
     tree.register(Box, lambda b: {"x": b.x}, lambda parts: Box(parts["x"]))
-    close(
+    assert_close(
         traced(lambda b: b.x * 2, Box(X))
         if False
         else td.trace(lambda b: Box(b.x * 2), Box(X)).output_types[0].shape,

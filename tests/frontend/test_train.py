@@ -8,7 +8,7 @@ import pytest
 import treadle as td
 from treadle.frontend.optim.clip import clip_by_global_norm
 
-from .tools import close
+from .tools import assert_close
 
 rng = np.random.default_rng(0)
 X = rng.normal(size=(8, 4)).astype(np.float32)
@@ -173,7 +173,7 @@ def test_accumulation_equals_the_whole_batch():
         value, aux = step(X, Y.astype(np.float32))
         models.append((model, value, aux))
     same_state(models[0][0], models[1][0])
-    close(models[0][1], models[1][1], 1e-5)
+    assert_close(models[0][1], models[1][1], 1e-5)
     assert models[0][2]["kept"].shape == () and models[1][2]["kept"].shape == (4,)
     (model, opt), _ = pair()
     td.train_step(model, loss_fn, opt, accumulate=2)(X, Y)

@@ -7,7 +7,7 @@ import pytest
 
 import treadle as td
 
-from .tools import both, close, traced
+from .tools import assert_close, both, traced
 
 X = np.linspace(-1.03, 1.61, 6).reshape(2, 3)
 
@@ -66,15 +66,15 @@ def test_arguments_results_and_aux():
 
     (value, aux), grads = td.value_and_grad(loss, has_aux=True)(params, np.ones((4, 2)), scale=0.5)
     assert value.shape == () and aux["y"].shape == (4, 3) and not value.requires_grad
-    close(grads["b"][0], aux["y"].numpy().sum(0))
-    close(grads["w"], np.ones((2, 4)) @ aux["y"].numpy())
+    assert_close(grads["b"][0], aux["y"].numpy().sum(0))
+    assert_close(grads["w"], np.ones((2, 4)) @ aux["y"].numpy())
     only, aux = td.grad(loss, has_aux=True)(params, np.ones((4, 2)))
     assert set(only) == {"b", "w"}
     gx, gy = td.grad(lambda x, y: (x * y).sum(), argnums=(0, 1))(X, X + 1)
-    close((gx, gy), (X + 1, X))
-    close(td.grad(lambda x, y: (x * y).sum(), argnums=-1)(X, X + 1), X)
+    assert_close((gx, gy), (X + 1, X))
+    assert_close(td.grad(lambda x, y: (x * y).sum(), argnums=-1)(X, X + 1), X)
     assert td.grad(lambda x, y: y * 1.0)(2.0, td.tensor(1.0)).item() == 0, "an argument that does not matter"
-    close(traced(lambda x: td.value_and_grad(lambda x: (x * x).sum())(x), X), ((X * X).sum(), 2 * X))
+    assert_close(traced(lambda x: td.value_and_grad(lambda x: (x * x).sum())(x), X), ((X * X).sum(), 2 * X))
 
 
 @pytest.mark.parametrize(
@@ -122,13 +122,13 @@ def test_vjp_and_jvp():
         return results, back((ct, np.zeros((), np.int64), np.float64(2)))
 
     (results, grads), expected = both(pull, X, y), (np.cos(X) * (ct @ y.T) + 2, np.sin(X).T @ ct)
-    close(grads, expected)
-    close(results[0], np.sin(X) @ y)
+    assert_close(grads, expected)
+    assert_close(results[0], np.sin(X) @ y)
     (primal, tangent) = both(lambda x, y: td.jvp(fn, (x, y), (tx, ty)), X, y)
-    close(tangent, ((np.cos(X) * tx) @ y + np.sin(X) @ ty, np.zeros((), np.int64), np.asarray(tx.sum())))
+    assert_close(tangent, ((np.cos(X) * tx) @ y + np.sin(X) @ ty, np.zeros((), np.int64), np.asarray(tx.sum())))
     assert not tangent[0].requires_grad
     _, back = td.vjp(td.sin, X)
-    close(back(X)[0], back(X)[0])
+    assert_close(back(X)[0], back(X)[0])
 
 
 def test_hessian_vector_product():
@@ -138,8 +138,8 @@ def test_hessian_vector_product():
     v = np.random.default_rng(2).normal(size=X.shape)
     forward = td.jvp(td.grad(fn), (X,), (v,))[1]
     reverse = td.grad(lambda x: (td.grad(fn)(x) * v).sum())(X)
-    close(forward, reverse, 1e-12)
-    close(traced(lambda x: td.jvp(td.grad(fn), (x,), (v,))[1], X), reverse, 1e-12)
+    assert_close(forward, reverse, 1e-12)
+    assert_close(traced(lambda x: td.jvp(td.grad(fn), (x,), (v,))[1], X), reverse, 1e-12)
 
 
 def test_backward_accumulates_into_leaves():
@@ -148,11 +148,11 @@ def test_backward_accumulates_into_leaves():
     for _ in range(2):
         loss = ((td.asarray(X.T) @ w + b) * frozen).sum()
         loss.backward()
-    close(w.grad, 2 * np.tile(X.sum(1, keepdims=True), (1, 3)))
-    close(b.grad, np.full(3, 6.0))
+    assert_close(w.grad, 2 * np.tile(X.sum(1, keepdims=True), (1, 3)))
+    assert_close(b.grad, np.full(3, 6.0))
     assert frozen.grad is None and not w.grad.requires_grad
     (w * 2).backward(td.ones((2, 3), "float64"))
-    close(w.grad, 2 * np.tile(X.sum(1, keepdims=True), (1, 3)) + 2)
+    assert_close(w.grad, 2 * np.tile(X.sum(1, keepdims=True), (1, 3)) + 2)
     with td.no_grad():
         assert not (w * 2).requires_grad and not td.is_grad_enabled()
         with td.enable_grad():
@@ -170,7 +170,7 @@ def test_a_gradient_penalty_reaches_the_parameters():
     penalty(w).backward()
     d = np.random.default_rng(3).normal(size=w.shape)
     np.testing.assert_allclose((w.grad.numpy() * d).sum(), slope(penalty, X.T, d), rtol=1e-6)
-    close(traced(td.grad(penalty), X.T.copy()), w.grad, 1e-9)
+    assert_close(traced(td.grad(penalty), X.T.copy()), w.grad, 1e-9)
 
 
 def test_elements_replaced_between_forward_and_backward_are_noticed():
@@ -215,7 +215,7 @@ def test_checkpoint_recomputes_and_gives_the_same():
     names = [n.op.name for n in graph.nodes]
     assert "remat" in names and "barrier" in names
     td.random.seed(1)
-    close(traced(td.grad(lambda x: loss(x, td.checkpoint(block))), X), expected, 1e-12)
+    assert_close(traced(td.grad(lambda x: loss(x, td.checkpoint(block))), X), expected, 1e-12)
     td.random.seed(1)
-    close(td.grad(lambda x: loss(x, td.checkpoint(block)))(X), expected, 1e-12)
+    assert_close(td.grad(lambda x: loss(x, td.checkpoint(block)))(X), expected, 1e-12)
     assert count.item() == 3

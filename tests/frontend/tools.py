@@ -36,11 +36,11 @@ def traced(fn: Callable[..., Any], *args: Any) -> Any:
 def both(fn: Callable[..., Any], *args: Any) -> Any:
     """The eager result, after a check that the traced one is the same."""
     eager = fn(*[td.asarray(a) if isinstance(a, np.ndarray) else a for a in args])
-    close(traced(fn, *args), eager)
+    assert_close(traced(fn, *args), eager)
     return eager
 
 
-def close(actual: Any, expected: Any, tolerance: float = 1e-6) -> None:
+def assert_close(actual: Any, expected: Any, tolerance: float = 1e-6) -> None:
     """Equal trees: structure, shapes, dtypes, values to a relative tolerance."""
     found, structure = tree.flatten(actual)
     wanted, other = tree.flatten(expected)

@@ -1,4 +1,4 @@
-"""The op x slot matrix. Run with `pytest -s` to see it; a hole fails."""
+"""The op x slot matrix: a hole fails."""
 
 import functools
 import importlib
@@ -27,13 +27,6 @@ def matrix():
         table[name]["vjp"] = table[name]["vjp"] or record.undifferentiable or ""
         table[name]["lower"] = table[name]["lower"] or record.unlowered or ""
     return table
-
-
-def test_print_the_matrix():
-    print()
-    print(f"{'op':24}" + "".join(f"{slot:11}" for slot in SLOTS))
-    for name, row in matrix().items():
-        print(f"{name:24}" + "".join(f"{row[slot][:10] or '.':11}" for slot in SLOTS))
 
 
 def test_every_op_has_a_gradient_or_says_why_not():

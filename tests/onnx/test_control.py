@@ -19,15 +19,15 @@ def check(proto, *inputs, parts=None):
             results = run(*given)
             results = results if len(expected) > 1 else (results,)
             for result, wanted in zip(results, expected):
-                same(result, wanted)
+                assert_same(result, wanted)
     return compiled
 
 
-def same(result, wanted):
+def assert_same(result, wanted):
     if isinstance(wanted, list):
         assert len(result) == len(wanted)
         for one, other in zip(result, wanted):
-            same(one, other)
+            assert_same(one, other)
     else:
         assert result.shape == wanted.shape and result.dtype == wanted.dtype
         np.testing.assert_allclose(result.numpy(), wanted, rtol=1e-5, atol=1e-6)

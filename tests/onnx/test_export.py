@@ -32,7 +32,7 @@ def shapes(values):
     return {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
 
 
-def agree(model, module, *arrays, tol=1e-5):
+def assert_agree(model, module, *arrays, tol=1e-5):
     """onnxruntime gives what the module gives."""
     results = module(*map(td.tensor, arrays))
     for got, want in zip(runtime(model, arrays), results if isinstance(results, tuple) else (results,), strict=True):
@@ -115,7 +115,7 @@ def test_models_with_dynamic_sizes(name, opset):
     module.eval()
     for size in sizes:
         array = normal(*size) if dtype == "float32" else RNG.integers(0, 50, size)
-        agree(model, module, array)
+        assert_agree(model, module, array)
 
 
 def test_ops_of_a_high_level():
@@ -139,7 +139,7 @@ def test_ops_of_a_high_level():
 def test_activations(activation, opset):
     function = getattr(nn.functional, activation)
     model = td.onnx.to_model(function, td.spec(("n",)), opset=opset)
-    agree(model, function, np.linspace(-8, 8, 101, dtype=np.float32))
+    assert_agree(model, function, np.linspace(-8, 8, 101, dtype=np.float32))
     assert len(model.graph.node) <= 8
 
 
@@ -149,7 +149,7 @@ def test_gelu_by_tanh():
 
     model = td.onnx.to_model(function, td.spec(("n",)))
     assert ops(model) == {"Gelu": 1}
-    agree(model, function, np.linspace(-5, 5, 33, dtype=np.float32))
+    assert_agree(model, function, np.linspace(-5, 5, 33, dtype=np.float32))
 
 
 def test_names():
@@ -176,7 +176,7 @@ def test_sizes_are_computed_from_the_inputs():
     model = td.onnx.to_model(mixed, td.spec(("b", "c")), td.spec((2 * td.Dim("b") + 1, "c")))
     assert shapes(model.graph.output) == {"output": ["4*b+1", "c"], "output_1": ["b*c"], "output_2": ["2*b+1", "c"]}
     for b, c in ((2, 3), (1, 5)):
-        agree(model, mixed, normal(b, c), normal(2 * b + 1, c))
+        assert_agree(model, mixed, normal(b, c), normal(2 * b + 1, c))
     with pytest.raises(OnnxError, match="does not follow from the shape of any input"):
         td.onnx.to_model(lambda x: td.reshape(x, (td.Dim("b"), td.Dim("c"))), td.spec((td.Dim("b") * td.Dim("c"),)))
 
@@ -186,7 +186,7 @@ def test_gradients():
         return td.sum(td.tanh(x @ w) ** 2)
 
     model = td.onnx.to_model(td.grad(loss, argnums=(0, 1)), td.spec(("n", 3)), td.spec((3, 4)))
-    agree(model, td.grad(loss, argnums=(0, 1)), normal(5, 3), normal(3, 4))
+    assert_agree(model, td.grad(loss, argnums=(0, 1)), normal(5, 3), normal(3, 4))
 
     def pooled(x, w):
         y = td.max_pool(td.conv(x, w, stride=2, padding=1, groups=2), 2)
@@ -194,8 +194,8 @@ def test_gradients():
 
     gradient = td.grad(pooled, argnums=(0, 1))
     arrays = normal(2, 4, 12, 11), normal(6, 2, 3, 3)
-    agree(td.onnx.to_model(gradient, td.spec(("n", 4, 12, 11)), td.spec((6, 2, 3, 3))), gradient, *arrays)
-    agree(td.onnx.to_model(gradient, td.spec((2, 4, "h", "w")), td.spec((6, 2, 3, 3))), gradient, *arrays)
+    assert_agree(td.onnx.to_model(gradient, td.spec(("n", 4, 12, 11)), td.spec((6, 2, 3, 3))), gradient, *arrays)
+    assert_agree(td.onnx.to_model(gradient, td.spec((2, 4, "h", "w")), td.spec((6, 2, 3, 3))), gradient, *arrays)
 
 
 def test_control_flow():
@@ -207,13 +207,13 @@ def test_control_flow():
     model = td.onnx.to_model(steps, td.spec(("n",)), td.spec((), "int64"))
     assert ops(model)["Loop"] == ops(model)["If"] == 1
     for limit in (0, 3, 9):
-        agree(model, steps, normal(4) + 1, np.array(limit))
+        assert_agree(model, steps, normal(4) + 1, np.array(limit))
 
     def running(xs):
         return td.scan(lambda c, x: (c + x, c * x), td.zeros((3,)), xs, reverse=True)
 
     model = td.onnx.to_model(lambda xs: tuple(running(xs)), td.spec(("t", 3)))
-    agree(model, lambda xs: tuple(running(xs)), normal(5, 3))
+    assert_agree(model, lambda xs: tuple(running(xs)), normal(5, 3))
 
 
 def test_indices_are_clamped_where_the_graph_computes_them():
@@ -323,8 +323,8 @@ def test_adapters_apart_and_merged():
     assert {t.name for t in folded.graph.initializer} == {"0.weight", "0.bias", "2.weight", "2.bias"}
     assert ops(folded) == {"Gemm": 2, "Relu": 1}
     x = normal(3, 6)
-    agree(apart, model, x)
-    agree(folded, model, x)
+    assert_agree(apart, model, x)
+    assert_agree(folded, model, x)
     assert len(list(model.named_parameters())) == 8  # the model itself is as it was
 
 

@@ -57,7 +57,7 @@ def find(pattern):
     return found[0]
 
 
-def close(got, want):
+def assert_close(got, want):
     assert len(got) == len(want)
     for g, w in zip(got, want):
         np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5 * max(1.0, float(np.abs(w).max(initial=0))))
@@ -84,7 +84,7 @@ def test_real_models(name, tmp_path, caplog):
         assert [d if isinstance(d, int) and d > 0 else "open" for d in given] == [
             d if isinstance(d, int) and d > 0 else "open" for d in kept]
     for arrays in inputs:
-        close(runtime(written, arrays), runtime(source, arrays))
+        assert_close(runtime(written, arrays), runtime(source, arrays))
     again = td.onnx.load(first)
     assert {n for n, _ in again.named_parameters()} == {n for n, _ in module.named_parameters()}
     td.onnx.save(again, second)
@@ -103,7 +103,7 @@ def test_real_models_at_other_opsets(name, opset):
     model = td.onnx.to_model(module, *specs, opset=opset, keep=False if not specs else None)
     assert model.opset_import[0].version == opset
     for arrays in inputs:
-        close(runtime(model, arrays), runtime(onnx.load(path), arrays))
+        assert_close(runtime(model, arrays), runtime(onnx.load(path), arrays))
 
 
 def layers():
@@ -123,7 +123,7 @@ def test_own_models(opset, tmp_path):
     assert first.read_bytes() == second.read_bytes()
     (x,) = image(2, 3, 16, 16)
     model.eval()
-    close([again(td.tensor(x)).numpy()], [model(td.tensor(x)).numpy()])
+    assert_close([again(td.tensor(x)).numpy()], [model(td.tensor(x)).numpy()])
 
 
 @pytest.mark.parametrize("opset", [13, 20, 23])
@@ -139,8 +139,8 @@ def test_attention(opset, causal, tmp_path):
     assert first.read_bytes() == second.read_bytes()
     arrays = [image(2, 2, 5, 4)[0] for _ in range(3)]
     want = heads(*map(td.tensor, arrays)).numpy()
-    close(runtime(onnx.load(first), arrays), [want])
-    close([again(*map(td.tensor, arrays)).numpy()], [want])
+    assert_close(runtime(onnx.load(first), arrays), [want])
+    assert_close([again(*map(td.tensor, arrays)).numpy()], [want])
 
 
 def test_sequences(tmp_path):
@@ -160,7 +160,7 @@ def test_sequences(tmp_path):
     td.onnx.save(again, second)
     assert first.read_bytes() == second.read_bytes()
     tokens = RNG.integers(0, 20, (3, 7))
-    close([again(td.tensor(tokens)).numpy()], [model(td.tensor(tokens)).numpy()])
+    assert_close([again(td.tensor(tokens)).numpy()], [model(td.tensor(tokens)).numpy()])
 
 
 def test_fine_tuned_weights_are_written(tmp_path):
@@ -177,7 +177,7 @@ def test_fine_tuned_weights_are_written(tmp_path):
     assert dims(written.graph.input)[0][1][0] == "n"
     x = image(3, 3, 8, 8)
     model.eval()
-    close(runtime(written, x), [model(td.tensor(x[0])).numpy()])
+    assert_close(runtime(written, x), [model(td.tensor(x[0])).numpy()])
 
 
 def test_sizes_keep_their_names():

@@ -92,7 +92,7 @@ def onnxruntime(proto, inputs):
     return session.run(None, {f"x{i}": x for i, x in enumerate(inputs) if x is not None})
 
 
-def same(results, expected):
+def assert_same(results, expected):
     results = results if isinstance(results, tuple) else (results,)
     assert len(results) == len(expected)
     for result, wanted in zip(results, expected):
@@ -110,8 +110,8 @@ def test_against_onnxruntime(op, inputs, outputs, attrs):
     proto = n.model(op, inputs, outputs, opset=17, domain=domain, **attrs)
     module = td.onnx.load(proto.SerializeToString())
     given, expected = [x for x in inputs if x is not None], onnxruntime(proto, inputs)
-    same(module(*given), expected)
-    same(td.compile(module)(*given), expected)
+    assert_same(module(*given), expected)
+    assert_same(td.compile(module)(*given), expected)
 
 
 @pytest.mark.parametrize("rotary", [0, 1])

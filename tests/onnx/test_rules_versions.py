@@ -26,7 +26,7 @@ def onnxruntime(op, inputs, *args, **more):
     return session.run(None, {f"x{i}": x for i, x in enumerate(inputs) if x is not None and i not in known})
 
 
-def same(op, inputs, *args, tolerance=1e-5, **more):
+def assert_same(op, inputs, *args, tolerance=1e-5, **more):
     got = n.run(op, inputs, *args, **more)
     for result, wanted in zip(got if isinstance(got, list) else [got], onnxruntime(op, inputs, *args, **more)):
         assert result.dtype == wanted.dtype
@@ -48,7 +48,7 @@ def same(op, inputs, *args, tolerance=1e-5, **more):
 ])
 def test_attributes_of_opset_8(op, inputs, attrs):
     outputs = 2 if op in ("Split", "TopK") else 1
-    same(op, inputs, outputs, opset=8, **attrs)
+    assert_same(op, inputs, outputs, opset=8, **attrs)
 
 
 def test_broadcasting_before_opset_7():
@@ -98,11 +98,11 @@ def test_pools(op, attrs):
     if op == "LpPool" and "ceil_mode" in attrs:
         pytest.skip("ONNX Runtime has no ceil_mode there")
     outputs = 2 if op == "MaxPool" and "ceil_mode" not in attrs else 1
-    same(op, [IMAGE], outputs, opset=19, kernel_shape=[3, 2], **attrs)
+    assert_same(op, [IMAGE], outputs, opset=19, kernel_shape=[3, 2], **attrs)
 
 
 def test_max_pool_indices_by_columns():
-    same("MaxPool", [IMAGE], 2, opset=12, kernel_shape=[2, 2], storage_order=1)
+    assert_same("MaxPool", [IMAGE], 2, opset=12, kernel_shape=[2, 2], storage_order=1)
 
 
 @pytest.mark.parametrize("attrs", [
@@ -112,7 +112,8 @@ def test_max_pool_indices_by_columns():
 ])
 def test_conv_transpose(attrs):
     w = n.floats(2, 3 if attrs.get("group", 1) == 1 else 2, 3, 2)
-    same("ConvTranspose", [IMAGE, w, n.floats(w.shape[1] * attrs.get("group", 1))], opset=11, tolerance=1e-4, **attrs)
+    assert_same("ConvTranspose", [IMAGE, w, n.floats(w.shape[1] * attrs.get("group", 1))], opset=11, tolerance=1e-4,
+                **attrs)
 
 
 @pytest.mark.parametrize("x, y", [
@@ -120,8 +121,8 @@ def test_conv_transpose(attrs):
 ])
 def test_integer_division_truncates(x, y):
     np.testing.assert_array_equal(n.run("Div", [x, y], opset=14), np.trunc(x / y).astype(x.dtype))
-    same("Mod", [x, y], opset=13)
-    same("Mod", [x, y], opset=13, fmod=1)
+    assert_same("Mod", [x, y], opset=13)
+    assert_same("Mod", [x, y], opset=13, fmod=1)
 
 
 @pytest.mark.parametrize("x, y", [
@@ -129,7 +130,7 @@ def test_integer_division_truncates(x, y):
     (ints(1, 2, 3), np.array([2, 1, 0], np.int32)),
 ])
 def test_powers_of_two_dtypes(x, y):
-    same("Pow", [x, y], opset=15)
+    assert_same("Pow", [x, y], opset=15)
 
 
 @pytest.mark.parametrize("attrs", [
@@ -138,14 +139,14 @@ def test_powers_of_two_dtypes(x, y):
 ])
 def test_lstm_options(attrs):
     x, w, r, b = n.floats(5, 2, 4), n.floats(1, 12, 4), n.floats(1, 12, 3), n.floats(1, 24)
-    same("LSTM", [x, w, r, b, np.array([5, 3], np.int32)], 3, opset=14, hidden_size=3, tolerance=1e-4, **attrs)
+    assert_same("LSTM", [x, w, r, b, np.array([5, 3], np.int32)], 3, opset=14, hidden_size=3, tolerance=1e-4, **attrs)
 
 
 @pytest.mark.parametrize("late", [0, 1])
 def test_gru_both_ways(late):
     x, w, r, b = n.floats(5, 2, 4), n.floats(2, 9, 4), n.floats(2, 9, 3), n.floats(2, 18)
-    same("GRU", [x, w, r, b, np.array([3, 5], np.int32)], 2, opset=14, hidden_size=3, direction="bidirectional",
-         linear_before_reset=late, tolerance=1e-4)
+    assert_same("GRU", [x, w, r, b, np.array([3, 5], np.int32)], 2, opset=14, hidden_size=3, direction="bidirectional",
+                linear_before_reset=late, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["nearest", "linear", "cubic"])
@@ -154,22 +155,22 @@ def test_gru_both_ways(late):
 def test_resize_against_onnxruntime(mode, how, scales):
     if how == "align_corners" and scales != (1, 1, 2, 3):
         pytest.skip("ONNX Runtime rounds scale * size there; the standard does not")
-    same("Resize", [IMAGE, None, np.array(scales, np.float32)], opset=13, known=[2], mode=mode, tolerance=1e-4,
-         coordinate_transformation_mode=how)
+    assert_same("Resize", [IMAGE, None, np.array(scales, np.float32)], opset=13, known=[2], mode=mode, tolerance=1e-4,
+                coordinate_transformation_mode=how)
 
 
 def test_resize_of_opset_10():
-    same("Resize", [IMAGE, np.array([1, 1, 2, 1.5], np.float32)], opset=10, known=[1], mode="linear")
+    assert_same("Resize", [IMAGE, np.array([1, 1, 2, 1.5], np.float32)], opset=10, known=[1], mode="linear")
 
 
 def test_max_roi_pool():
     rois = np.array([[0, 0, 0, 4, 3], [0, 1, 1, 6, 4], [0, 2, 3, 3, 4]], np.float32)
-    same("MaxRoiPool", [IMAGE, rois], opset=11, pooled_shape=[2, 3], spatial_scale=1.0)
+    assert_same("MaxRoiPool", [IMAGE, rois], opset=11, pooled_shape=[2, 3], spatial_scale=1.0)
 
 
 def test_roi_align_that_counts_its_samples():
     rois = np.array([[0, 0, 6, 4], [1, 1, 3, 2]], np.float32)
-    same("RoiAlign", [IMAGE, rois, ints(0, 0)], opset=16, output_height=2, output_width=2)
+    assert_same("RoiAlign", [IMAGE, rois, ints(0, 0)], opset=16, output_height=2, output_width=2)
 
 
 def test_long_fourier_transforms():
@@ -212,7 +213,7 @@ def test_integer_products_against_onnxruntime(left, right):
         expected = (a.astype(I64) - 7) @ (b.astype(I64) - 9)
         np.testing.assert_array_equal(n.run("MatMulInteger", [a, b, a_zero, b_zero], opset=21), expected)
     else:
-        same("MatMulInteger", [a, b, np.array(7, left), rng.integers(-9, 9, 9).astype(right)], opset=17)
+        assert_same("MatMulInteger", [a, b, np.array(7, left), rng.integers(-9, 9, 9).astype(right)], opset=17)
 
 
 def test_random_numbers():
