@@ -67,11 +67,6 @@ class Cut:
         return "\n".join(lines)
 
 
-def stage_bytes(layers: Sequence[Layer], kept: int) -> float:
-    """Bytes of a stage that keeps the activations of so many micro-batches."""
-    return sum(x.parameters + kept * x.activations for x in layers)
-
-
 def cut(layers: Sequence[Layer], stages: int, memory: float = float("inf"), kept: Sequence[int] | None = None,
         bandwidth: float = float("inf")) -> Cut:
     """The best cut into `stages` runs of at least one layer.

@@ -29,11 +29,6 @@ FEW = 4       # rows of the tile for results with fewer rows than the full tile
 UNBLOCKED = 1 << 30
 
 
-def is_sized(p: GemmProblem) -> bool:
-    """Whether a size of the product is unknown."""
-    return is_dynamic(p.m, p.n, p.k, *p.batch_a, *p.batch_b)
-
-
 class Sized(Emitter):
     """An emitter of a product with unknown sizes. `rows` and `cols` fit into C where its code runs, but with `narrow`
     C has fewer columns than the tile."""

@@ -16,7 +16,6 @@ import onnx
 from onnx import TensorProto
 
 from ...ir.errors import OnnxError
-from .node import schema_of
 from .rules import CONTRIB, TRAINING
 
 OLDEST, NEWEST = 1, onnx.defs.onnx_opset_version()
@@ -286,8 +285,3 @@ def _load_external(tensor: onnx.TensorProto, folder: Path | None, count: int) ->
         tensor.raw_data = file.read(length)
     tensor.data_location = TensorProto.DEFAULT
     del tensor.external_data[:]
-
-
-def known_op(op_type: str, domain: str, opset: int) -> bool:
-    """Whether the standard defines such an op."""
-    return schema_of(op_type, domain, opset) is not None

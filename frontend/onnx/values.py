@@ -100,11 +100,6 @@ def shape_of(value: Any) -> tuple[Any, ...]:
     return tuple(value.shape)
 
 
-def rank_of(value: Any) -> int:
-    """How many axes a tensor or known value has."""
-    return len(value.shape)
-
-
 def require_known(node: Any, value: Any, what: str) -> np.ndarray:
     """The elements of an operand that decides a shape or how the program looks.
 

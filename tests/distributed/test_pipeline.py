@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treadle.distributed.chain import Layer, cut, least_memory, stage_bytes
+from treadle.distributed.chain import Layer, cut, least_memory
 from treadle.distributed.pipeline import (
     BACKWARD,
     FORWARD,
@@ -107,7 +107,7 @@ def brute_force(chain, stages, memory, kept, bandwidth):
     for inner in itertools.combinations(range(1, len(chain)), stages - 1):
         bounds = (0, *inner, len(chain))
         runs = [chain[a:b] for a, b in zip(bounds, bounds[1:])]
-        if all(stage_bytes(run, k) <= memory for run, k in zip(runs, kept)):
+        if all(sum(x.parameters + k * x.activations for x in run) <= memory for run, k in zip(runs, kept)):
             last = len(runs) - 1
             best = min(best, max(sum(x.forward + x.backward for x in run) + run[-1].output / bandwidth * (s < last)
                                  for s, run in enumerate(runs)))

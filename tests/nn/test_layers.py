@@ -73,3 +73,11 @@ def test_compiled_gradients_of_inputs_equal_torch(name):
     grads = td.compile(td.grad(lambda *args: weighted(flat(module(*args))), argnums=argnums))(*arrays)
     for i, got, want in zip(argnums, grads, wanted.values(), strict=True):
         check(f"gradient of input {i}", got.numpy(), want, 1e-8)
+
+
+@pytest.mark.parametrize("dim", [0, -1])
+def test_glu_gates_one_half_by_the_other(dim):
+    x = np.random.default_rng(0).standard_normal((4, 6))
+    first, second = np.split(x, 2, axis=dim)
+    got = td.nn.functional.glu(td.asarray(x), dim)
+    np.testing.assert_allclose(got.numpy(), first / (1 + np.exp(-second)), rtol=1e-12)
