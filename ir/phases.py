@@ -182,7 +182,7 @@ class _Split:
             if final:
                 self._outputs(phase, builder, mapping)
             for value in sorted(wanted[number], key=self.order.__getitem__):
-                builder.output(_own(builder, mapping[value]))
+                builder.own_output(mapping[value])
                 self.slots[value] = len(self.slots)
                 phase.outputs.append(self.slots[value])
         phase.graph = builder.graph
@@ -209,16 +209,9 @@ class _Split:
         first = len(self.slots)
         for i, value in enumerate(self.graph.outputs):
             alias = mapping[self.graph.inputs[self.graph.aliases[i]]] if i in self.graph.aliases else None
-            builder.output(_own(builder, mapping[value]), alias=alias)
+            builder.own_output(mapping[value], alias)
             phase.outputs.append(first + i)
             self.slots[Value(value.type)] = first + i
-
-
-def _own(builder: GraphBuilder, value: Value) -> Value:
-    """A value that is not an input, nor an output already: storage is given once."""
-    if value.producer is None or value in builder.graph.outputs:
-        (value,) = builder.emit("identity", (value,), {})
-    return value
 
 
 def _is_free(node: Node, free: set[Node]) -> bool:
