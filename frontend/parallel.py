@@ -45,6 +45,7 @@ from .compile import build_executable
 from .dispatch import apply, as_tensor
 from .eager import ALIGNMENT
 from .pending import waiting
+from .recording import Guards
 from .signature import scan
 from .tensor import Tensor
 from .train import TrainStep
@@ -52,6 +53,7 @@ from .train import TrainStep
 __all__ = ["DistributedError", "Job", "LaunchError", "Mesh", "MeshError", "ParallelStep", "Plan", "Sharding",
            "constrain", "find_plan", "make_mesh", "mpi_available", "parallelize", "rank", "world_size"]
 
+Run = Callable[[Sequence[Any], Mapping[str, np.ndarray]], Any]
 UNROLL = Pass("unroll", lambda graph: PassResult(made := unroll(graph), made is not graph, {}))
 SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS")
 
@@ -168,7 +170,7 @@ class ParallelStep:
         self.executable: Any = None
         self.parts: dict[int, tuple[Tensor, Sharding, np.ndarray]] = {}  # tensors of which this rank has a part
         self._placed: dict[int, Sharding] = {}
-        self._programs: dict[Any, Callable[[Sequence[Any], Mapping[str, np.ndarray]], Any]] = {}
+        self._programs: dict[Any, list[tuple[Guards, Run]]] = {}
 
     def __call__(self, *batch: Any) -> Any:
         """One step on the whole batch (every rank gives the same); the loss of one process, on every rank.
@@ -185,12 +187,14 @@ class ParallelStep:
         if job is not None:
             job.step = step.opt.steps
             job.batches.begin(found.arrays, list(numbers.values()), step.opt.steps)
-        if key not in self._programs:
+        run = next((run for guards, run in self._programs.get(key, ()) if guards.hold()), None)
+        if run is None:
             if job is not None:
                 job.batches.finish()  # before ranks of different batches go different ways
-            self._programs[key] = self._build(batch, numbers)
+            run, guards = self._build(batch, numbers)
+            self._programs.setdefault(key, []).append((guards, run))
         try:
-            result = self._programs[key](found.arrays, numbers)
+            result = run(found.arrays, numbers)
         except RuntimeError:
             if job is not None and job.error is not None:
                 raise job.error from None
@@ -261,9 +265,9 @@ class ParallelStep:
                 found.append(Source("other"))
         return found
 
-    def _build(self, batch: Sequence[Any],
-               numbers: Mapping[str, np.ndarray]) -> Callable[[Sequence[Any], Mapping[str, np.ndarray]], Any]:
-        """What runs steps on batches like this one: a function of the arrays and this step's numbers."""
+    def _build(self, batch: Sequence[Any], numbers: Mapping[str, np.ndarray]) -> tuple[Run, Guards]:
+        """What runs steps on batches like this one: a function of the arrays and this step's numbers. As long as its
+        guards hold: what modes the model was in, for one."""
         made = self.partitioned = self.trace(*batch)
         if self.job is not None:
             self.job.agree_on_program(made.graph)
@@ -276,7 +280,8 @@ class ParallelStep:
         for i in sorted(captures):
             bound.append(self._place(captures[i], made.inputs[i]))
         shapes = [v.shape for v in made.whole.inputs[:first]]
-        return _Bound(self, executable, made.inputs[:first], shapes, bound, made.graph.meta)
+        run = _Bound(self, executable, made.inputs[:first], shapes, bound, made.graph.meta)
+        return run, Guards(made.graph.meta["guards"])
 
     def _place(self, tensor: Tensor, sharding: Sharding) -> np.ndarray:
         """This rank's part of a tensor: the tensor's own memory if that is all of it."""

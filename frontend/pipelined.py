@@ -34,9 +34,10 @@ from ..ir.pipeline import Pipeline
 from ..ir.types import TensorType
 from . import tree
 from .measured import layer_seconds
-from .parallel import ParallelStep, Plan
+from .parallel import ParallelStep, Plan, Run
 from .pipeline_stages import LossGraph, StageBuilder
 from .pipeline_update import build_update
+from .recording import Guards
 from .tensor import Tensor
 from .trace import Spec, leaf_type, record
 from .train import TrainStep
@@ -83,17 +84,18 @@ class PipelineStep(ParallelStep):
 
     # Building ---------------------------------------------------------------------------------------------------
 
-    def _build(self, batch: Sequence[Any],
-               numbers: Mapping[str, np.ndarray]) -> Callable[[Sequence[Any], Mapping[str, np.ndarray]], Any]:
+    def _build(self, batch: Sequence[Any], numbers: Mapping[str, np.ndarray]) -> tuple[Run, Guards]:
         leaves, structure = tree.flatten(tuple(batch))
         tensors = [i for i, leaf in enumerate(leaves) if leaf_type(leaf) is not None]
         sizes = [micro_sizes(leaf_type(leaves[i]), self.micro, self._ranks()) for i in tensors]
         found: dict[tuple[int, ...], tuple[LossGraph, Any, list[Stage]]] = {}
+        guards: list[Any] = []
         for kind in dict.fromkeys(zip(*sizes)):
             specs = list(leaves)
             for i, n in zip(tensors, kind):
                 specs[i] = _micro_spec(leaf_type(leaves[i]), n)
-            loss, results = self._loss_graph(tree.unflatten(structure, specs), len(tensors))
+            loss, results, read = self._loss_graph(tree.unflatten(structure, specs), len(tensors))
+            guards += read
             found[kind] = loss, results, stages_of(*self._cut(loss), again=self.plan.recompute)
         widths = [len(stage.out) for _, _, stages in found.values() for stage in stages]
         self.runner.widest = max(self.runner.widest, *widths)
@@ -105,7 +107,7 @@ class PipelineStep(ParallelStep):
         update = build_update(self, numbers, owner)
         run = _Steps(self, [programs[kind] for kind in zip(*sizes)], list(zip(*sizes)), update, tied,
                      _Results([(loss, results, stages) for loss, results, stages in found.values()], self))
-        return run
+        return run, Guards(guards)
 
     def _own(self, loss: LossGraph, stages: Sequence[Stage]) -> dict[int, StageProgram]:
         """The programs of this device's stages."""
@@ -122,8 +124,8 @@ class PipelineStep(ParallelStep):
         data = self.plan.data
         return self.mesh[data] if data is not None and data in self.mesh else 1
 
-    def _loss_graph(self, batch: tuple[Any, ...], count: int) -> tuple[LossGraph, Any]:
-        """The loss of a micro-batch, and the structure of what the loss function returns."""
+    def _loss_graph(self, batch: tuple[Any, ...], count: int) -> tuple[LossGraph, Any, list[Any]]:
+        """The loss of a micro-batch, the structure of what the loss function returns, and what the trace guards."""
         inner = self.inner
         graph = record(lambda *b: inner.loss_fn(inner.model, *b), batch)
         meta, structure = graph.meta, graph.meta["out_structure"]
@@ -137,7 +139,7 @@ class PipelineStep(ParallelStep):
         for tensor in meta["assigns"].values():
             tensor.role = tensor.role or "state"
         trained = [p for p, trains in zip(inner.opt.params, inner._trainable) if trains or not inner.prune_frozen]
-        return LossGraph.of(tidy, count, meta["captures"], trained), structure
+        return LossGraph.of(tidy, count, meta["captures"], trained), structure, meta["guards"]
 
     def _cut(self, loss: LossGraph) -> tuple[Chain, Cut]:
         """The chain of a graph's layers and the cut; all graphs of a step are cut at the same places."""
@@ -157,9 +159,9 @@ class PipelineStep(ParallelStep):
         ends, ops = self._ends
         chain = chain_at(loss.graph, data, ends)
         if chain.ops != ops:
-            raise AttributeValueError("for a batch of this shape the model computes other steps than for the first "
-                                      "one, so its parameters cannot stay in their stages: give it a step of its own",
-                                      user_location())
+            raise AttributeValueError("for a batch of this shape, or in this mode, the model computes other steps than "
+                                      "for the first one, so its parameters cannot stay in their stages: give it a "
+                                      "step of its own", user_location())
         if not self.cut.layers:
             self.cut = replace(self.cut, layers=chain.layers)
         return chain, self.cut

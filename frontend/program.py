@@ -13,7 +13,7 @@ from ..ir.errors import CompileError
 from ..ir.types import TensorType
 from . import tree
 from .eager import Concrete, array_type, interned, records
-from .recording import world
+from .recording import Guards
 from .tensor import Tensor
 
 
@@ -54,12 +54,11 @@ class Program:
         self.run = executable.run
         self.captures = captures
         self.assigned = list(assigned)
-        self.guards = list(guards)
+        self.guards = Guards(guards)
         self.out_structure = out_structure
         # A type with symbolic sizes is that of the array, at each call.
         self.out_types = [interned(t) if t.is_static else None for t in out_types]
         self.single = out_structure is tree.LEAF or out_structure == tree.LEAF
-        self.checked = world.changes
         self.records = -1  # records made before this program count too
         first = min(captures, default=0)
         if sorted(captures) != list(range(first, first + len(captures))):
@@ -73,14 +72,7 @@ class Program:
 
     def valid(self) -> bool:
         """Whether everything that the trace read besides its inputs is as it was."""
-        if self.checked == world.changes:
-            return True
-        now = world.changes
-        for read, then in self.guards:
-            if read() is not then and read() != then:
-                return False
-        self.checked = now
-        return True
+        return self.guards.hold()
 
     def arena_bytes(self, arrays: list[np.ndarray]) -> int:
         """Bytes of what waits between kernels in a call with these arguments."""

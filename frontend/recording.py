@@ -12,7 +12,7 @@ a guard reads differently. Guards are looked at only after `changed()` was calle
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -80,6 +80,25 @@ def guard(read: Callable[[], Any]) -> None:
     trace = current_trace()
     if trace is not None:
         trace.guards.append((read, read()))
+
+
+class Guards:
+    """What traces read besides their inputs, to be looked at again before their programs run."""
+
+    def __init__(self, reads: Iterable[tuple[Callable[[], Any], Any]]):
+        self.reads = list(reads)
+        self.checked = world.changes
+
+    def hold(self) -> bool:
+        """Whether everything is as it was."""
+        if self.checked == world.changes:
+            return True
+        now = world.changes
+        for read, then in self.reads:
+            if read() is not then and read() != then:
+                return False
+        self.checked = now
+        return True
 
 
 class Trace(GraphBuilder):
@@ -269,4 +288,4 @@ def _key(tensor: Tensor) -> Any:
     return tensor if tensor._trace is None else tensor._value
 
 
-__all__ = ["Region", "Trace", "array_type", "changed", "current_trace", "guard", "world"]
+__all__ = ["Guards", "Region", "Trace", "array_type", "changed", "current_trace", "guard", "world"]

@@ -158,3 +158,29 @@ def test_checkpointed_layers_gather_their_parameters_again():
         np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12)
     assert made.traffic()["all_gather:data"] > plain.traffic()["all_gather:data"]
     assert planned(made.graph)[1] < 0.8 * planned(plain.graph)[1]
+
+
+# Modes of the model ------------------------------------------------------------------------------------------------
+
+
+def by_turns(axes):
+    """Losses of steps between which the model changes its mode."""
+    td.random.seed(0)
+    model, batch = job.Gpt(dropout=0.5).to("float64"), some_batch(8)
+    step = td.train_step(model, job.lm_loss, td.optim.SGD(model.parameters(), lr=0.1), accumulate=2)
+    step = step if axes is None else td.distributed.parallelize(step, Mesh(axes))
+    for training in (True, False, False, True):
+        model.train(training)
+        yield float(step(*batch).numpy())
+
+
+def test_a_step_sees_that_the_model_changes_its_mode():
+    losses = list(by_turns({}))
+    np.testing.assert_allclose(losses, list(by_turns(None)), rtol=1e-9)
+
+
+def test_a_pipeline_does_not_go_on_in_the_wrong_mode():
+    losses = by_turns({"pipe": 1})
+    next(losses)
+    with pytest.raises(AttributeValueError, match="in this mode, the model computes other steps"):
+        next(losses)
