@@ -18,7 +18,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..ir.dce import sweep
-from ..ir.decompose import INLINE, decompose
+from ..ir.decompose import INLINE, decompose, decomposing, has_decomposition
 from ..ir.errors import ShapeError
 from ..ir.graph import Graph, Node, Value
 from .cost import Cluster
@@ -30,6 +30,8 @@ from .rules import Linear, Strategy, base
 from .sharding import PARTIAL, WHOLE, Sharding, blocks_of, dim_of, divides, split
 
 INFINITE = float("inf")
+# An op of a user's own that says nothing of how it is split, but what simpler ops it is.
+UNRULED = decomposing(lambda node: "shard" not in node.op.slots and has_decomposition(node), "unruled")
 STAYS = 1e6  # factor on the cost of moving an input that is annotated as split: weights stay where they were put
 
 
@@ -71,7 +73,7 @@ def solve(graph: Graph, mesh: Mesh, inputs: Mapping[int, Sharding], outputs: Map
     """
     outputs = dict(outputs or {})
     _check(graph, mesh, inputs, outputs)
-    graph = sweep(INLINE.run(graph).graph).graph
+    graph = sweep(UNRULED.run(INLINE.run(graph).graph).graph).graph
     fixed = _fixed(graph, mesh, inputs, outputs)
     while True:
         table = RuleTable(graph)
@@ -258,6 +260,10 @@ class AxisSolver:
                 if place >= 0 and not (shares(v, place, self.axis, others, self.plan.mesh) and all(
                         dim_of(p) != dim_of(place) or base(earlier[a]) == label for a, p in others.items() if p >= 0)):
                     return False
+        for i, v in enumerate(node.results):  # and where they bring a sum, there has to be room
+            place, brought = factors.result_placement(strategy, i), self.plan.settled.get(v, {})
+            if place >= 0 and not shares(v, place, self.axis, brought, self.plan.mesh):
+                return False
         return True
 
     def cost(self, node: Node, strategy: Strategy) -> float:

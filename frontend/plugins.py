@@ -19,6 +19,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..autodiff.reverse import Cotangents
+from ..distributed.rules import Shard, whole
+from ..distributed.shard_elementwise import elementwise_factors
+from ..distributed.shard_notation import shard_rule
 from ..ir import context
 from ..ir.errors import GradientError, RegistryError
 from ..ir.graph import Node, Value
@@ -33,7 +36,7 @@ _registered: set[str] = set()
 def register_op(name: str, operands: str, infer: Callable[..., Any], reference: Callable[..., Any], *,
                 vjp: Any = None, lower: Any = None, decompose: Callable[..., Any] | None = None,
                 attrs: Mapping[str, Any] | None = None, traits: Sequence[str] = (), doc: str = "",
-                ) -> Callable[..., Any]:
+                shard: Any = None) -> Callable[..., Any]:
     """Registers an op; gives the function of tensors that applies it.
 
     Args:
@@ -51,12 +54,19 @@ def register_op(name: str, operands: str, infer: Callable[..., Any], reference: 
         attrs: attribute names with their defaults.
         traits: see `ir.opdef.TRAITS`; "elementwise" lets fusion treat it as such.
         doc: one line.
+        shard: how it is split over the ranks of a mesh, as labels of the dimensions of operands and results: in
+            `"b k, k n -> b n"` equal labels are split together, the op sums over one that no result has (k), `.` is a
+            dimension that has to be whole, and a leading `...` is any number that go together. Every rank runs the op
+            on its parts. (Or a `distributed.rules.Shard`, which can change what a rank runs.) None: an elementwise op
+            is split in any dimension, one with `decompose` as the simpler ops are, others run whole on every rank.
 
     Raises:
-        RegistryError: the name is taken, or a trait unknown.
+        RegistryError: the name is taken, a trait unknown, or `shard` does not read so.
     """
+    names = operands.split()
+    split = shard_rule(shard, name, len(names), "*" in operands) if isinstance(shard, str) else shard
     record = register(OpDef(
-        name, tuple(operands.split()), infer, reference, dict(attrs or {}), frozenset(traits) | {"plugin"}, doc=doc,
+        name, tuple(names), infer, reference, dict(attrs or {}), frozenset(traits) | {"plugin"}, doc=doc,
         undifferentiable=None if vjp is not None else "registered without a vjp",
         unlowered=None if lower is not None or decompose is not None else "registered without lower or decompose"))
     _registered.add(name)
@@ -67,6 +77,10 @@ def register_op(name: str, operands: str, infer: Callable[..., Any], reference: 
         fill("lower", name, lower)
     if decompose is not None:
         fill("decompose", name, _decompose_rule(decompose))
+    if split is None and record.has("elementwise"):
+        split = Shard(elementwise_factors)
+    if split is not None or decompose is None:
+        fill("shard", name, split or Shard(whole))
 
     def function(*tensors: Any, **given: Any) -> Any:
         return apply(name, *(as_tensor(t) for t in tensors), **given)

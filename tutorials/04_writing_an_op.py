@@ -98,6 +98,9 @@ gradient = td.compile(td.grad(lambda x: relu2(x).sum()))
 np.testing.assert_allclose(gradient(x).numpy(), 2 * np.maximum(x.numpy(), 0), rtol=1e-6)
 
 # %% [markdown]
+# On several processes (`07_several_processes.py`) such ops are split like others: `shard="b k, k n -> b n"` would say
+# which dimensions of a product's operands and result go together.
+#
 # A layer, an optimizer or a loss needs no registration. A layer is a class of `td.nn.Module`; a loss is a function; an
 # optimizer says how one parameter is updated, and that function becomes part of the compiled step.
 
