@@ -10,7 +10,7 @@ define ready
 @$(PYTHON) .ci/prepare.py $(1)
 endef
 
-.PHONY: help demo test quick test-all lint bench clean
+.PHONY: help demo test quick test-hosts test-all lint bench clean
 .DEFAULT_GOAL := help
 
 help:  ## This list.
@@ -22,11 +22,15 @@ demo:  ## Fine-tune an ONNX encoder on Shakespeare and export it again (ARGS=mni
 
 test:  ## The whole suite, without the live comparison with torch.
 	$(call ready,test mpi demo)
-	@$(PY) -m pytest -m "not oracle" $(ARGS)
+	@$(PY) -m pytest -m "not oracle and not hosts" $(ARGS)
 
 quick:  ## The tests that take a few seconds each at most.
 	$(call ready,test mpi)
 	@$(PY) -m pytest -m "not oracle and not slow" $(ARGS)
+
+test-hosts:  ## Every job of the tests on two hosts: network namespaces of this machine (Linux, as root).
+	$(call ready,test mpi)
+	@$(PY) -m pytest -m hosts tests/distributed $(ARGS)
 
 test-all:  ## The whole suite, torch as a live second oracle included (installs torch).
 	$(call ready,test mpi demo oracle)

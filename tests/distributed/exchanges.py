@@ -13,7 +13,7 @@ from treadle.distributed import far
 from treadle.distributed.comm import Job
 from treadle.distributed.far import Far
 from treadle.distributed.mesh import Mesh
-from treadle.distributed.near import Near
+from treadle.distributed.near import Near, near
 
 SHAPES = [(8, 4, 3), (1,), (), (12, 8), (64, 4, 5), (4, 1), (0, 4), (4096,), (260, 36)]
 DTYPES = ["float32", "float64", "int64", "int8", "float16", ml_dtypes.bfloat16]
@@ -93,17 +93,19 @@ def main():
 
     ranks = MPI.COMM_WORLD.size
     job = Job(Mesh({"data": ranks}))
-    assert list(job.near) == ["data"] and job.apart == []
-    group = job.groups["data"]
+    group, here = job.groups["data"], job.watch.near
+    assert list(job.near) == ["data"] * (here.size == ranks) and job.apart == ["data"] * (here.size < ranks)
     far.LONGEST = 4096  # so that some sums take several messages
-    transports = [job.near["data"], Far(job.mpi, group, job.watch), Near(job.mpi, group, job.watch, slot=8192)]
+    transports = [Far(job.mpi, group, job.watch)]
+    if here.size > 1:  # what shares memory: all ranks, or those of this host
+        transports += [near(job.mpi, here, job.watch), Near(job.mpi, here, job.watch, slot=8192)]
     for transport, dtype in itertools.product(transports, DTYPES):
-        check(transport, ranks, job.rank, dtype)
+        check(transport, transport.group.size, transport.group.rank, dtype)
     check_started(job.far["data"], ranks, job.rank)
     for transport in transports:
         (out,) = fresh((3,), dtype=bool)
-        transport.all_reduce([np.arange(3) < job.rank], [out], "sum")()
-        np.testing.assert_array_equal(out, np.arange(3) < ranks - 1)
+        transport.all_reduce([np.arange(3) < transport.group.rank], [out], "sum")()
+        np.testing.assert_array_equal(out, np.arange(3) < transport.group.size - 1)
     job.barrier()
     if job.rank == 0:
         print("fine")

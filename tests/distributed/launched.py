@@ -1,20 +1,42 @@
-"""Jobs that tests start with `treadle launch`."""
+"""Starting jobs of the scripts of this folder, by mpiexec or by `treadle launch`."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+from treadle.distributed.launch import command
+
 HERE = Path(__file__).parent
+# Programs are kept only where passes are not verified: the ranks compile each once.
+OWN = {"TREADLE_NUM_THREADS": "1", "TREADLE_VERIFY": "0"}
 
 
-def launched(*arguments, timeout=60, before=(), **environment):
-    """Runs `treadle launch ARGUMENTS`, in which the name of a script of this folder may stand; the finished process.
+class Place:
+    """Where jobs run: here. Environment variables that are None are not set."""
 
-    `before`: a command that runs commands. `environment`: None: not set.
-    """
-    line = [str(HERE / a) if str(a).endswith(".py") and (HERE / str(a)).exists() else str(a) for a in arguments]
-    given = {"TREADLE_NUM_THREADS": "1", "TREADLE_VERIFY": "0", "TREADLE_COMM_TIMEOUT": "3", "NO_COLOR": "1"}
-    env = {k: v for k, v in {**os.environ, **given, **environment}.items() if v is not None}
-    return subprocess.run([*before, sys.executable, "-m", "treadle", "launch", *line], capture_output=True, text=True,
-                          timeout=timeout, env=env)
+    several = False      # hosts
+    before: tuple = ()   # a command that runs commands
+    environment: dict = {}
+
+    def hosts_of(self, ranks):
+        """`--hosts` of so many ranks, as a list of arguments; none here."""
+        return None
+
+    def start(self, ranks, script, *arguments, timeout=900, **environment):
+        """Runs a script on ranks under mpiexec; the finished process."""
+        line = command(ranks, [str(HERE / script), *map(str, arguments)], self.hosts_of(ranks))
+        return self._run(line, timeout, {"PYTHONWARNINGS": "default", **environment})
+
+    def launched(self, ranks, *arguments, timeout=120, **environment):
+        """Runs `treadle launch` for so many ranks; the name of a script of this folder may stand in it."""
+        hosts = self.hosts_of(ranks)
+        where = ["-n", str(ranks)] if hosts is None else ["--hosts", hosts]
+        line = [str(HERE / a) if str(a).endswith(".py") and (HERE / str(a)).exists() else str(a) for a in arguments]
+        given = {"TREADLE_COMM_TIMEOUT": "3", "NO_COLOR": "1", **environment}
+        return self._run([sys.executable, "-m", "treadle", "launch", *where, *line], timeout, given)
+
+    def _run(self, line, timeout, environment):
+        given = {**os.environ, **OWN, **self.environment, **environment}
+        return subprocess.run([*self.before, *line], capture_output=True, text=True, timeout=timeout,
+                              env={k: v for k, v in given.items() if v is not None})

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from .launched import launched
+from .launched import Place
 
 SSH = """#!/bin/sh
 while [ "${1#-}" != "$1" ]; do shift; done
@@ -24,14 +24,18 @@ def _ip(*arguments):
     subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True, timeout=20)
 
 
-class Hosts:
+class Hosts(Place):
     """`a` and `b`, names of namespaces; `addresses`, of both."""
+
+    several = True
 
     def __init__(self, folder: Path):
         self.a, self.b = (f"treadle{os.getpid()}{x}" for x in "ab")
         self.wires = [f"tdl{os.getpid()}{x}" for x in "ab"]
         self.addresses = ["10.213.77.1", "10.213.77.2"]
         self.ssh = folder / "ssh"
+        self.before = ("ip", "netns", "exec", self.a)
+        self.environment = {"HYDRA_LAUNCHER": "ssh", "HYDRA_LAUNCHER_EXEC": str(self.ssh)}
 
     def make(self):
         """Raises OSError or CalledProcessError where the machine does not allow it."""
@@ -63,11 +67,10 @@ class Hosts:
                                check=True, capture_output=True, text=True, timeout=20)
         return int(found.stdout)
 
-    def launched(self, *arguments, each=2, **options):
-        """A job of `each` ranks on either host, started from the first; the finished process."""
-        hosts = ",".join(f"{address}:{each}" for address in self.addresses)
-        return launched("--hosts", hosts, *arguments, before=("ip", "netns", "exec", self.a),
-                        HYDRA_LAUNCHER="ssh", HYDRA_LAUNCHER_EXEC=str(self.ssh), **options)
+    def hosts_of(self, ranks):
+        """Half of the ranks on either."""
+        first, second = (f"{address}:{n}" for address, n in zip(self.addresses, (ranks - ranks // 2, ranks // 2)))
+        return f"{first},{second}" if ranks > 1 else first
 
 
 def unavailable():

@@ -12,7 +12,6 @@ from treadle.frontend.stored import Stored, newest
 from treadle.ir.errors import CheckpointError
 
 from . import resuming
-from .test_mpi import start
 
 MISSING = mpi_available()
 needs_mpi = pytest.mark.skipif(MISSING is not None, reason=f"no MPI: {MISSING}")
@@ -35,21 +34,21 @@ def ranks_of(case):
     return td.distributed.Mesh(case["mesh"]).size
 
 
-def run_all(folder, cases):
+def run_all(place, folder, cases):
     """Runs cases of one number of ranks as one job; gives their results by name."""
-    done = start(ranks_of(cases[0]), "resuming.py", folder, *map(json.dumps, cases))
+    done = place.start(ranks_of(cases[0]), "resuming.py", folder, *map(json.dumps, cases))
     assert done.returncode == 0, done.stderr[-4000:]
     return {case["name"]: dict(np.load(folder / f"{case['name']}.npz")) for case in cases}
 
 
-def halves_of(folder, cases):
+def halves_of(place, folder, cases):
     """Trains four steps, and two that are saved; then two more in new processes: (results, cases that resume)."""
     first = [{**case, "name": name, "steps": 4} for name, case in cases.items()]
     first += [{**case, "name": f"half {name}", "steps": 2, "save": str(folder / name)} for name, case in cases.items()]
     # Another seed: what the checkpoint does not restore makes a difference.
     rest = [{**case, "name": f"rest {name}", "steps": 2, "load": str(folder / name), "seed": 99}
             for name, case in cases.items()]
-    return run_all(folder, first), rest
+    return run_all(place, folder, first), rest
 
 
 def same_bits(found, resumed):
@@ -73,14 +72,14 @@ def in_process(case, **more):
 
 @needs_mpi
 @pytest.mark.slow
-def test_any_mesh_goes_on_where_any_mesh_stopped(tmp_path):
-    whole, rest = halves_of(tmp_path, MESHES)
+def test_any_mesh_goes_on_where_any_mesh_stopped(place, tmp_path):
+    whole, rest = halves_of(place, tmp_path, MESHES)
     expected = in_process(ONE, steps=4)
     in_process(ONE, steps=2, save=str(tmp_path / "one"))
     others = [{**MESHES[there], "name": f"{here} to {there}", "steps": 2, "load": str(tmp_path / here), "seed": 99}
               for here, there in (("zero1", "tensor"), ("tensor", "pipe"), ("pipe", "zero3"), ("zero3", "zero1"),
                                   ("one", "tensor"), ("one", "pipe"), ("one", "zero3"))]
-    found = run_all(tmp_path, rest + others)
+    found = run_all(place, tmp_path, rest + others)
     for name in MESHES:
         same_bits(whole[name], found[f"rest {name}"])
         assert_close(whole[name], expected, expected["losses"])
@@ -94,9 +93,9 @@ def test_any_mesh_goes_on_where_any_mesh_stopped(tmp_path):
 
 @needs_mpi
 @pytest.mark.slow
-def test_meshes_of_two_axes_go_on_with_the_same_bits(tmp_path):
-    whole, rest = halves_of(tmp_path, LARGE)
-    found = run_all(tmp_path, rest)
+def test_meshes_of_two_axes_go_on_with_the_same_bits(place, tmp_path):
+    whole, rest = halves_of(place, tmp_path, LARGE)
+    found = run_all(place, tmp_path, rest)
     for name in LARGE:
         same_bits(whole[name], found[f"rest {name}"])
 

@@ -6,15 +6,13 @@ import pytest
 from treadle.distributed.comm import mpi_available
 from treadle.distributed.near import blocks
 
-from .test_mpi import start
-
 MISSING = mpi_available()
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.skipif(MISSING is not None, reason=f"no MPI: {MISSING}")
-def test_every_collective_gives_what_numpy_gives(ranks):
-    done = start(ranks, "exchanges.py", timeout=300)
+def test_every_collective_gives_what_numpy_gives(ranks, place):
+    done = place.start(ranks, "exchanges.py", timeout=300)
     assert done.returncode == 0 and done.stdout == "fine\n", done.stderr[-4000:]
 
 

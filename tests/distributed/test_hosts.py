@@ -8,35 +8,14 @@ import time
 import numpy as np
 import pytest
 
-from treadle.distributed.comm import mpi_available
-from treadle.distributed.launch import _is_hydra, find_mpiexec
-
-from .namespaces import Hosts, unavailable
 from .test_mpi import expected  # noqa: F401 (a fixture)
-
-MISSING = mpi_available() or unavailable()
-pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"no hosts: {MISSING}")
 
 SUITE = ("gpt-tp4", "gpt-zero3", "gpt-dp2xtp2", "gpt-dp2xpp2", "resnet-dp2xtp2")
 """Cases of job.py: of a mesh of two axes the last lies on one host, the first between hosts."""
 
 
-@pytest.fixture(scope="module")
-def hosts(tmp_path_factory):
-    if not _is_hydra(find_mpiexec()):
-        pytest.skip("hosts are made for MPICH's mpiexec")
-    found = Hosts(tmp_path_factory.mktemp("hosts"))
-    try:
-        found.make()
-    except (OSError, subprocess.SubprocessError) as error:
-        found.remove()
-        pytest.skip(f"this machine does not allow network namespaces: {getattr(error, 'stderr', '') or error}")
-    yield found
-    found.remove()
-
-
 def test_ranks_find_out_who_is_where(hosts, tmp_path):
-    done = hosts.launched("--logs", tmp_path, "--no-prefix", "whereabouts.py", TREADLE_NUM_THREADS=None)
+    done = hosts.launched(4, "--logs", tmp_path, "--no-prefix", "whereabouts.py", TREADLE_NUM_THREADS=None)
     assert done.returncode == 0, done.stderr[-3000:]
     told = [json.loads((tmp_path / f"rank{r}.log").read_text().splitlines()[-1]) for r in range(4)]
     assert [t["near"] for t in told] == [[0, 1], [0, 1], [2, 3], [2, 3]]
@@ -49,7 +28,7 @@ def test_ranks_find_out_who_is_where(hosts, tmp_path):
 @pytest.mark.slow
 def test_training_is_that_of_one_process(hosts, expected, tmp_path):  # noqa: F811
     before = hosts.sent()
-    done = hosts.launched("job.py", tmp_path, *SUITE, timeout=800, TREADLE_COMM_TIMEOUT="300")
+    done = hosts.launched(4, "job.py", tmp_path, *SUITE, timeout=800, TREADLE_COMM_TIMEOUT="300")
     assert done.returncode == 0, done.stderr[-3000:]
     parameters = 0
     for name in SUITE:
@@ -65,7 +44,7 @@ def test_training_is_that_of_one_process(hosts, expected, tmp_path):  # noqa: F8
 
 def test_a_rank_of_the_other_host_that_dies(hosts, tmp_path):
     started = time.monotonic()
-    done = hosts.launched("faults.py", '{"data": 4}', "kill", "collective", tmp_path / "run", timeout=120,
+    done = hosts.launched(4, "faults.py", '{"data": 4}', "kill", "collective", tmp_path / "run",
                           TREADLE_COMM_TIMEOUT="100")
     assert done.returncode == 137 and "rank 3 (on " in done.stderr and time.monotonic() - started < 60
     said = re.findall(r"\[(\d)\] .*DistributedError: (rank .*)", done.stderr)
@@ -78,7 +57,7 @@ def test_a_rank_of_the_other_host_that_dies(hosts, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["raise", "hang"])
 def test_the_others_of_both_hosts_say_what_happened(kind, hosts, tmp_path):
-    done = hosts.launched("faults.py", '{"data": 4}', kind, "collective", tmp_path / "run", timeout=120,
+    done = hosts.launched(4, "faults.py", '{"data": 4}', kind, "collective", tmp_path / "run",
                           TREADLE_COMM_TIMEOUT="6")
     assert done.returncode == 1
     words = {"raise": r"rank 3 failed: ValueError in \w+:data of step 2: on purpose",
@@ -89,7 +68,7 @@ def test_the_others_of_both_hosts_say_what_happened(kind, hosts, tmp_path):
 @pytest.mark.slow
 def test_a_host_that_does_not_answer_is_given_up(hosts, tmp_path):
     started = time.monotonic()
-    done = hosts.launched("faults.py", '{"data": 4}', "unplug", "collective", tmp_path / "run", timeout=120,
+    done = hosts.launched(4, "faults.py", '{"data": 4}', "unplug", "collective", tmp_path / "run",
                           TREADLE_COMM_TIMEOUT="100", TEST_WIRE=hosts.wires[1])
     hosts.up()
     assert done.returncode != 0 and time.monotonic() - started < 60
@@ -107,9 +86,9 @@ def test_a_host_that_does_not_answer_is_given_up(hosts, tmp_path):
 @pytest.mark.slow
 def test_a_job_of_two_hosts_goes_on_after_a_restart(hosts, tmp_path):
     mesh, calm = '{"data": 2, "tensor": 2}', tmp_path / "calm"
-    done = hosts.launched("faults.py", mesh, "none", "none", calm, timeout=120)
+    done = hosts.launched(4, "faults.py", mesh, "none", "none", calm)
     assert done.returncode == 0, done.stderr[-3000:]
-    done = hosts.launched("--max-restarts", "1", "faults.py", mesh, "kill", "collective", tmp_path / "run", timeout=120)
+    done = hosts.launched(4, "--max-restarts", "1", "faults.py", mesh, "kill", "collective", tmp_path / "run")
     assert done.returncode == 0 and "starting again (1 of 1)" in done.stderr, done.stderr[-3000:]
     found, wanted = (dict(np.load(p.with_suffix(".npz"))) for p in (tmp_path / "run", calm))
     for name, array in wanted.items():

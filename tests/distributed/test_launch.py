@@ -17,8 +17,6 @@ from treadle.distributed.comm import mpi_available
 from treadle.distributed.errors import LaunchError
 from treadle.distributed.launch import Request, command, launch, ranks_of
 
-from .launched import launched
-
 MISSING = mpi_available()
 needs_mpi = pytest.mark.skipif(MISSING is not None, reason=f"no MPI: {MISSING}")
 
@@ -179,6 +177,7 @@ def test_hosts_are_passed_to_either_mpi(monkeypatch, tmp_path):
 
 
 def test_help_has_examples():
-    done = launched("--help", COLUMNS="200")
+    done = subprocess.run([sys.executable, "-m", "treadle", "launch", "--help"], capture_output=True, text=True,
+                          timeout=60, env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"})
     assert done.returncode == 0 and "treadle launch -n 4 --max-restarts 3 train.py" in done.stdout
     assert "treadle launch --hosts a:4,b:4 train.py" in done.stdout

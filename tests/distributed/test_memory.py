@@ -13,7 +13,6 @@ from treadle.frontend.compile import passes
 from treadle.ir.pipeline import Pipeline
 
 from . import gpt
-from .test_mpi import start
 
 RANKS = 4
 OBJECTS = 6 << 20  # what a traced and loaded program of this size takes besides tensors, whatever their width
@@ -60,13 +59,13 @@ def test_without_zero_everything_is_whole():
 
 @pytest.mark.slow
 @pytest.mark.skipif(MISSING is not None, reason=f"no MPI: {MISSING}")
-def test_the_process_of_a_rank_holds_no_more(tmp_path):
+def test_the_process_of_a_rank_holds_no_more(place, tmp_path):
     """The same, of the memory that processes fill under mpiexec: from making the model to the third step no rank ever
     has the whole of it. (Programs are compiled by a first job: that takes memory of another kind.)"""
     cases = [{"name": name, "zero": zero, "width": width, "clip": 1.0}
              for name, zero, width in (("warm", 3, 64), ("zero3", 3, 256), ("zero2", 2, 256))]
     for _ in range(2):
-        done = start(RANKS, "parts_job.py", tmp_path, *map(json.dumps, cases))
+        done = place.start(RANKS, "parts_job.py", tmp_path, *map(json.dumps, cases))
         assert done.returncode == 0, done.stderr[-4000:]
     for rank in range(RANKS):
         three, two = (json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for name in ("zero3", "zero2"))

@@ -4,16 +4,12 @@ One job per number of ranks runs all of its cases, one thread a rank.
 """
 
 import json
-import os
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import treadle as td
 from treadle.distributed.comm import mpi_available
-from treadle.distributed.launch import command
 
 from . import job
 
@@ -28,24 +24,15 @@ def ranks_of(name):
     return td.distributed.Mesh(job.CASES[name][0]).size
 
 
-def start(ranks, script, *arguments, timeout=900, **environment):
-    """Runs a script on ranks; gives the finished process."""
-    folder = Path(__file__).parent
-    # Programs are kept only where passes are not verified: the ranks compile each once.
-    own = {"TREADLE_NUM_THREADS": "1", "TREADLE_VERIFY": "0", "PYTHONWARNINGS": "default"}
-    return subprocess.run(command(ranks, [str(folder / script), *map(str, arguments)]), capture_output=True, text=True,
-                          timeout=timeout, env={**os.environ, **own, **environment})
-
-
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def results(tmp_path_factory, place):
     """case -> (arrays, facts), each job run once; what it finished counts even if it fails later."""
     folder, found = tmp_path_factory.mktemp("jobs"), {}
 
     def get(name):
         if name not in found:
             names = [n for n in job.CASES if ranks_of(n) == ranks_of(name) and (n in FAST) == (name in FAST)]
-            done = start(ranks_of(name), "job.py", folder, *names)
+            done = place.start(ranks_of(name), "job.py", folder, *names)
             for n in names:
                 found[n] = done.stdout[-1000:] + done.stderr[-4000:]
                 if (folder / f"{n}.json").exists():
@@ -144,13 +131,13 @@ def test_zero_keeps_a_part_of_everything(results, expected):
 
 
 @pytest.mark.slow
-def test_blocks_and_padding_are_not_seen_in_checkpoints(tmp_path):
+def test_blocks_and_padding_are_not_seen_in_checkpoints(place, tmp_path):
     """Written in parts that are several pieces or padded, read at another mesh."""
     options = {"optimizer": "adamw", "clip": 0.05, "fused": True, "vocabulary": True, "vocab": 17}
     cases = [[{"tensor": 2}, {**options, "name": "save", "stop": 2, "save": str(tmp_path / "at")}],
              [{"data": 2}, {**options, "name": "data", "zero": 1, "load": str(tmp_path / "at")}],
              [{"tensor": 2}, {**options, "name": "tensor", "load": str(tmp_path / "at")}]]
-    done = start(2, "job.py", tmp_path, *map(json.dumps, cases))
+    done = place.start(2, "job.py", tmp_path, *map(json.dumps, cases))
     assert done.returncode == 0, done.stderr[-3000:]
     losses, state, _ = job.run("whole", {}, {**options, "vocabulary": False})
     for name in ("data", "tensor"):

@@ -22,7 +22,6 @@ from treadle.ir.pipeline import Pipeline
 from treadle.ir.types import TensorType
 
 from . import gpt
-from .test_mpi import start
 
 CLUSTER = Cluster(Link(1e-6, 1e9), flops=1e9, memory=1e9)
 EXAMPLES = 8
@@ -170,7 +169,7 @@ PLANNED = [{"pipe": (2,), "tensor": (2,), "schedules": ("1f1b",), "recompute": (
 @pytest.mark.slow
 @pytest.mark.skipif(mpi_available() is not None, reason="needs MPI")
 @pytest.mark.parametrize("number", range(len(PLANNED)))
-def test_a_planned_layout_runs(number, tmp_path):
+def test_a_planned_layout_runs(number, place, tmp_path):
     """Planned for four devices, written, read by four ranks, and trained: the losses and parameters of one process."""
     prices = prices_of("float64")
     best = search(prices, Machine(4, 1e12, CLUSTER), choices=Choices(**PLANNED[number])).layouts[0]
@@ -178,7 +177,7 @@ def test_a_planned_layout_runs(number, tmp_path):
     plan = plan_of(prices.model, prices, best)
     plan.save(path)
     assert Plan.load(path) == plan
-    done = start(4, "planned_job.py", path, tmp_path / "out.npz")
+    done = place.start(4, "planned_job.py", path, tmp_path / "out.npz")
     assert done.returncode == 0, done.stderr[-4000:]
     got = dict(np.load(tmp_path / "out.npz"))
     alone = step_of(best.candidate.micro, "float64")
