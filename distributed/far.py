@@ -48,6 +48,7 @@ class Far:
         self.mpi, self.group, self.watch, self.size = mpi, group, watch, group.size
         self.scratch = Scratch()
         self.started: dict[int, tuple[Any, Array, Array, np.dtype]] = {}
+        self.begun = watch.moves(lambda: bool(self.started))
 
     def all_reduce(self, xs: Sequence[Array], outs: Sequence[Array], reduce: str) -> Run:
         """outs[i] becomes the sum (max, min) of all ranks' xs[i]; it may be the same array."""
@@ -132,6 +133,7 @@ class Far:
                 pack(row[r * size:(r + 1) * size], own)
             begin = self.group.Iallreduce if kind == "all_reduce" else self.group.Ireduce_scatter_block
             self.started[tag] = (begin(row, into[:size * dtype.itemsize].view(dtype)), send, into, dtype)
+            self.begun()
             token[...] = 0
 
         return run

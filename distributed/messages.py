@@ -1,9 +1,9 @@
 """What the devices of a pipeline hand each other.
 
 A send never waits: its array is kept until the message has gone. A receive is posted before the task that comes before
-the one that reads it, into memory that is used again, so a message that arrives while a device computes is taken in as
-soon as it asks. On one host MPI copies straight from the sender's memory when the receiver asks, so a sender that
-computes is not needed; over a network a message moves on whenever either side calls MPI, which is before every task.
+the one that reads it, into memory that is used again, so a message travels while both devices compute. On one host MPI
+copies straight from the sender's memory when the receiver asks, so a sender that computes is not needed; over a network
+both sides have to call MPI meanwhile, which a thread does (`progress.py`).
 """
 
 from __future__ import annotations
@@ -40,12 +40,17 @@ class Buffers:
 
 
 class Messages:
-    """This device's messages along the pipeline's axis. `group`: its communicator; `watch`: who waits for requests."""
+    """This device's messages along the pipeline's axis.
 
-    def __init__(self, group: Any, watch: Any):
+    Args:
+        group: its communicator; watch: who waits for requests; apart: whether other devices are on other hosts.
+    """
+
+    def __init__(self, group: Any, watch: Any, apart: bool = False):
         self.group, self.watch, self.buffers = group, watch, Buffers()
         self.sent: list[tuple[Any, np.ndarray]] = []
         self.posted: dict[Key, list[tuple[Any, np.ndarray]]] = {}
+        self.begun = watch.moves(lambda: bool(self.sent or self.posted)) if apart else lambda: None
 
     def send(self, arrays: Sequence[np.ndarray], device: int, tag: int) -> None:
         """Starts sending; the arrays must not change before the messages have gone, which holding them sees to."""
@@ -53,6 +58,7 @@ class Messages:
         for i, array in enumerate(arrays):
             data = as_bytes(array)
             self.sent.append((self.group.Isend(data, device, tag + i), data))
+        self.begun()
 
     def post(self, key: Key, types: Sequence[TensorType], device: int, tag: int) -> None:
         """Gets ready to receive; `take` gives the arrays. Posting again does nothing."""
@@ -60,6 +66,7 @@ class Messages:
             into = [self.buffers.lend(t) for t in types]
             self.posted[key] = [(self.group.Irecv(a.reshape(-1).view(np.uint8), device, tag + i), a)
                                 for i, a in enumerate(into)]
+            self.begun()
 
     def take(self, key: Key, label: str) -> list[np.ndarray]:
         """What was received; it goes back to `buffers` when nobody reads it any more."""

@@ -24,6 +24,8 @@ from ..ir import config
 from .errors import LaunchError
 from .watch import Watch
 
+SIZES = (("PMI_SIZE", "MPI_LOCALNRANKS"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"))  # all, on this host
+
 
 class _State:
     """What the process knows about its end."""
@@ -43,12 +45,19 @@ def load_mpi() -> Any:
         import mpi4py
 
         mpi4py.rc.finalize = False  # a job that failed must not wait for the others in MPI_Finalize
-        mpi4py.rc.thread_level = "serialized"
+        mpi4py.rc.thread_level = "multiple" if _messages() else "serialized"  # see progress.py
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise LaunchError(f"mpi4py cannot be loaded ({error}); install it with: pip install 'treadle[mpi]'") from error
     _at_exit(MPI)
     return MPI
+
+
+def _messages() -> bool:
+    """Whether ranks may have to send each other messages: they are not all on this host, as far as is known."""
+    sizes = [(os.environ.get(world), os.environ.get(here)) for world, here in SIZES]
+    together = [world == here for world, here in sizes if world is not None and here is not None]
+    return not (together and all(together) and config.get("TREADLE_SHARED_MEMORY"))
 
 
 def join(timeout: float) -> Watch:

@@ -20,6 +20,7 @@ import numpy as np
 
 from .errors import DistributedError
 from .links import Links
+from .progress import Progress
 
 LOOK = 0.02     # seconds between looks
 SPIN = 200      # tests of a request before the core is left to others
@@ -65,12 +66,17 @@ class Watch:
         self.links = Links(self.rank, hosts.tolist(), self._exchange)
         self._still: tuple[Any, float] = ((), 0.0)
         self._told = False
+        self.progress = Progress(self.control, lambda: bool(self.label)) if _many_threads(mpi) else None
         self.near.Barrier()
 
     def _exchange(self, text: str) -> list[str]:
         into = np.empty((self.control.size, ADDRESS), np.uint8)
         self.control.Allgather(np.frombuffer(text.encode()[:ADDRESS].ljust(ADDRESS, b"\0"), np.uint8), into)
         return [bytes(row).rstrip(b"\0").decode() for row in into]
+
+    def moves(self, under_way: Callable[[], bool]) -> Callable[[], None]:
+        """For who sends while something is computed: see `Progress.of`."""
+        return self.progress.of(under_way) if self.progress is not None else lambda: None
 
     @property
     def step(self) -> int:
@@ -227,6 +233,8 @@ class Watch:
 
     def end(self) -> None:
         """This rank ends normally."""
+        if self.progress is not None:
+            self.progress.end()
         self._head[2] = LEFT
         self.links.tell(f"left {self.step}")
 
@@ -235,6 +243,10 @@ class Watch:
         for pid in self.pids:
             if pid != os.getpid() and not gone(pid):
                 os.kill(pid, signal.SIGTERM)
+
+
+def _many_threads(mpi: Any) -> bool:
+    return bool(mpi.Query_thread() == mpi.THREAD_MULTIPLE)
 
 
 def gone(pid: int) -> bool:

@@ -68,7 +68,9 @@ class PipelineStep(ParallelStep):
         self.stage_comm = self.job.world.Split(self.here, self.rank) if self.job is not None else None
         self.count = self.devices * plan.chunks
         order = schedule(plan.schedule, self.devices, self.micro, plan.chunks)[self.here]
-        messages = Messages(self.job.groups[self.pipe], self.job.watch) if self.job is not None else None
+        messages = None
+        if self.job is not None:
+            messages = Messages(self.job.groups[self.pipe], self.job.watch, self.pipe in self.job.apart)
         self.runner = Runner(order, self.here, self.devices, self.count, self.micro, messages)
         self.stages = StageBuilder(self)
         self.cut: Cut | None = None

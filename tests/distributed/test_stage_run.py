@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from treadle.distributed.messages import Messages
-from treadle.distributed.pipeline import schedule, stash_bound
+from treadle.distributed.pipeline import schedule, simulate, stash_bound
 from treadle.distributed.stage_run import Program, Runner, StageProgram
 from treadle.ir.dtypes import as_dtype
 from treadle.ir.types import TensorType
@@ -138,3 +138,96 @@ def test_devices_hand_over_and_use_memory_again(kind, chunks):
         tasks = [i for i, line in enumerate(log) if line[0] in "FB"]
         posts = [i for i, line in enumerate(log) if line.startswith("post")]
         assert max(posts) < tasks[-2]
+
+
+# Time ----------------------------------------------------------------------------------------------------------------
+
+
+class Wire:
+    """Devices with clocks in place of MPI: a message sets out when it was sent and its receive was posted, and takes
+    `hop`; whoever waits for it has its clock set on."""
+
+    def __init__(self, devices, hop):
+        self.hop, self.clocks = hop, [0.0] * devices
+        self.ends, self.changed = {}, threading.Condition()
+
+    def meet(self, message, side, clock, array):
+        with self.changed:
+            self.ends.setdefault(message, {})[side] = clock, array
+            self.changed.notify_all()
+
+    def group(self, here):
+        return Clocked(self, here)
+
+
+class Clocked:
+    """One device's communicator, and its watch."""
+
+    def __init__(self, wire, here):
+        self.wire, self.here, self.moving = wire, here, 0
+
+    def Isend(self, data, other, tag):
+        self.wire.meet((self.here, other, tag), "sent", self.wire.clocks[self.here], data.copy())
+        return Request(lambda: True)
+
+    def Irecv(self, into, other, tag):
+        self.wire.meet((other, self.here, tag), "posted", self.wire.clocks[self.here], into)
+        return other, self.here, tag
+
+    def enter(self, *label):
+        pass
+
+    leave = enter
+
+    def wait(self, request):
+        if isinstance(request, Request):
+            return
+        with self.wire.changed:
+            assert self.wire.changed.wait_for(lambda: len(self.wire.ends.get(request, ())) == 2, 5)
+            ends = self.wire.ends.pop(request)
+        (sent, data), (posted, into) = ends["sent"], ends["posted"]
+        into[...] = data
+        clocks = self.wire.clocks
+        clocks[self.here] = max(clocks[self.here], max(sent, posted) + self.wire.hop)
+
+
+@pytest.mark.parametrize(("kind", "chunks"), [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zb-h1", 1)])
+@pytest.mark.parametrize("hop", [0.0, 0.5, 1.0])
+def test_messages_travel_while_stages_compute(kind, chunks, hop):
+    """Only what the schedule's order makes a task wait for is waited for: a step takes what `simulate` says, though no
+    message sets out before its receive was posted. Waiting for each would take as long as computing and sending."""
+    devices, micro = 2, 8
+    count = devices * chunks
+    wire, sums = Wire(devices, hop), np.zeros(count)
+    order = schedule(kind, devices, micro, chunks)
+
+    def device(here):
+        def timed(program, seconds):
+            def run(inputs):
+                wire.clocks[here] += seconds
+                return original(inputs)
+
+            original = program.run
+            program.run = run
+
+        own = {}
+        for s in range(here, count, devices):
+            apart = kind == "zb-h1" and s > 0
+            made = own[s] = stage(s, count, 2.0, sums, [], apart)
+            timed(made.forward, 1.0)
+            timed(made.backward, 2.0 - apart)
+            if apart:
+                timed(made.cotangents, 1.0)
+        group = wire.group(here)
+        Runner(order[here], here, devices, count, micro, Messages(group, group)).step(
+            [own] * micro, [[np.arange(3.0)]] * micro, [1 / micro] * micro)
+
+    threads = [threading.Thread(target=device, args=(d,)) for d in range(devices)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    played = simulate(order, [1.0] * count, [2.0] * count, hop)
+    assert max(wire.clocks) == pytest.approx(played.makespan)
+    if kind == "gpipe":  # of all that crosses, one message each way is waited for
+        assert played.makespan == pytest.approx(3 * (micro + 1) + 2 * hop)

@@ -1,0 +1,97 @@
+"""A pipeline over a slow wire: whether messages travel while its stages compute.
+
+    python benchmarks/wire.py [--rate 400mbit] [--schedules gpipe,1f1b] [--steps 5]
+
+Two ranks of one thread train in two network namespaces (of which root can make some) joined by a virtual wire, first
+as fast as it is, then held to a rate. Of each run: the median step; what the programs of the busier rank take; how long
+all tensors that one rank hands the other would need, one after the other, at this rate; and what the schedule comes to
+if nothing but its order makes a task wait (`treadle.distributed.pipeline.simulate`, with the programs' times and the
+wire's). The last rows are without the thread that calls MPI while programs run (`treadle/distributed/progress.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from tests.distributed.namespaces import Hosts, unavailable  # noqa: E402
+
+LAYERS, WIDTH, ROWS, MICRO = 4, 1024, 1024, 8
+BYTES = 4 * ROWS * WIDTH  # of a message
+UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
+
+
+def hold(hosts: Hosts, rate: str | None) -> None:
+    """Both directions of the wire at a rate; None: as fast as it is."""
+    for name, wire in zip((hosts.a, hosts.b), hosts.wires):
+        subprocess.run(["tc", "-n", name, "qdisc", "del", "dev", wire, "root"], capture_output=True)
+        if rate is not None:
+            subprocess.run(["tc", "-n", name, "qdisc", "add", "dev", wire, "root", "tbf", "rate", rate, "burst", "64kb",
+                            "limit", "20mb"], check=True)
+
+
+def measure(hosts: Hosts, kind: str, steps: int, moving: bool) -> dict[str, Any]:
+    """A job's figures."""
+    numbers = (LAYERS, WIDTH, ROWS, MICRO, steps, int(moving))
+    done = hosts.launched(2, "--no-prefix", ROOT / "benchmarks" / "contenders" / "wire.py", kind, *map(str, numbers),
+                          timeout=170, TREADLE_COMM_TIMEOUT="60", PYTHONWARNINGS="ignore")
+    if done.returncode:
+        raise SystemExit(done.stderr[-2000:])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def simulated(kind: str, programs: float, hop: float) -> float:
+    """The schedule with uniform stages whose programs take so long in a step."""
+    from treadle.distributed.pipeline import schedule, simulate
+
+    task = programs / MICRO / 3
+    return simulate(schedule(kind, 2, MICRO), [task] * 2, [2 * task] * 2, hop).makespan
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rate", default="400mbit", help="of the wire, as tc writes it")
+    parser.add_argument("--schedules", default="gpipe,1f1b")
+    parser.add_argument("--steps", type=int, default=5)
+    options = parser.parse_args()
+    if (reason := unavailable()) is not None:
+        print(f"no namespaces: {reason}")
+        return 1
+    rate = float(options.rate[:-4]) * UNITS[options.rate[-4:]]
+    hop = 8 * BYTES / rate
+    table = Table(title=f"Two stages, {MICRO} micro-batches, messages of {BYTES / 1e6:.1f} MB: milliseconds of a step",
+                  title_justify="left")
+    for column in ("schedule", "wire", "step", "programs", "messages", "order alone"):
+        table.add_column(column, justify="right")
+    hosts = Hosts(Path(tempfile.mkdtemp()))
+    try:
+        hosts.make()
+        for kind in options.schedules.split(","):
+            for held, moving in ((None, True), (options.rate, True), (options.rate, False)):
+                hold(hosts, held)
+                found = measure(hosts, kind, options.steps, moving)
+                programs = max(map(statistics.median, found["programs"]))
+                wire = "as it is" if held is None else held + ("" if moving else ", no thread")
+                row = (statistics.median(found["seconds"]), programs, MICRO * hop if held else 0.0,
+                       simulated(kind, programs, hop if held else 0.0))
+                table.add_row(kind, wire, *(f"{1e3 * x:.0f}" for x in row))
+    finally:
+        hosts.remove()
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
