@@ -27,6 +27,11 @@ from .watch import Watch
 SIZES = (("PMI_SIZE", "MPI_LOCALNRANKS"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"))  # all, on this host
 
 
+def started_by_mpi() -> bool:
+    """Whether an MPI launcher started this process."""
+    return any(name in os.environ for names in SIZES for name in names)
+
+
 class _State:
     """What the process knows about its end."""
 

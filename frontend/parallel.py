@@ -13,7 +13,6 @@ The same script runs without mpiexec on a mesh of one rank.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ import numpy as np
 from ..autodiff.amp import amp_pass
 from ..distributed import Mesh, MeshError, Sharding
 from ..distributed.buckets import bucket
-from ..distributed.comm import Job, load_mpi, mpi_available
+from ..distributed.comm import Job, mpi_available
 from ..distributed.cost import Cluster
 from ..distributed.errors import DistributedError, LaunchError
 from ..distributed.narrow import narrow_sums
@@ -45,27 +44,18 @@ from .compile import build_executable
 from .dispatch import apply, as_tensor
 from .eager import ALIGNMENT
 from .pending import waiting
+from .ranks import all_gather, all_reduce, barrier, broadcast, is_main, rank, world_size
 from .recording import Guards
 from .signature import scan
 from .tensor import Tensor
 from .train import TrainStep
 
 __all__ = ["DistributedError", "Job", "LaunchError", "Mesh", "MeshError", "ParallelStep", "Plan", "Sharding",
-           "constrain", "find_plan", "make_mesh", "mpi_available", "parallelize", "rank", "world_size"]
+           "all_gather", "all_reduce", "barrier", "broadcast", "constrain", "find_plan", "is_main", "make_mesh",
+           "mpi_available", "parallelize", "rank", "world_size"]
 
 Run = Callable[[Sequence[Any], Mapping[str, np.ndarray]], Any]
 UNROLL = Pass("unroll", lambda graph: PassResult(made := unroll(graph), made is not graph, {}))
-SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS")
-
-
-def world_size() -> int:
-    """Processes of this job: 1 unless an MPI launcher started it."""
-    return int(load_mpi().COMM_WORLD.size) if any(name in os.environ for name in SIZES) else 1
-
-
-def rank() -> int:
-    """This process's number in the job, from 0."""
-    return int(load_mpi().COMM_WORLD.rank) if world_size() > 1 else 0
 
 
 def make_mesh(axes: Mapping[str, int]) -> Mesh:
