@@ -54,10 +54,12 @@ def plain_kernel(node: Node, epilogue: Any, name: str) -> Any:
 
 
 def _unflat(flat: Any, shape: Sequence[int]) -> list[Any]:
+    """The index of an element. Quotients by named sizes are kept from TVM's rewriting, which took minutes for them."""
     parts = []
     for n in reversed(shape):
-        parts.append(T.bind(tirx.floormod(flat, n)))
-        flat = tirx.floordiv(flat, n)
+        held = let if is_dynamic(n) else T.bind
+        parts.append(held(tirx.floormod(flat, n)))
+        flat = held(tirx.floordiv(flat, n))
     return parts[::-1]
 
 
