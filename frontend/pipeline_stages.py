@@ -18,6 +18,7 @@ from ..autodiff.amp import amp_pass
 from ..autodiff.save_less import save_less
 from ..distributed import Sharding
 from ..distributed.buckets import bucket
+from ..distributed.casts import casts, casts_apart
 from ..distributed.halves import halves, overwriting
 from ..distributed.partition import Partitioned, partition
 from ..distributed.plans import split_over
@@ -26,7 +27,7 @@ from ..distributed.stage_run import Program, StageProgram
 from ..distributed.stages import Stage, moved_with_data, reached
 from ..ir.builder import GraphBuilder, copy_into
 from ..ir.context import emit
-from ..ir.dtypes import float32
+from ..ir.dtypes import DType, as_dtype, float32
 from ..ir.graph import Graph, Value
 from ..ir.passes import TIDY
 from ..ir.pipeline import Pipeline
@@ -146,6 +147,8 @@ class StageBuilder:
         sums: id of a parameter -> the array in which its gradients add up; stages of one device share it.
         cleared: those of them that have to be zero when a step begins.
         copies: state that every stage moves for itself: (stage, id of the tensor) -> (tensor, the stage's copy).
+        narrow: (id of a parameter, dtype) -> (its array, the copy of it that programs read).
+        cast: makes these copies; once for a step.
         kept_bytes: stage -> bytes that it keeps of a micro-batch.
     """
 
@@ -154,6 +157,8 @@ class StageBuilder:
         self.sums: dict[int, np.ndarray] = {}
         self.copies: dict[tuple[int, int], tuple[Tensor, np.ndarray]] = {}
         self.cleared: dict[int, np.ndarray] = {}
+        self.narrow: dict[tuple[int, DType], tuple[np.ndarray, np.ndarray]] = {}
+        self.cast: Callable[[], Any] = lambda: None
         self.kept_bytes: dict[int, int] = {}
 
     # How things lie ---------------------------------------------------------------------------------------------
@@ -199,11 +204,15 @@ class StageBuilder:
         joint = join(loss, stage)
         made = self.partitioned(loss, joint, last)
         varying = [i for i in range(len(made.graph.inputs)) if not self._stays(loss, joint, i)]
-        parts = halves(save_less(made.graph).graph, joint.ahead, varying)  # so that less waits for the backward pass
+        fixed = self.arrays(loss, joint, made, number)
+        parameters = [i for i in fixed if self._number(joint, i) in loss.trained]
+        graph, narrow = casts_apart(made.graph, parameters)
+        fixed.update((len(made.graph.inputs) + k, self.copy(loss.captures[self._number(joint, i)], fixed[i], dtype))
+                     for k, (i, dtype) in enumerate(narrow))
+        parts = halves(save_less(graph).graph, joint.ahead, varying)  # so that less waits for the backward pass
         forward = self.compiled(parts.forward, held + 1)
         kept = [parts.forward.outputs[i] for i in parts.kept]
         self.kept_bytes[number] = sum(int(v.type.nbytes) for v in kept)
-        fixed = self.arrays(loss, joint, made, number)
 
         def program(run: Run, sources: Sequence[Source]) -> Program:
             return _program(run, sources, joint, loss, fixed)
@@ -315,6 +324,19 @@ class StageBuilder:
                 self.sums[of] = aligned(np.zeros(type.shape, type.dtype.np))
             found[k] = self.sums[of]
         return found
+
+    def copy(self, tensor: Tensor, array: np.ndarray, dtype: DType) -> np.ndarray:
+        """The narrow copy of a parameter, of which this rank has this array."""
+        made = self.narrow.setdefault((id(tensor), dtype), (array, aligned(np.zeros(array.shape, dtype.np))))
+        return made[1]
+
+    def prepare(self) -> None:
+        """Makes the program of all the copies."""
+        if self.narrow:
+            arrays = [array for both in zip(*self.narrow.values()) for array in both]
+            types = [TensorType(a.shape, as_dtype(a.dtype)) for a in arrays]
+            run = self.compiled(casts(list(zip(types[:len(self.narrow)], types[len(self.narrow):]))))
+            self.cast = lambda: run(arrays)
 
     def cutter(self, loss: LossGraph, joint: Joint, made: Partitioned,
                ) -> Callable[[Sequence[np.ndarray]], list[np.ndarray]]:

@@ -105,6 +105,7 @@ class PipelineStep(ParallelStep):
             texts = [str(loss.graph) for loss, _, _ in found.values()]
             self.job.agree("the model and its cut", "\n".join([*texts, repr(self.cut), str(self.plan)]))
         programs = {kind: self._own(loss, stages) for kind, (loss, _, stages) in found.items()}
+        self.stages.prepare()
         owner, tied = self._held(next(iter(found.values()))[::2])
         update = build_update(self, numbers, owner)
         run = _Steps(self, [programs[kind] for kind in zip(*sizes)], list(zip(*sizes)), update, tied,
@@ -306,6 +307,7 @@ class _Steps:
             total.fill(0)
         for tensor, copy in stages.copies.values():
             copy[...] = tensor.numpy(copy=False)
+        stages.cast()
         starts = [[0, *ends[:-1]] for ends in self.ends]
         cut = [[np.asarray(a)[s[m]:e[m]] for a, s, e in zip(arrays, starts, self.ends)] for m in range(step.micro)]
         step.shares = self.weights(cut)

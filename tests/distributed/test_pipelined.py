@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import treadle as td
+from treadle.frontend.pipeline_stages import StageBuilder
 from treadle.ir.errors import ArgumentsError, AttributeValueError
 
 from . import job
@@ -172,17 +173,28 @@ def test_cut_by_measured_times():
     assert str(found[3].cut).count("\n") == CHUNKS
 
 
-@pytest.mark.slow
-def test_mixed_precision():
-    """The gradients of one step: what plain descent takes from the parameters."""
+@pytest.mark.parametrize("again", [False, True])
+def test_mixed_precision(again, monkeypatch):
+    """The gradients of one step: what plain descent takes from the parameters. Each is cast once for all
+    micro-batches."""
+    graphs, compiled = [], StageBuilder.compiled
+    monkeypatch.setattr(StageBuilder, "compiled", lambda self, graph, held=1: graphs.append(graph) or compiled(
+        self, graph, held))
     options = {"dtype": "float32", "amp": "bfloat16", "steps": 1, "descent": True, "model": Plain}
-    before, want, found = train(None, **{**options, "steps": 0}), train(None, **options), pipeline(**options)
+    before, want, found = train(None, **{**options, "steps": 0}), train(None, **options), pipeline(
+        **options, recompute=again)
     exact = train(None, **{**options, "amp": None})
     np.testing.assert_allclose(float(found[0][0].numpy()), float(want[0][0].numpy()), rtol=1e-2)
     for name, array in want[1].items():
         np.testing.assert_allclose(found[1][name], array, atol=2e-2 * np.abs(array - before[1][name]).max() + 1e-6,
                                    err_msg=name)
     assert not np.allclose(found[1]["head.weight"], exact[1]["head.weight"], rtol=1e-6)
+    copied = [v.shape for graph in graphs if graph.name == "casts" for v in graph.inputs if v.dtype == "bfloat16"]
+    assert sorted(shape for shape in copied if len(shape) == 2) == [(5, 6), *[(6, 6)] * 4]
+    for graph in graphs:
+        if graph.name != "casts":
+            cast = {n.operands[0] for n in graph.nodes if n.op.name == "cast" and n.result.dtype == "bfloat16"}
+            assert cast.isdisjoint(v for v, role in zip(graph.inputs, graph.roles) if role == "parameter"), str(graph)
 
 
 def test_what_a_pipeline_refuses():
