@@ -23,13 +23,14 @@ import numpy as np
 from ..ir import config
 from ..ir.graph import Graph
 from ..ir.ops_collective import host_attrs
+from ..ir.rounds import BEGUN, CALLS, DONE, ENTERED, NANOSECONDS, STAGE
 from .batches import BatchCheck
 from .buffers import as_bytes
 from .errors import DistributedError
 from .far import Far
 from .launch import find_mpiexec
 from .mesh import Mesh
-from .near import near
+from .near import Near, near
 from .process import fail, join, load_mpi, versions
 
 Arrays = Sequence[np.ndarray]
@@ -43,7 +44,6 @@ class Job:
         rank: its number; `here`: its coordinates.
         batches: compares what the ranks are given.
         step: counted by whoever runs steps; errors name it.
-        calls, seconds: what was communicated so far, by `op:axis`.
         error: what ended a collective; a compiled program can only pass on its text.
 
     Raises:
@@ -61,8 +61,9 @@ class Job:
         self.batches = BatchCheck(self.watch)
         self.agree("the mesh, or on what is installed", f"mesh: {mesh}\n{versions()}")
         self.groups = {axis: self.world.Split(self._color(axis), self.here[axis]) for axis in mesh.names}
-        self.calls: dict[str, int] = {}
-        self.seconds: dict[str, float] = {}
+        self._calls: dict[str, int] = {}  # from Python
+        self._seconds: dict[str, float] = {}
+        self._records: dict[str, np.ndarray] = {}
         self.error: BaseException | None = None
         self.far = {axis: Far(mpi, group, self.watch) for axis, group in self.groups.items()}
         self.near = {axis: near(mpi, self.groups[axis], self.watch) for axis in self._on_one_host()}
@@ -101,6 +102,25 @@ class Job:
     def step(self, number: int) -> None:
         self.watch.step = number
 
+    @property
+    def calls(self) -> dict[str, int]:
+        """What was communicated so far, by `op:axis`: how often."""
+        return self._tally(self._calls, CALLS, 1)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """And how long it took."""
+        return self._tally(self._seconds, NANOSECONDS, 1e-9)
+
+    def _tally(self, found: dict[str, Any], word: int, unit: float) -> dict[str, Any]:
+        """What Python counted, and what compiled programs did."""
+        found = dict(found)
+        for name, record in self._records.items():
+            if record[CALLS]:
+                label = op_label(name)
+                found[label] = found.get(label, 0) + unit * int(record[word])
+        return found
+
     # What programs call ---------------------------------------------------------------------------------------
 
     def host_function(self, name: str) -> Callable[..., Callable[[], None]]:
@@ -110,25 +130,44 @@ class Job:
         """
         op, attrs = host_attrs(name)
         bind, watch = getattr(self, op), self.watch
-        label = f"{op}:{attrs['axis']}"
+        label = op_label(name)
+        record = self.record(name)
+        words = None if record is None else record.data
 
         def bound(*arrays: np.ndarray) -> Callable[[], None]:
             run = bind(arrays, **attrs)
 
             def call() -> None:
-                watch.enter(label)
+                if words is not None and words[STAGE] == BEGUN:  # by the program, which has waited long enough
+                    words[STAGE] = DONE
+                    self.transports[attrs["axis"]].begun = True
+                    watch.resume(label, 1e-9 * words[ENTERED])
+                else:
+                    watch.enter(label)
                 try:
                     run()
                 except BaseException as error:
                     self.error = error
                     fail(error)
                     raise
-                self.calls[label] = self.calls.get(label, 0) + 1
-                self.seconds[label] = self.seconds.get(label, 0.0) + watch.leave()
+                self._calls[label] = self._calls.get(label, 0) + 1
+                self._seconds[label] = self._seconds.get(label, 0.0) + watch.leave()
 
             return call
 
         return bound
+
+    def record(self, name: str) -> np.ndarray | None:
+        """What lets a program run short collectives of a name by itself (`ir/rounds.py`); None: it cannot."""
+        op, attrs = host_attrs(name)
+        if op != "all_reduce" or not zeros_like_programs(attrs["reduce"]):
+            return None
+        transport = self.transports[attrs["axis"]]
+        if not isinstance(transport, Near):
+            return None
+        if name not in self._records:
+            self._records[name] = transport.record(op_label(name))
+        return self._records[name]
 
     def all_reduce(self, arrays: Arrays, axis: str, size: int, reduce: str) -> Run:
         """Operands, then results."""
@@ -143,9 +182,12 @@ class Job:
         return self._together(axis, "reduce_scatter", arrays, dims)
 
     def _together(self, axis: str, method: str, arrays: Arrays, dims: Sequence[int] | None, *more: Any) -> Run:
-        """A collective of as many results as operands; one message for each dtype among them."""
+        """A collective of as many results as operands; messages hold one dtype each."""
         xs, outs = halves(arrays)
-        bind, runs = getattr(self.transports[axis], method), list[Run]()
+        transport, runs = self.transports[axis], list[Run]()
+        bind = getattr(transport, method)
+        if isinstance(transport, Near):
+            return bind(xs, outs, *more if dims is None else (dims,))
         for dtype in dict.fromkeys(x.dtype for x in xs):
             chosen = [i for i, x in enumerate(xs) if x.dtype == dtype]
             given = more if dims is None else ([dims[i] for i in chosen],)
@@ -235,6 +277,28 @@ def halves(arrays: Sequence[np.ndarray]) -> tuple[Sequence[np.ndarray], Sequence
     """Operands and results of a variadic collective."""
     middle = len(arrays) // 2
     return arrays[:middle], arrays[middle:]
+
+
+def op_label(name: str) -> str:
+    """How errors and tallies call what a host function runs."""
+    op, attrs = host_attrs(name)
+    return f"{op}:{attrs['axis']}"
+
+
+@functools.cache
+def zeros_like_programs(reduce: str) -> bool:
+    """Whether NumPy takes the zeros for the larger and smaller ones that compiled programs do.
+
+    IEEE 754 leaves it open and processors differ; ranks that finish a round in two ways have to get the same bits.
+    """
+    if reduce == "sum":
+        return True
+    choose = {"max": np.maximum, "min": np.minimum}[reduce]
+    for dtype in (np.float16, np.float32, np.float64):
+        zeros = np.zeros(3, dtype)
+        if np.signbit(choose(zeros, -zeros)).all() == (dtype == np.float16):
+            return False
+    return True
 
 
 @functools.cache

@@ -10,6 +10,9 @@ A slot is small enough to stay in the caches: each tensor is read once and writt
 belongs, however it is split; nothing is joined or dealt out. What a rank keeps is not copied into its slot. A sum is
 made by one rank for all, or by all in the same order, so every rank gets the same bits.
 
+Short exchanges, of one round, are made by compiled programs themselves (`ir/rounds.py`); of such a round, what is left
+when another rank is late is made here.
+
 MPI does the same over a network, and with copies into messages of its own: see `far.py`. On one host its algorithms
 reached a tenth of the memory's bandwidth (docs/distributed.md).
 """
@@ -24,13 +27,13 @@ from typing import Any
 
 import numpy as np
 
+from ..ir.rounds import DIRECT, GROUP, HEADER, LINE, MEMORY, RECORD, TEXT, WATCH, places, room
 from .buffers import WIDENED, cut, flat
+from .watch import shown
 
 SLOT = 512 << 10     # bytes that a rank hands out in a round
-HEADER = 128         # bytes before the slots: the number of the round that this rank has filled
-DIRECT = 16 << 10    # bytes up to which an all-reduce is one round: everybody sums everything
 SPIN = 300           # looks at a counter before the watchdog takes over
-ALIGNED = 64
+LOOKS = (1000, 20)   # a program's looks before it leaves the core to others: if every rank has one, and if not
 
 Array = np.ndarray
 Run = Callable[[], None]
@@ -80,7 +83,11 @@ class Near:
         counters = [m[:8].data.cast("q") for m in memory]
         self.counter = counters[self.rank]
         self.others = [c for i, c in enumerate(counters) if i != self.rank]
-        self.counter[0] = self.round = 0
+        self.counter[0] = 0
+        self.begun = False  # a program has filled its slot for the next round of `run`, and has said so
+        crowded = watch.near.size > len(os.sched_getaffinity(0))
+        self.words = np.array([slot, LOOKS[crowded], self.rank, *(m.ctypes.data for m in memory)], np.int64)
+        assert len(self.words) == MEMORY + self.size
         group.Barrier()
 
     # Collectives: each gives a function that runs it on these arrays --------------------------------------------
@@ -88,10 +95,10 @@ class Near:
     def all_reduce(self, xs: Sequence[Array], outs: Sequence[Array], reduce: str) -> Run:
         """outs[i] becomes the sum (max, min) of all ranks' xs[i]; it may be the same array."""
         rows = [(flat(x), flat(out)) for x, out in zip(xs, outs)]
-        if sum(x.nbytes for x in xs) <= min(DIRECT, self.slot):
+        if places(x.nbytes for x in xs) is not None and self.slot >= DIRECT:
             pieces = []
             for x, out in rows:
-                piece = _Piece(_room(x.nbytes), [(0, x)])
+                piece = _Piece(room(x.nbytes), [(0, x)])
                 piece.takes.append((out, [(r, 0) for r in range(self.size)]))  # all in one order, and `out` may be x
                 pieces.append(piece)
             return self._program([pieces], reduce)
@@ -111,7 +118,7 @@ class Near:
         pieces = []
         for x, out, dim in zip(xs, outs, dims):
             parts = cut(x, dim, self.size)
-            for block in blocks(out.shape, (self.slot // (self.size - 1) - ALIGNED) // out.itemsize):
+            for block in blocks(out.shape, (self.slot // (self.size - 1) - LINE) // out.itemsize):
                 pieces.append(self._scatter([p[block] for p in parts], out[block]))
         return self._program([pieces], "sum")
 
@@ -127,8 +134,8 @@ class Near:
     def all_to_all(self, x: Array, out: Array, split: int, concat: int) -> Run:
         """Part i of x along `split` goes to rank i; what arrives lies along `concat` of out."""
         pieces, given, taken = [], cut(x, split, self.size), cut(out, concat, self.size)
-        for block in blocks(taken[0].shape, (self.slot // self.size - ALIGNED) // x.itemsize):
-            size = _room(given[0][block].nbytes)
+        for block in blocks(taken[0].shape, (self.slot // self.size - LINE) // x.itemsize):
+            size = room(given[0][block].nbytes)
             piece = _Piece(self.size * size)
             piece.fills += [(r * size, p[block]) for r, p in enumerate(given) if r != self.rank]
             piece.takes += [(p[block], [given[r][block] if r == self.rank else (r, self.rank * size)])
@@ -140,7 +147,7 @@ class Near:
 
     def _scatter(self, parts: Sequence[Array], out: Array) -> _Piece:
         """Each rank's part of a block to that rank; the sum of what comes for this one into `out`."""
-        sizes, piece = [_room(p.nbytes) for p in parts], _Piece(0)
+        sizes, piece = [room(p.nbytes) for p in parts], _Piece(0)
 
         def place(giver: int, taker: int) -> int:
             return sum(size for r, size in enumerate(sizes[:taker]) if r != giver)
@@ -153,7 +160,7 @@ class Near:
 
     def _gather(self, x: Array, outs: Sequence[Array], placed: bool = False) -> _Piece:
         """A block to everybody; everybody's into `outs`. `placed`: this rank's is there already."""
-        return _Piece(max(_room(out.nbytes) for out in outs), [(0, x)],
+        return _Piece(max(room(out.nbytes) for out in outs), [(0, x)],
                       [(out, [x if r == self.rank else (r, 0)]) for r, out in enumerate(outs)
                        if r != self.rank or not placed])
 
@@ -165,13 +172,17 @@ class Near:
         laid: list[list[tuple[Calls, Calls]] | None] = [None, None]  # for either slot to begin with
 
         def run() -> None:
-            first = self.round % 2
+            first = (self.counter[0] - self.begun) % 2
             ready = laid[first]
             if ready is None:
                 ready = laid[first] = [self._lay(found, (first + 1 + i) % 2, reduce) for i, found in enumerate(rounds)]
             for fills, takes in ready:
-                for function, arguments in fills:
-                    function(*arguments)
+                if not self.begun:
+                    for function, arguments in fills:
+                        function(*arguments)
+                    self.window.Sync()  # what was written is seen by whoever sees the counter
+                    self.counter[0] += 1
+                self.begun = False
                 self._meet()
                 for function, arguments in takes:
                     function(*arguments)
@@ -198,13 +209,18 @@ class Near:
 
     def _meet(self) -> None:
         """This rank's slot is filled; back when everybody's is."""
-        self.window.Sync()  # what was written is seen by whoever sees the counter
-        self.round += 1
-        self.counter[0] = number = self.round
+        number = self.counter[0]
         for other in self.others:
             if other[0] < number:
                 self._wait(other, number)
         self.window.Sync()
+
+    def record(self, label: str) -> np.ndarray:
+        """What a compiled program has to know for its rounds, under the name of an op (`ir/rounds.py`)."""
+        made = np.zeros(RECORD, np.int64)
+        made[GROUP], made[WATCH] = self.words.ctypes.data, self.watch.address
+        made[TEXT:] = np.frombuffer(shown(label), np.int64)
+        return made
 
     def _wait(self, other: Any, number: int) -> None:
         for _ in range(SPIN):
@@ -212,11 +228,6 @@ class Near:
                 return
         os.sched_yield()
         self.watch.until(lambda: other[0] >= number)
-
-
-def _room(nbytes: int) -> int:
-    """Bytes that a part takes in a slot: whole cache lines."""
-    return -(-nbytes // ALIGNED) * ALIGNED
 
 
 def _rounds(pieces: Sequence[_Piece], slot: int) -> Iterator[list[_Piece]]:

@@ -18,16 +18,16 @@ from typing import Any
 
 import numpy as np
 
+from ..ir.rounds import AT, CALL, CLOSED, COMPUTING, FAILED, LABEL, LEFT, STATE, WAITING
 from .errors import DistributedError
 from .links import Links
 from .progress import Progress
 
 LOOK = 0.02     # seconds between looks
 SPIN = 200      # tests of a request before the core is left to others
-LABELS = 96     # bytes that name an op
+HEAD = 8 * AT   # bytes before the label: the words of `ir/rounds.py`
 WORDS = 1000    # bytes of the last words
 ADDRESS = 512   # bytes of a rank's addresses
-COMPUTING, WAITING, LEFT, FAILED = range(4)
 SETTLE = 2.0    # seconds in which what a rank sent before it ended arrives
 
 
@@ -45,22 +45,22 @@ class Watch:
         self.mpi, self.timeout = mpi, timeout
         self.control = world.Dup()
         self.rank = world.rank
-        self.label, self.calls = "", 0
+        self.label = ""
         self.near = world.Split_type(mpi.COMM_TYPE_SHARED)
         who = np.empty((self.near.size, 2), np.int64)
         self.near.Allgather(np.array([world.rank, os.getpid()], np.int64), who)
         self.near_ranks, self.pids = who.T.tolist()
-        row = 3 * 8 + LABELS + WORDS
+        row = HEAD + LABEL + WORDS
         self.window = mpi.Win.Allocate_shared(row, 1, comm=self.near)
         self.rows = [np.frombuffer(self.window.Shared_query(i)[0], np.uint8, row) for i in range(self.near.size)]
         self._own = self.rows[self.near.rank]
         self._own[:] = 0
-        self._head = self._own[:24].view(np.int64)  # step, calls, state
+        self._head = self._own[:HEAD].view(np.int64)
         # The same memory: a word costs a tenth to write here.
-        self._words, self._text = self._head.data, self._own[24:24 + LABELS].data
+        self._words, self._text = self._head.data, self._own[HEAD:HEAD + LABEL].data
         self._shown: dict[str, bytes] = {}
         self._entered = 0.0
-        self.timeline: list[tuple[str, float, float]] | None = None
+        self._timeline: list[tuple[str, float, float]] | None = None
         hosts = np.empty(world.size, np.int64)
         world.Allgather(np.array([min(self.near_ranks)], np.int64), hosts)
         self.links = Links(self.rank, hosts.tolist(), self._exchange)
@@ -86,23 +86,46 @@ class Watch:
     def step(self, number: int) -> None:
         self._head[0] = number
 
+    @property
+    def calls(self) -> int:
+        """The number of ops that this rank has come to."""
+        return int(self._words[CALL])
+
+    @property
+    def timeline(self) -> list[tuple[str, float, float]] | None:
+        return self._timeline
+
+    @timeline.setter
+    def timeline(self, entries: list[tuple[str, float, float]] | None) -> None:
+        self._timeline = entries
+        self._words[CLOSED] = entries is not None  # programs then leave every op to Python
+
+    @property
+    def address(self) -> int:
+        """Where compiled programs find the words of `ir/rounds.py`."""
+        return int(self._own.ctypes.data)
+
     def enter(self, label: str) -> None:
         """This rank has come to an op."""
         self.label = label
-        self.calls += 1
-        self._words[1], self._words[2] = self.calls, WAITING
+        self._words[CALL] += 1
+        self._words[STATE] = WAITING
         if label not in self._shown:
-            self._shown[label] = label.encode()[:LABELS - 1].ljust(LABELS, b"\0")
+            self._shown[label] = shown(label)
         self._text[:] = self._shown[label]
         self._entered = time.monotonic()
+
+    def resume(self, label: str, entered: float) -> None:
+        """A compiled program came to an op at that time, and leaves the waiting to this watch."""
+        self.label, self._entered = label, entered
 
     def leave(self) -> float:
         """It has passed it; the seconds that it took."""
         now = time.monotonic()
-        if self.timeline is not None:
-            self.timeline.append((self.label, self._entered, now))
+        if self._timeline is not None:
+            self._timeline.append((self.label, self._entered, now))
         self.label = ""
-        self._words[2] = COMPUTING
+        self._words[STATE] = COMPUTING
         return now - self._entered
 
     def wait(self, request: Any) -> None:
@@ -152,7 +175,7 @@ class Watch:
         self.control.Iprobe()  # moves on what MPI has under way: who waits in shared memory does not call it
         for rank, row in zip(self.near_ranks, self.rows):
             if row[16:24].view(np.int64)[0] == FAILED and rank != self.rank:
-                self._failed(rank, bytes(row[24 + LABELS:]).rstrip(b"\0").decode(errors="replace"))
+                self._failed(rank, bytes(row[HEAD + LABEL:]).rstrip(b"\0").decode(errors="replace"))
         for rank, text in self.links.words.items():
             self._failed(rank, text)
         for rank, pid in zip(self.near_ranks, self.pids):
@@ -178,13 +201,13 @@ class Watch:
         They do if nobody computes and nobody has come any further for a while.
         """
         heads = [row[:24].view(np.int64) for row in self.rows]
-        ended = {r: int(h[0]) for r, h in zip(self.near_ranks, heads) if h[2] == LEFT} | self.links.left
+        ended = {r: int(h[0]) for r, h in zip(self.near_ranks, heads) if h[STATE] == LEFT} | self.links.left
         if not ended:
             return
         now, state = time.monotonic(), tuple(map(bytes, heads))
         if state != self._still[0]:
             self._still = state, now
-        if now - self._still[1] < SETTLE or waited < SETTLE or any(h[2] == COMPUTING for h in heads):
+        if now - self._still[1] < SETTLE or waited < SETTLE or any(h[STATE] == COMPUTING for h in heads):
             return
         self._say_where()
         if all(r in ended or r in self.links.at for r in self.links.others):
@@ -205,7 +228,7 @@ class Watch:
     def position(self, rank: int) -> str:
         """Where a rank of this host is."""
         row = self.rows[self.near_ranks.index(rank)]
-        label = bytes(row[24:24 + LABELS]).split(b"\0")[0].decode(errors="replace")
+        label = bytes(row[HEAD:HEAD + LABEL]).split(b"\0")[0].decode(errors="replace")
         step, calls = row[:16].view(np.int64)
         return f"{label or 'no op'} of step {step} (call {calls})"
 
@@ -228,14 +251,14 @@ class Watch:
         """Last words to all other ranks."""
         text = f"{type(error).__name__} in {self.where()}: {str(error).splitlines()[0] if str(error) else 'no message'}"
         self.links.tell(f"failed {text}")
-        self._own[24 + LABELS:] = np.frombuffer(text.encode()[:WORDS].ljust(WORDS, b"\0"), np.uint8)
-        self._head[2] = FAILED
+        self._own[HEAD + LABEL:] = np.frombuffer(text.encode()[:WORDS].ljust(WORDS, b"\0"), np.uint8)
+        self._head[STATE] = FAILED
 
     def end(self) -> None:
         """This rank ends normally."""
         if self.progress is not None:
             self.progress.end()
-        self._head[2] = LEFT
+        self._head[STATE] = LEFT
         self.links.tell(f"left {self.step}")
 
     def end_others(self) -> None:
@@ -247,6 +270,11 @@ class Watch:
 
 def _many_threads(mpi: Any) -> bool:
     return bool(mpi.Query_thread() == mpi.THREAD_MULTIPLE)
+
+
+def shown(label: str) -> bytes:
+    """An op's name as other ranks read it."""
+    return label.encode()[:LABEL - 1].ljust(LABEL, b"\0")
 
 
 def gone(pid: int) -> bool:

@@ -394,7 +394,7 @@ def register(graph: Graph, job: Job) -> None:
     called = (*COLLECTIVES, "axis_index", "send", "recv", "start", "wait")
     names = {host_name(n) for n in graph.walk() if n.op.name in called}
     for name in sorted(names):
-        register_host_function(name, job.host_function(name), binds=True)
+        register_host_function(name, job.host_function(name), binds=True, record=job.record(name))
 
 
 def aligned(array: np.ndarray) -> np.ndarray:

@@ -93,8 +93,8 @@ def _library(
     from .driver import build_driver
 
     keys: dict[int, str] = {}
-    kernels: dict[str, KernelCall] = {}  # the first call of each
-    for call in program.kernel_calls:
+    kernels: dict[str, KernelCall | HostCall] = {}  # the first call of each
+    for call in program.compiled_calls:
         if id(call.kernel) not in keys:
             key = keys[id(call.kernel)] = f"k_{kernel_key(call.kernel, target)}"
             kernels.setdefault(key, call)
@@ -119,7 +119,8 @@ def _library(
 
 
 def _objects(
-    kernels: dict[str, KernelCall], driver: tuple[str, Any], target: Target, store: Cache, progress: Progress | None
+    kernels: dict[str, KernelCall | HostCall], driver: tuple[str, Any], target: Target, store: Cache,
+    progress: Progress | None
 ) -> tuple[dict[str, bytes], int]:
     """Object files of all kernels and the driver, the missing ones compiled in parallel; how many were."""
     from .codegen import compile_host, compile_kernel
@@ -208,6 +209,7 @@ def _signature(program: Program, plan: MemoryPlan, target: Target) -> Signature:
         if program.sizes
         else [],
         checks=program.checks,
+        recorded=program.recorded,
     )
 
 

@@ -24,6 +24,7 @@ from tvm.ir import PrimType, Var
 from tvm.script import tirx as T
 from tvm.tirx import stmt as tir_stmt
 
+from ..ir.rounds import ASIDE, DONE
 from . import host
 from .abi import ENTRY, PROFILE_HEADER
 from .codegen import on_cpu
@@ -195,8 +196,23 @@ class _Emitter:
         numbers = [
             v if isinstance(a, LoopVar) else T.reinterpret("int64", v) for a, v in zip(step.args, values)
         ]
-        call = T.call_packed(host.PREFIX + step.function, _described(step), *numbers)
-        return self.timing(step, tir_stmt.Evaluate(call))
+        call = tir_stmt.Evaluate(T.call_packed(host.PREFIX + step.function, _described(step), *numbers))
+        return self.timing(step, call if step.kernel is None else self.by_itself(step, values, call))
+
+    def by_itself(self, step: HostCall, values: list[Any], call: Any) -> Any:
+        """With a record the kernel first; the call unless the record then says that all is done."""
+        at = self.slots.records[step.function]
+        stage = tirx.decl_buffer((1,), "int64", name="stage")
+        kernel = T.call_extern("int32", self.symbols[id(step.kernel)], *values, self.slot(at))
+        recorded = self.cell(at) != _int64(0)
+        left = T.if_then_else(recorded, stage[0], _int64(ASIDE)) != _int64(DONE)
+        return tir_stmt.SeqStmt(
+            [
+                tir_stmt.IfThenElse(recorded, tir_stmt.Evaluate(kernel), None),
+                tir_stmt.DeclBuffer(stage, data=self.typed(self.slot(at), "int64")),
+                tir_stmt.IfThenElse(left, call, None),
+            ]
+        )
 
     def emit_Copy(self, step: Copy) -> Any:
         source, target = self.address(step.src), self.address(step.dst)

@@ -19,12 +19,12 @@ from .abi import numpy_dtype
 from .runtime import load_runtime
 
 PREFIX = "treadle.host."
-
-
+_records: dict[str, np.ndarray | None] = {}
 KEPT = 256  # combinations of addresses for which a binding function's answer is kept
 
 
-def register_host_function(name: str, function: Callable[..., Any], binds: bool = False) -> None:
+def register_host_function(name: str, function: Callable[..., Any], binds: bool = False,
+                           record: np.ndarray | None = None) -> None:
     """Let programs call `function` by the name that a `HostCall` gives.
 
     It receives the call's arguments in order: a NumPy array for each buffer (read-only unless the call writes it), an
@@ -33,6 +33,9 @@ def register_host_function(name: str, function: Callable[..., Any], binds: bool 
 
     A function that `binds` gives another one, without arguments, which is what every call with the same arguments runs:
     preparations are then made once, as the temporaries of a program lie at the same addresses in each run.
+
+    `record`: memory by which programs can do the call by themselves, as `ir/rounds.py` describes; where they do not get
+    it done they call the function.
     """
     kept: dict[tuple[Any, ...], Callable[[], Any]] = {}
 
@@ -49,6 +52,12 @@ def register_host_function(name: str, function: Callable[..., Any], binds: bool 
         function(*(value(address) for value, address in zip(_converters(description), addresses)))
 
     load_runtime().register_global_func(PREFIX + name, binding if binds else adapter, override=True)
+    _records[name] = record
+
+
+def record_of(name: str) -> np.ndarray | None:
+    """What a host function was registered with."""
+    return _records.get(name)
 
 
 def check_registered(names: list[str]) -> None:

@@ -264,8 +264,9 @@ class _Region:
             self.emit_own(node, node.op.slots["lower"])
         elif isinstance(node.op.slots.get("lower"), Host):
             args: list[Arg] = [*map(self.place, node.operands), *map(self.place, node.results)]
-            self.steps.append(HostCall(node.op.slots["lower"].name(node), args, range(len(node.operands), len(args)),
-                                       label=node.op.name))
+            host = node.op.slots["lower"]
+            self.steps.append(HostCall(host.name(node), args, range(len(node.operands), len(args)), label=node.op.name,
+                                       kernel=host.fn(node, self.target, "kernel")))
         elif not self.is_alias(group):
             self.emit_group(group)
 

@@ -66,9 +66,14 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Host:
-    """`name(node)`: the host function (host.py) that is called with the operands, then the results to write."""
+    """`name(node)`: the host function (host.py) that is called with the operands, then the results to write.
+
+    `fn(node, target, name)`: a kernel that does it, or some of it, without leaving the program where the function was
+    registered with a record; its parameters are the operands, the results and the record's address. Or None.
+    """
 
     name: Callable[[Node], str]
+    fn: Callable[..., Any] = lambda node, target, name: None
 
 
 @dataclass(frozen=True)

@@ -198,7 +198,9 @@ class KernelCall:
 class HostCall:
     """Call the Python function registered as `function` (host.register_host_function) with arrays over the arguments.
 
-    For what is no kernel: a collective over MPI, a user's op written in Python. Positions as in `KernelCall`.
+    For what is no kernel: a collective over MPI, a user's op written in Python. Positions as in `KernelCall`. `kernel`
+    is None, or what runs first where the function was registered with a record: it takes the arguments and the record's
+    address, and where it could not do all of it the function is called.
     """
 
     function: str
@@ -206,6 +208,8 @@ class HostCall:
     writes: Sequence[int]
     reads: Sequence[int] = None  # type: ignore[assignment]  # made the complement of `writes`
     label: str = ""
+    kernel: Any = None  # tvm.tirx.PrimFunc
+    origin: Origin | None = None
 
     def __post_init__(self) -> None:
         _settle(self)
@@ -307,6 +311,17 @@ class Program:
     def kernel_calls(self) -> list[KernelCall]:
         """Every kernel call, nested ones included, in program order."""
         return [step for step in walk(self.steps) if isinstance(step, KernelCall)]
+
+    @property
+    def compiled_calls(self) -> list[KernelCall | HostCall]:
+        """Every call that has a kernel to compile."""
+        calls = [step for step in walk(self.steps) if isinstance(step, (KernelCall, HostCall))]
+        return [call for call in calls if call.kernel is not None]
+
+    @property
+    def recorded(self) -> list[str]:
+        """The host functions that kernels need the records of, sorted."""
+        return sorted({call.function for call in self.compiled_calls if isinstance(call, HostCall)})
 
 
 def walk(steps: Sequence[Step]) -> Iterator[Step]:
