@@ -114,3 +114,8 @@ class Pending(Concrete):
 def waiting(value: Any) -> bool:
     """Whether a tensor's value has no elements yet."""
     return isinstance(value, Pending) and value.waiting
+
+
+def parked(value: Any) -> bool:
+    """Whether a tensor's elements are elsewhere."""
+    return isinstance(value, Pending) and value.waiting and isinstance(value.source, Elsewhere)

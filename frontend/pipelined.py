@@ -35,8 +35,10 @@ from ..ir.types import TensorType
 from . import tree
 from .measured import layer_seconds
 from .parallel import ParallelStep, Plan, Run
+from .pending import parked
 from .pipeline_stages import LossGraph, StageBuilder
 from .pipeline_update import build_update
+from .random import default_generator
 from .recording import Guards
 from .tensor import Tensor
 from .trace import Spec, leaf_type, record
@@ -108,6 +110,7 @@ class PipelineStep(ParallelStep):
         self.stages.prepare()
         owner, tied = self._held(next(iter(found.values()))[::2])
         update = build_update(self, numbers, owner)
+        self._leave_to_others()
         run = _Steps(self, [programs[kind] for kind in zip(*sizes)], list(zip(*sizes)), update, tied,
                      _Results([(loss, results, stages) for loss, results, stages in found.values()], self))
         return run, Guards(guards)
@@ -236,6 +239,19 @@ class PipelineStep(ParallelStep):
     def holds(self, tensor: Tensor) -> bool:
         """Of what the model shares between stages and of the rest, the first device has it."""
         return next((home for t, home in self._tensors() if t is tensor), 0) == self.here
+
+    def settle(self) -> None:
+        """As of a step without pipeline; and elements of what other stages train are given up."""
+        super().settle()
+        self._leave_to_others()
+
+    def _leave_to_others(self) -> None:
+        """Gives up what is trained, but not read, by this device: it would be as it was at the last `gather`."""
+        for tensor, device in self._tensors() if self.homes else ():
+            foreign = device != self.here and id(tensor) not in self._placed
+            if foreign and tensor is not default_generator().state and not parked(tensor._value):
+                tensor._park(f"lives on the ranks of another stage ({self.pipe}={device}) while it is trained; call "
+                             "step.gather() on every rank to have it here")
 
     def gather(self) -> None:
         """As of a step without pipeline; every stage's tensors come to every rank."""
