@@ -4,7 +4,8 @@
 
 Cases: zero1, tp, pp (a training step of GPT-2 small on 8 x 128 tokens, f32; `gpt2` names all three), dp, zero3;
 messages, waiting (zero1 as if the ranks were on several hosts, sums sent while the backward pass runs, and not);
-allreduce (sums called by a compiled program beside mpi4py's own call on equal buffers, from 4 bytes to 256 MB).
+allreduce (sums called by a compiled program beside mpi4py's own call on equal buffers, from 4 bytes to 256 MB), short
+(those up to 64 KB). With more ranks than cores (`short --ranks 4` on two) a sum waits for ranks that are not running.
 
 Every rank has one thread, the one process as many as there are ranks, and both the same cores. They take turns, step
 by step of a few, so that a noisy machine is noisy for both; figures are medians. Each case is one pair of jobs of its
@@ -35,7 +36,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import harness
 
 GROUPS = {"gpt2": ("zero1", "tp", "pp")}
-CASES = ("zero1", "tp", "pp", "dp", "zero3", "messages", "waiting", "allreduce")
+SUMS = {"allreduce": 1 << 28, "short": 64 << 10}  # bytes of the longest
+CASES = ("zero1", "tp", "pp", "dp", "zero3", "messages", "waiting", *SUMS)
 STEPS = 2  # of a turn
 
 
@@ -114,12 +116,14 @@ def run_step(case: str, options: argparse.Namespace, console: Console) -> dict[s
             "losses": losses}
 
 
-def run_allreduce(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+def run_sums(case: str, options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Sums of many sizes."""
     with ExitStack() as stack:
-        process = start(stack, "allreduce", options.ranks, 1, "sums.py", str(options.rounds), options.size)
+        process = start(stack, case, options.ranks, 1, "sums.py", str(options.rounds), options.size, str(SUMS[case]))
         found: dict[str, Any] = process.ask("start")
-    table = Table(title=f"all_reduce over {options.ranks} ranks, f32: microseconds", title_justify="left")
+    cores = len(os.sched_getaffinity(0))
+    shared = f", which share {cores} cores" if options.ranks > cores else ""
+    table = Table(title=f"all_reduce over {options.ranks} ranks{shared}, f32: microseconds", title_justify="left")
     for column in ("bytes", "mpi4py Allreduce", "compiled program", "ratio", "over messages", "ratio"):
         table.add_column(column, justify="right")
     for nbytes, raw, near, far in found["rows"]:
@@ -152,8 +156,7 @@ def main() -> int:
                   f"{options.rounds} interleaved turns")
     for case in options.cases:
         try:
-            measure = run_allreduce if case == "allreduce" else lambda o, c, case=case: run_step(case, o, c)
-            report[case] = measure(options, console)
+            report[case] = (run_sums if case in SUMS else run_step)(case, options, console)
         except harness.ContenderFailed as error:
             console.print(f"{case}: {error}")
             code = 1

@@ -1,6 +1,6 @@
 """all_reduce as compiled programs call it, beside mpi4py's Allreduce: a contender of distributed.py, under mpiexec.
 
-    sums.py ROUNDS SIZE
+    sums.py ROUNDS SIZE MOST
 
 One command, `start`: {"rows": [[bytes, seconds of mpi4py, of a program on this host's shared memory, of a program over
 messages], ...]}, medians over interleaved rounds of the slowest rank's time of a call. Programs of short sums hold many
@@ -26,7 +26,7 @@ from treadle.frontend.parallel import aligned, register
 from treadle.ir.builder import GraphBuilder
 from treadle.ir.types import TensorType
 
-SIZES = {"small": [4, 64, 1 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20, 256 << 20],
+SIZES = {"small": [4, 64, *(1 << n for n in range(10, 30, 2))],
          "tiny": [4, 1 << 10, 1 << 20]}
 TARGET = 0.05  # seconds of a round
 MOST = 500     # calls of a round
@@ -75,7 +75,7 @@ def row(jobs: list[Job], nbytes: int, rounds: int) -> list[float]:
 
 
 def main() -> None:
-    rounds, sizes = int(sys.argv[1]), SIZES[sys.argv[2]]
+    rounds, sizes = int(sys.argv[1]), [n for n in SIZES[sys.argv[2]] if n <= int(sys.argv[3])]
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     td.set_num_threads(1)
