@@ -23,7 +23,8 @@ from typing import Any
 from ..ir.errors import AttributeValueError
 from ..ir.graph import Graph, Value
 from ..ir.types import TensorType
-from .mesh import Mesh, MeshError
+from .mesh import Mesh
+from .plan_checks import check_fields, check_fit
 from .regather import gather_at_use
 from .sharding import Sharding
 
@@ -61,6 +62,9 @@ class Plan:
         cut: where the stages of a pipeline end but for the last, counted in the steps of the loss's graph, as
             `treadle plan --out` writes it. None: found.
         bucket_bytes: collectives of one kind that may go together are joined into messages of at most so many bytes.
+
+    Raises:
+        AttributeValueError, MeshError: a field is not of its kind.
     """
 
     data: str | None = "data"
@@ -81,10 +85,7 @@ class Plan:
     cut: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.zero not in (0, 1, 2, 3):
-            raise AttributeValueError(f"zero is {self.zero!r}; ZeRO has the stages 0 (off), 1, 2 and 3")
-        if self.reduce_dtype not in (None, "bfloat16", "float16"):
-            raise AttributeValueError(f"reduce_dtype is {self.reduce_dtype!r}; expected 'bfloat16', 'float16' or None")
+        check_fields(self)
 
     def save(self, path: Any) -> None:
         """Writes the plan as JSON.
@@ -139,16 +140,10 @@ class Plan:
         """That the plan fits the mesh and the model.
 
         Raises:
-            MeshError: it names an axis that is not there, or a pattern matches no parameter.
+            MeshError: it names an axis that is not there, or a pattern matches no parameter, or only such as an
+                earlier one matches, too.
         """
-        for axis in (a for dims in self.shard.values() for a in Sharding(tuple(dims)).split_axes if mesh.size > 1):
-            mesh[axis]
-        if self.zero and mesh.size > 1 and (self.data is None or self.data not in mesh):
-            raise MeshError(f"ZeRO needs the batch's axis {self.data!r} in the mesh, which is {mesh}")
-        for pattern in self.shard:
-            if not fnmatch.filter(names, pattern):
-                some = ", ".join(list(names)[:8])
-                raise MeshError(f"the plan's pattern {pattern!r} matches no parameter; there are: {some}...")
+        check_fit(self, mesh, names)
 
 
 @dataclass(frozen=True)
@@ -189,7 +184,7 @@ def annotate(graph: Graph, mesh: Mesh, plan: Plan, sources: Sequence[Source],
             if v.rank and plan.data in mesh:
                 assert plan.data is not None
                 found[i] = found[i].placed(plan.data, int(i in micro))
-            found[i].check(v.type, mesh, f"the batch's {v.name}" if v.name else "a tensor of the batch")
+            found[i].check(v.type, mesh, f"the batch's {v.name}" if v.name else "a tensor of the batch", padded=True)
         elif source.kind == "scalar":
             found[i] = Sharding.whole(v.rank)
         elif source.kind in ("parameter", "state") and (source.kind == "parameter" or v.shape == own.get(source.name)):

@@ -51,11 +51,22 @@ class RuleTable:
             found = self.view(node, place, mesh[axis])
             if found is None:
                 return None
-            same = [a for a in chosen if place >= 0 and places[a] >= 0 and dim_of(places[a]) == dim_of(place)]
-            if any(base(chosen[a]) != base(found[0]) for a in same):
-                return None
             chosen[axis] = found[0]
-        return chosen
+        return chosen if self.agree(node, chosen) else None
+
+    def agree(self, node: Node, chosen: Mapping[str, Strategy]) -> bool:
+        """Whether axes that split the same dimension of an operand or result split the same label: only then do they
+        cut what lies there in the same order on both sides."""
+        factors = self.factors[node]
+        for placement, count in ((factors.operand_placement, len(node.operands)),
+                                 (factors.result_placement, len(node.results))):
+            for i in range(count):
+                labels: dict[int, Label] = {}
+                for strategy in chosen.values():
+                    place = placement(strategy, i)
+                    if place >= 0 and labels.setdefault(dim_of(place), base(strategy)) != base(strategy):
+                        return False
+        return True
 
     def view(self, node: Node, place: int, ranks: int) -> tuple[Strategy] | None:
         """The strategy of a view of a value that lies so along an axis, if there is one."""

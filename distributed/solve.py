@@ -22,7 +22,7 @@ from ..ir.decompose import INLINE, decompose, decomposing, has_decomposition
 from ..ir.errors import ShapeError
 from ..ir.graph import Graph, Node, Value
 from .cost import Cluster
-from .mesh import Mesh
+from .mesh import Mesh, MeshError
 from .propagate import Hints, Propagation, RuleTable, is_view, to_unfold
 from .regions import LOOPS, Loop, choose_loop, outwards, result_shift
 from .reshard import filled_with, transition
@@ -86,7 +86,7 @@ def solve(graph: Graph, mesh: Mesh, inputs: Mapping[int, Sharding], outputs: Map
     plan = Plan(graph, mesh, cluster or Cluster(), table=table)
     solvers: list[AxisSolver] = []
     for axis in mesh.names:
-        solvers.append(AxisSolver(plan, axis, hints[axis], fixed[axis], solvers))
+        solvers.append(AxisSolver(plan, axis, hints[axis], fixed, solvers))
         solvers[-1].run()
     plan.inputs = [Sharding.of(v.rank, {s.axis: s.stored[v] for s in solvers}) for v in graph.inputs]
     plan.outputs = [outputs.get(i) or (plan.inputs[graph.aliases[i]] if i in graph.aliases else Sharding.whole(v.rank))
@@ -99,7 +99,7 @@ def _check(graph: Graph, mesh: Mesh, inputs: Mapping[int, Sharding], outputs: Ma
         raise ShapeError(f"graph {graph.name} has symbolic sizes ({', '.join(sorted(graph.dims))}); partitioning needs "
                          "numbers: trace it for arguments of a fixed shape")
     for i, sharding in inputs.items():
-        sharding.check(graph.inputs[i].type, mesh, graph.inputs[i].name, graph.roles[i] in ("parameter", "state"))
+        sharding.check(graph.inputs[i].type, mesh, graph.inputs[i].name, padded=True)
     for i, sharding in outputs.items():
         sharding.check(graph.outputs[i].type, mesh, padded=True)
 
@@ -114,12 +114,21 @@ def _fixed(graph: Graph, mesh: Mesh, inputs: Mapping[int, Sharding],
             found.setdefault(graph.outputs[i], s.placement(axis))
         for node in graph.walk():
             if node.op.name == "annotate":
-                wish = Sharding(node.attrs["dims"])
-                wish.check(node.result.type, mesh)
+                wish = _wish(node, mesh)
                 if axis in (*wish.split_axes, *node.attrs["whole"]):
                     found[node.result] = wish.placement(axis)
         fixed[axis] = found
     return fixed
+
+
+def _wish(node: Node, mesh: Mesh) -> Sharding:
+    """What `constrain` says of a value."""
+    wish = Sharding(node.attrs["dims"])
+    try:
+        wish.check(node.result.type, mesh, "a value that `constrain` names", padded=True)
+    except (MeshError, ShapeError) as error:
+        raise type(error)(error.message, node.loc) from None
+    return wish
 
 
 def _all_hints(graph: Graph, mesh: Mesh, table: RuleTable, fixed: Mapping[str, Hints]) -> dict[str, Hints]:
@@ -150,13 +159,15 @@ def shares(value: Value, place: int, axis: str, others: Mapping[str, int], mesh:
 class AxisSolver:
     """Chooses strategies along one axis, given those along the axes before it."""
 
-    def __init__(self, plan: Plan, axis: str, hints: Hints, fixed: Hints, before: Sequence[AxisSolver]):
+    def __init__(self, plan: Plan, axis: str, hints: Hints, annotated: Mapping[str, Hints],
+                 before: Sequence[AxisSolver]):
         assert plan.table is not None
-        self.plan, self.axis, self.hints, self.fixed, self.before = plan, axis, hints, fixed, list(before)
+        self.plan, self.axis, self.hints, self.before = plan, axis, hints, list(before)
+        self.annotated, self.fixed = annotated, annotated[axis]
         self.table, self.cluster, self.ranks = plan.table, plan.cluster, plan.mesh[axis]
         self.have: dict[Value, list[int]] = {}  # of the values of regions as well
         self.stored: dict[Value, int] = {}
-        self.firm = {v for v in plan.graph.inputs if fixed.get(v, WHOLE) >= 0}
+        self.firm = {v for v in plan.graph.inputs if self.fixed.get(v, WHOLE) >= 0}
         self.read(plan.graph)
 
     def read(self, graph: Graph) -> None:
@@ -260,9 +271,11 @@ class AxisSolver:
                 if place >= 0 and not (shares(v, place, self.axis, others, self.plan.mesh) and all(
                         dim_of(p) != dim_of(place) or base(earlier[a]) == label for a, p in others.items() if p >= 0)):
                     return False
-        for i, v in enumerate(node.results):  # and where they bring a sum, there has to be room
-            place, brought = factors.result_placement(strategy, i), self.plan.settled.get(v, {})
-            if place >= 0 and not shares(v, place, self.axis, brought, self.plan.mesh):
+        for i, v in enumerate(node.results):  # where they bring it, and where it is annotated to lie, has to be room
+            place, others = factors.result_placement(strategy, i), {a: factors.result_placement(x, i)
+                                                                    for a, x in earlier.items()}
+            others |= {a: found[v] for a, found in self.annotated.items() if a != self.axis and v in found}
+            if place >= 0 and not shares(v, place, self.axis, others | self.plan.settled.get(v, {}), self.plan.mesh):
                 return False
         return True
 

@@ -284,8 +284,8 @@ def test_a_gradient_of_the_per_rank_program():
 
 def test_what_does_not_fit_is_refused():
     graph = build("half", half, *[TensorType(s, "float64") for s in ((4, 4), (4, 6), (6, 4))])
-    with pytest.raises(ShapeError, match="does not divide over the 4 ranks of 'tensor'; nothing is padded: make it 8"):
-        partition(graph, Mesh({"tensor": 4}), {1: Sharding((None, "tensor"))})
+    with pytest.raises(ShapeError, match="over the 4 ranks of 'tensor' in 3 blocks; nothing is padded: make it 12"):
+        partition(graph, Mesh({"tensor": 4}), {1: Sharding((None, "tensor:3"))})
     with pytest.raises(MeshError, match="no mesh axis 'model'"):
         partition(graph, Mesh({"tensor": 2}), {1: Sharding((None, "model"))})
     with pytest.raises(MeshError, match="uses a mesh axis twice"):

@@ -61,6 +61,7 @@ PLANS = [
     ({"tensor": 4}, {}, {}), ({"data": 2, "tensor": 2}, {"zero": 1}, {}), ({"data": 2, "tensor": 4}, {"zero": 3}, {}),
     ({"data": 2}, {"zero": 1}, {"accumulate": 2}), ({"data": 2, "tensor": 2}, {}, {"dropout": 0.25}),
     ({"data": 2}, {"zero": 1, "recompute": True}, {"accumulate": 2, "dropout": 0.25}),
+    ({"data": 3}, {}, {}), ({"data": 5, "tensor": 2}, {"zero": 3}, {}), ({"data": 3}, {"zero": 2}, {"accumulate": 2}),
 ]
 
 
@@ -127,11 +128,11 @@ def test_plans_that_do_not_fit():
         step_of(td.distributed.Plan(shard={"*.query": (None,)}))
     with pytest.raises(AttributeValueError, match="zero is 4"):
         td.distributed.Plan(zero=4)
-    step, (tokens, labels) = step_of(td.distributed.Plan())
-    step.mesh = Mesh({"data": 3})
-    step.plan = td.distributed.Plan()
-    with pytest.raises(ShapeError, match="does not divide over the 3 ranks of 'data'; nothing is padded: make it 9"):
-        step.trace(tokens, labels)
+    step, batch = step_of(td.distributed.Plan())
+    step.mesh = Mesh({"data": 3, "tensor": 2})
+    step.plan = td.distributed.Plan(shard={"norm.bias": (("data", "tensor"),)})
+    with pytest.raises(ShapeError, match=r"norm.bias .* the 2 ranks of 'tensor' and 3 ranks of 'data'; nothing is pad"):
+        step.trace(*batch)
     pytest.importorskip("mpi4py", reason="needs the extra `mpi`")
     with pytest.raises(MeshError, match="needs 2 ranks, but this job has 1"):
         td.distributed.parallelize(step.inner, Mesh({"data": 2}))
