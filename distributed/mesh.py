@@ -10,6 +10,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from ..ir.errors import TreadleError
 
 
@@ -22,17 +24,22 @@ class Mesh:
     """Ranks along named axes, row-major. `axes`: name -> number of ranks, at least 1.
 
     Raises:
-        MeshError: an axis name is no identifier, or a size is not a positive whole number.
+        MeshError: an axis name is no identifier, or a size is not a positive whole number; or `axes` is no mapping.
     """
 
     axes: tuple[tuple[str, int], ...]
 
     def __init__(self, axes: Mapping[str, int]):
+        if not isinstance(axes, Mapping):
+            raise MeshError(f"a mesh is made of axes and their ranks, such as {{'data': 2, 'tensor': 2}}, not of "
+                            f"{axes!r}")
+        axes = {name: int(size) if isinstance(size, np.integer) else size for name, size in axes.items()}
         for name, size in axes.items():
             if not isinstance(name, str) or not name.isidentifier():
                 raise MeshError(f"a mesh axis is called {name!r}; expected an identifier such as 'data'")
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise MeshError(f"mesh axis {name!r} has {size!r} ranks; expected a whole number of at least 1")
+                raise MeshError(f"mesh axis {name!r} has {size!r} ranks; expected a whole number of at least 1"
+                                + " (-1, what the job has left, is for make_mesh)" * (size == -1))
         object.__setattr__(self, "axes", tuple(axes.items()))
 
     @property
@@ -83,8 +90,9 @@ class Mesh:
             MeshError: it has not; the message says how to start it.
         """
         if ranks != self.size:
-            raise MeshError(f"the mesh {self} needs {self.size} ranks, but this job has {ranks}. Start it with "
-                            f"`treadle launch -n {self.size} script.py`, or make a mesh of {ranks}")
+            needs = f"the mesh {self} needs {self.size} ranks" if self.size > 1 else "the mesh is one of 1 rank"
+            raise MeshError(f"{needs}, but this job has {ranks}. Start it with `treadle launch -n {self.size} "
+                            f"script.py`, or make a mesh of {ranks}, such as {{'data': {ranks}}}")
 
     def __str__(self) -> str:
         return " x ".join(f"{name}={size}" for name, size in self.axes) or "1 rank"

@@ -13,6 +13,7 @@ The same script runs without mpiexec on a mesh of one rank.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ from ..distributed.plans import Plan, Source, annotate, split_over
 from ..distributed.regather import in_groups
 from ..distributed.unroll import micro_batches, unroll
 from ..ir.dtypes import as_dtype
-from ..ir.errors import ArgumentsError
+from ..ir.errors import ArgumentsError, AttributeValueError
 from ..ir.graph import Graph
 from ..ir.location import user_location
 from ..ir.ops_collective import COLLECTIVES, host_name
@@ -59,11 +60,18 @@ UNROLL = Pass("unroll", lambda graph: PassResult(made := unroll(graph), made is 
 
 
 def make_mesh(axes: Mapping[str, int]) -> Mesh:
-    """A mesh of this job's processes; one axis may be -1 and takes what the others leave.
+    """A mesh of this job's processes.
+
+    Args:
+        axes: name -> ranks along it, the axis that talks most last: its ranks are neighbours. One may be -1 and takes
+            what the others leave. `{}` is one process.
 
     Raises:
-        MeshError: the sizes do not multiply to the number of processes.
+        MeshError: the sizes do not multiply to the number of processes, or are no positive whole numbers.
+        LaunchError: the process was started by an MPI launcher, and mpi4py is missing.
     """
+    if not isinstance(axes, Mapping):
+        Mesh(axes)  # says what is wrong
     world, sizes = world_size(), dict(axes)
     open_axes = [name for name, size in sizes.items() if size == -1]
     if len(open_axes) > 1:
@@ -84,33 +92,60 @@ def constrain(x: Any, *dims: str | tuple[str, ...] | None) -> Tensor:
 
     Sequence parallelism is `x = td.distributed.constrain(x, None, "tensor", None)` on the residual stream. Without a
     mesh it does nothing.
+
+    Args:
+        dims: for each dimension of `x` a mesh axis, a tuple of several, or None.
+
+    Raises:
+        ArgumentsError: there are more or fewer of them than dimensions. MeshError, ShapeError: when the step is built,
+            the mesh lacks an axis, or the dimension does not divide.
     """
     value = as_tensor(x)
+    if len(dims) != value.ndim or not all(d is None or isinstance(d, (str, tuple)) for d in dims):
+        raise ArgumentsError(f"constrain: {dims} for a tensor of {value.ndim} dimensions; give a mesh axis or None for "
+                             "each of them", user_location())
     made: Tensor = apply("annotate", value, dims=tuple(",".join(d) if isinstance(d, tuple) else d or "" for d in dims))
     return made
 
 
-def parallelize(step: TrainStep, mesh: Mesh | None = None, plan: Plan | None = None) -> ParallelStep:
-    """The training step, run by all ranks of the mesh together. See the module's text.
+def parallelize(step: TrainStep, mesh: Mesh | Mapping[str, int] | None = None,
+                plan: Plan | None = None) -> ParallelStep:
+    """The training step, run by all ranks of the mesh together. Called by every rank.
 
     Args:
-        mesh: default: the mesh of the plan, if it has one, as plans from `treadle plan --out` do.
+        step: what `td.train_step` returned. The model and the optimizer in it are the ones that are trained.
+        mesh: from `make_mesh`, or what it takes; default: the mesh of the plan, if it has one, as plans from `treadle
+            plan --out` do.
+        plan: how batch, parameters and states lie; default: the batch is split along the axis `data`, nothing else.
+
+    Returns:
+        A function of the whole batch, which every rank gives: the loss (and aux) of one process, before the update, on
+        every rank. It traces and compiles at the first batch of each shape.
 
     Raises:
         MeshError: the job has another number of processes than the mesh, or the plan does not fit the model.
+        ArgumentsError: `step` is no training step, or `plan` no plan.
         LaunchError: mpi4py is missing.
+        DistributedError: the ranks have other meshes, or other versions of what is installed.
     """
-    plan = plan or Plan()
+    plan = Plan() if plan is None else plan
+    if not isinstance(plan, Plan):
+        raise ArgumentsError(f"parallelize: plan is {plan!r}; expected a td.distributed.Plan", user_location())
     if mesh is None:
         if plan.mesh is None:
             raise MeshError("give parallelize a mesh, as of td.distributed.make_mesh, or a plan that has one")
-        mesh = make_mesh(plan.mesh)
+        mesh = plan.mesh
+    if not isinstance(mesh, Mesh):
+        mesh = make_mesh(mesh)
     if mesh.size > 1 and plan.accumulate not in (None, step.accumulate):
         raise MeshError(f"the plan counts {plan.accumulate} micro-batches, the training step {step.accumulate}: make "
                         f"it with td.train_step(..., accumulate={plan.accumulate})")
-    if plan.pipe in mesh:
+    if plan.pipe is not None and plan.pipe in mesh:
         from .pipelined import PipelineStep  # a subclass of what this module makes
 
+        if mesh[plan.pipe] > 1 and step.accumulate == 1 and is_main():
+            warnings.warn(f"a pipeline of {mesh[plan.pipe]} devices and one micro-batch: only one of them computes at "
+                          "a time; give the training step more, td.train_step(..., accumulate=8)", stacklevel=2)
         return PipelineStep(step, mesh, plan)
     return ParallelStep(step, mesh, plan)
 
@@ -122,15 +157,23 @@ def find_plan(step: TrainStep, *batch: Any, devices: int | None = None, memory: 
     Args:
         batch: arrays, tensors or `td.spec`s of a whole batch; its examples are the first dimension of the first.
         devices: default: the processes of this job. memory: bytes of each.
-        cluster: what devices compute and send: `treadle.distributed.cost.Cluster`.
+        cluster: what devices compute and send: `treadle.distributed.cost.Cluster`, with seconds and bytes a second.
 
     Raises:
-        AttributeValueError: no layout fits in memory; the message gives the least that would do.
-        ArgumentsError: the step cannot be traced for parts of the batch.
+        AttributeValueError: no layout fits in memory; the message gives the least that would do. Or `devices` or
+            `memory` is no positive number.
+        ArgumentsError: `step` is no training step, or cannot be traced for parts of the batch.
     """
+    if not isinstance(step, TrainStep):
+        raise ArgumentsError(f"find_plan takes what td.train_step returned, not {type(step).__name__}", user_location())
+    devices = world_size() if devices is None else devices
+    if isinstance(devices, bool) or not isinstance(devices, int) or devices < 1:
+        raise AttributeValueError(f"find_plan: devices is {devices!r}; expected a whole number >= 1", user_location())
+    if isinstance(memory, bool) or not isinstance(memory, (int, float)) or not memory > 0:
+        raise AttributeValueError(f"find_plan: memory is {memory!r}; expected bytes, such as 24e9", user_location())
     from .planning import best_plan  # which makes plans for what is defined here
 
-    return best_plan(step, batch, devices or world_size(), memory, cluster or Cluster())
+    return best_plan(step, batch, devices, memory, cluster or Cluster())
 
 
 class ParallelStep:
@@ -145,7 +188,8 @@ class ParallelStep:
 
     def __init__(self, step: TrainStep, mesh: Mesh, plan: Plan):
         if not isinstance(step, TrainStep):
-            raise ArgumentsError(f"parallelize takes what td.train_step returned, not {step!r}", user_location())
+            raise ArgumentsError(f"parallelize takes what td.train_step returned, not {type(step).__name__}",
+                                 user_location())
         self.inner, self.mesh, self.plan = step, mesh, plan
         self.names = {id(p): name for name, p in step.model.named_parameters()} \
             if hasattr(step.model, "named_parameters") else {}
