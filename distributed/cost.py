@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from .mesh import Mesh
 
 
@@ -72,6 +74,12 @@ class Cluster:
         """Seconds to sum tensors of `nbytes` everywhere."""
         count = doublings(ranks)
         return min(2 * self.all_gather(axis, ranks, nbytes), self.rounds(axis, ranks, count, count * nbytes))
+
+    def all_reduces(self, axis: str, ranks: int, nbytes: np.ndarray) -> np.ndarray:
+        """`all_reduce` for tensors of several sizes."""
+        count = doublings(ranks)
+        twice = self.rounds(axis, ranks, 2 * count, 2 * nbytes * (ranks - 1) / ranks)  # type: ignore[arg-type]
+        return np.minimum(twice, self.rounds(axis, ranks, count, count * nbytes))  # type: ignore[arg-type]
 
     def all_to_all(self, axis: str, ranks: int, whole: float) -> float:
         """Seconds to split `whole` bytes along another dimension than before."""

@@ -27,7 +27,8 @@ import numpy as np
 
 from .cost import Cluster
 from .mesh import Mesh
-from .pipeline import FORWARD, Played, Schedule, Task, needs, schedule, simulate
+from .pipeline import Played, simulate
+from .timetable import Timetable, timetable
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,11 @@ class Candidate:
         return self.size("pipe") * self.chunks
 
     @property
+    def timetable(self) -> Timetable:
+        """The schedule, as arrays."""
+        return timetable(self.schedule, self.size("pipe"), self.micro, self.chunks)
+
+    @property
     def one_program(self) -> bool:
         """Whether a step is one program, which reduces gradients while its backward pass runs."""
         return self.micro == 1 and self.size("pipe") == 1
@@ -121,6 +127,7 @@ class Layout:
         seconds: of a step; pipeline: until the last backward pass ends; bubble: the part of that in which devices wait.
         nbytes: of the fullest device; sent: bytes that a device sends in a step, at most.
         stages: of each stage (seconds of a micro-batch, bytes of its device).
+        times: of each stage seconds forwards and backwards, and to the next one.
     """
 
     candidate: Candidate
@@ -132,7 +139,12 @@ class Layout:
     nbytes: float
     sent: float
     stages: tuple[tuple[float, float], ...]
-    played: Played = field(repr=False)
+    times: tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]] = field(repr=False)
+
+    @functools.cached_property
+    def played(self) -> Played:
+        """Every task's times."""
+        return simulate(self.candidate.timetable.plan, *self.times)
 
     def runs(self) -> list[tuple[Unit, ...]]:
         """The units of each stage."""
@@ -167,11 +179,20 @@ class Chain:
                      for name, at in readers.items() if len(at) > 1]
         # [a, b]: by how much the units a to b - 1 need more than they keep; the second if parameters are gathered
         kept = [u.activations for u in units]
-        self.excess = [_excess(kept, [u.work for u in units]), _excess(kept, [u.work + u.parameters for u in units])]
+        self.each = {n: np.diff(x) for n, x in self.before.items()}
+        self.work = [np.array([u.work for u in units]), np.array([u.work + u.parameters for u in units])]
+        self.excess = [_excess(kept, work) for work in self.work]
+        self.totals = {n: float(self.of(n, np.array(0), np.array(len(self.units)))) for n in names}
+        self._paces = [np.where(np.arange(len(units) + 1) == 0, 0.0, np.inf)]
 
-    def total(self, name: str) -> float:
-        """Over all units, in one run."""
-        return float(self.of(name, np.array(0), np.array(len(self.units))))
+    def pace(self, stages: int) -> float:
+        """Seconds of the slowest of so many stages at best, for any use of memory and network."""
+        edges = self.before["forward"] + self.before["backward"]
+        while len(self._paces) <= stages:
+            seconds = np.maximum(self._paces[-1][:, None], edges[None, :] - edges[:, None])
+            seconds[np.tril_indices(len(edges))] = np.inf
+            self._paces.append(seconds.min(0))
+        return float(self._paces[stages][-1])
 
     def of(self, name: str, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
         """The sums over runs; what units of a run share counts once."""
@@ -182,7 +203,7 @@ class Chain:
         return found
 
 
-def _excess(kept: Sequence[float], work: Sequence[float]) -> np.ndarray:
+def _excess(kept: Sequence[float], work: np.ndarray) -> np.ndarray:
     found = np.zeros((len(kept) + 1, len(kept) + 1))
     for a in range(len(kept)):
         held = np.cumsum(kept[a:])
@@ -190,66 +211,12 @@ def _excess(kept: Sequence[float], work: Sequence[float]) -> np.ndarray:
     return found
 
 
-@functools.lru_cache(maxsize=512)
-def order_of(kind: str, devices: int, micro: int, chunks: int) -> tuple[Schedule, tuple[tuple[int, Task], ...]]:
-    """A schedule, and its tasks with their devices in an order in which all can run."""
-    plan = schedule(kind, devices, micro, chunks)
-    found: list[tuple[int, Task]] = []
-    done: set[Task] = set()
-    at = [0] * devices
-    while any(at[d] < len(plan[d]) for d in range(devices)):
-        for d in range(devices):
-            while at[d] < len(plan[d]) and done.issuperset(needs(plan[d][at[d]], devices * chunks)):
-                found.append((d, plan[d][at[d]]))
-                done.add(plan[d][at[d]])
-                at[d] += 1
-    return plan, tuple(found)
-
-
-@functools.lru_cache(maxsize=512)
-def held_of(kind: str, devices: int, micro: int, chunks: int) -> tuple[np.ndarray, ...]:
-    """For each device the numbers of micro-batches of each of its chunks that it holds together, as rows."""
-    plan, _ = order_of(kind, devices, micro, chunks)
-    found = []
-    for tasks in plan:
-        counts, rows = [0] * chunks, set()
-        for task in tasks:
-            counts[task.stage // devices] += 1 if task.phase == FORWARD else -1
-            rows.add(tuple(counts))
-        found.append(np.array([r for r in rows if not any(all(x <= y for x, y in zip(r, o)) and r != o for o in rows)]
-                              if len(rows) < 200 else sorted(rows), float))
-    return tuple(found)
-
-
-def play(candidate: Candidate, forward: np.ndarray, backward: np.ndarray, hop: np.ndarray) -> np.ndarray:
-    """When each device is done, (devices, cuts), for the stages' times (stages, cuts) and hops after each stage.
-
-    The same as `pipeline.simulate`, for many cuts at once.
-    """
-    devices, micro, stages = candidate.size("pipe"), candidate.micro, candidate.stages
-    if devices == 1:
-        return np.array((forward + backward).sum(0, keepdims=True) * micro)
-    _, order = order_of(candidate.schedule, devices, micro, candidate.chunks)
-    ends: dict[Task, np.ndarray] = {}
-    clock = list(np.zeros((devices, forward.shape[1])))
-    for device, task in order:
-        s, ahead = task.stage, task.phase == FORWARD
-        start = clock[device]
-        for other in needs(task, stages):
-            ready = ends[other]
-            if other.stage != s:
-                ready = ready + hop[min(s, other.stage)]
-            start = np.maximum(start, ready)
-        clock[device] = ends[task] = start + (forward if ahead else backward)[s]
-    return np.array(clock)
-
-
 class Costs:
     """What the cuts of a candidate cost. `chain`: its units."""
 
     def __init__(self, candidate: Candidate, chain: Chain, machine: Machine):
         self.candidate, self.chain, self.machine = candidate, chain, machine
-        self.cluster = machine.cluster.on(candidate.mesh)
+        self.cluster = _seen(machine.cluster, candidate.axes)
         self.data, self.pipe = candidate.size("data"), candidate.size("pipe")
 
     # The parts of a step -------------------------------------------------------------------------------------------
@@ -264,8 +231,7 @@ class Costs:
         if self.data == 1:
             return np.zeros_like(gradients)
         if self.candidate.zero == 0:
-            return np.array(np.vectorize(lambda n: self.cluster.all_reduce("data", self.data, n), otypes=[float])(
-                gradients))
+            return self.cluster.all_reduces("data", self.data, gradients)
         first = self.gathered(gradients) if self.candidate.zero == 1 else 0.0 * gradients
         return np.array(first + (0.0 if self.candidate.zero == 3 else self.gathered(parameters)))
 
@@ -301,7 +267,7 @@ class Costs:
                 channel = max(channel, clock) + reduce("data", self.data, u.gradients - later[i])
         back = 0.0
         if self.candidate.zero in (1, 2) and self.data > 1:
-            back = self.cluster.all_gather("data", self.data, self.chain.total("parameters"))
+            back = self.cluster.all_gather("data", self.data, self.chain.totals["parameters"])
         return max(channel - clock, 0.0) + back
 
     # All of it -----------------------------------------------------------------------------------------------------
@@ -333,7 +299,7 @@ class Costs:
         sums = own["gradients"] / (data if zero >= 2 or zero and self.candidate.one_program else 1)
         static = own["parameters"] / (data if zero == 3 else 1) + sums + own["states"] / (data if zero else 1)
         kept = stages["activations"].reshape(self.candidate.chunks, self.pipe, -1)
-        held = held_of(self.candidate.schedule, self.pipe, self.candidate.micro, self.candidate.chunks)
+        held = self.candidate.timetable.held
         stash = np.array([(held[d] @ kept[:, d]).max(0) for d in range(self.pipe)])
         by_chunk = (self.candidate.chunks, self.pipe, -1)
         under_way = 2 * stages["output"].reshape(by_chunk).max(0) if self.pipe > 1 else 0.0
@@ -346,10 +312,25 @@ class Costs:
 
     def seconds(self, bounds: np.ndarray, stages: dict[str, np.ndarray]) -> np.ndarray:
         """Of a step, for each cut."""
-        ends = play(self.candidate, stages["forward"], stages["backward"], self.hops(stages))
+        ends = self.candidate.timetable.play(stages["forward"], stages["backward"], self.hops(stages))
         own = [self.on_devices(stages[n]) for n in ("parameters", "gradients", "states")]
         reduced = np.full_like(ends, self.exposed()) if self.candidate.one_program else self.reduction(own[1], own[0])
         return np.array((ends + reduced + self.update(*own)).max(0) + self.tying(bounds))
+
+    def floor(self, bounds: np.ndarray, stages: dict[str, np.ndarray]) -> np.ndarray:
+        """Seconds that a step takes at least, for each cut: a device waits for a forward pass of those before it, works
+        for every micro-batch, and those before it wait for its last backward pass."""
+        c, hops = self.candidate, self.hops(stages)
+        work = self.on_devices(stages["forward"] + stages["backward"]) * c.micro
+        none = np.zeros((1, work.shape[1]))
+        ahead = np.concatenate([none, np.cumsum(stages["forward"][:-1] + hops, 0)])[:self.pipe]
+        own = [self.on_devices(stages[n]) for n in ("parameters", "gradients", "states")]
+        after = self.update(*own) + (0.0 if c.one_program else self.reduction(own[1], own[0]))
+        found = (ahead + work + after).max(0)
+        if c.schedule in ("gpipe", "1f1b"):
+            back = np.concatenate([none, np.cumsum(stages["backward"][:-1] + hops, 0)])
+            found = np.maximum(found, (ahead + work + back).max(0) + after[0])
+        return np.array(found + self.tying(bounds))
 
     def sent(self, bounds: np.ndarray, stages: dict[str, np.ndarray]) -> np.ndarray:
         """Bytes that each device sends in a step."""
@@ -372,12 +353,18 @@ class Costs:
         """The layout of one cut."""
         cuts = np.array([bounds])
         stages = self.stages(cuts)
-        order, _ = order_of(self.candidate.schedule, self.pipe, self.candidate.micro, self.candidate.chunks)
-        flat = {n: v[:, 0].tolist() for n, v in stages.items()}
-        played = simulate(order, flat["forward"], flat["backward"], self.hops(stages)[:, 0].tolist())
+        forward, backward, hops = (tuple(x[:, 0].tolist()) for x in (stages["forward"], stages["backward"],
+                                                                     self.hops(stages)))
+        ends = self.candidate.timetable.play(stages["forward"], stages["backward"], self.hops(stages)).max()
+        busy = self.candidate.micro * (sum(forward) + sum(backward))
         memory = self.memory(stages)[:, 0]
-        per_stage = tuple((f + b, float(memory[s % self.pipe]))
-                          for s, (f, b) in enumerate(zip(flat["forward"], flat["backward"])))
+        per_stage = tuple((f + b, float(memory[s % self.pipe])) for s, (f, b) in enumerate(zip(forward, backward)))
         return Layout(self.candidate, self.chain.units, tuple(int(b) for b in bounds),
-                      float(self.seconds(cuts, stages)[0]), played.makespan, played.bubble, float(memory.max()),
-                      float(self.sent(cuts, stages).max()), per_stage, played)
+                      float(self.seconds(cuts, stages)[0]), float(ends), 1 - busy / (float(ends) * self.pipe or 1.0),
+                      float(memory.max()), float(self.sent(cuts, stages).max()), per_stage, (forward, backward, hops))
+
+
+@functools.lru_cache(maxsize=4096)
+def _seen(cluster: Cluster, axes: tuple[tuple[str, int], ...]) -> Cluster:
+    """The cluster as the axes of a mesh see it."""
+    return cluster.on(Mesh({name: size for name, size in axes if size > 1}))

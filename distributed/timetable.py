@@ -1,0 +1,130 @@
+"""A pipeline schedule as arrays, to be played for many cuts at once.
+
+`pipeline.simulate` goes from task to task. Here tasks that wait for none of each other are a level, and a level is a
+few array operations over its tasks and all cuts: a schedule of m micro-batches over p devices has some 2 (m + p) levels.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+
+from .pipeline import BACKWARD, FORWARD, WEIGHTS, Schedule, Task, schedule
+
+BLOCK = 1 << 21  # times of tasks that are in memory together
+PHASES = {FORWARD: 0, BACKWARD: 1, WEIGHTS: 2}
+
+
+@dataclass(frozen=True)
+class Timetable:
+    """The tasks of a schedule, level by level, counted from 1; 0 stands for none.
+
+    Attributes:
+        plan: the schedule.
+        own, other: of each task, the one before it on its device, and the one on another stage whose result it reads.
+        hop: the stage behind which that result travels. work: phase x stages + stage.
+        levels: where each level begins, and the end. last: the last task of each device.
+        held: for each device the numbers of micro-batches of each of its chunks that it holds together, as rows.
+        apart: whether gradients of weights are tasks of their own.
+    """
+
+    plan: Schedule
+    own: np.ndarray
+    other: np.ndarray
+    hop: np.ndarray
+    work: np.ndarray
+    levels: tuple[int, ...]
+    last: np.ndarray
+    held: tuple[np.ndarray, ...]
+    apart: bool
+
+    def play(self, forward: np.ndarray, backward: np.ndarray, hop: np.ndarray) -> np.ndarray:
+        """When each device is done, (devices, cuts), for the stages' times (stages, cuts) and hops after each stage.
+
+        The same as `pipeline.simulate`, with half of a backward pass for gradients of weights that are apart.
+        """
+        if len(self.plan) == 1:
+            return np.array((forward + backward).sum(0, keepdims=True) * self.levels[-1] / 2 / len(forward))
+        later = backward / 2 if self.apart else 0.0 * backward
+        later[0] = 0.0
+        times = np.concatenate([forward, backward - later, later])
+        step = max(1, BLOCK // self.levels[-1])
+        blocks = range(0, forward.shape[1], step)
+        return np.concatenate([self._play(times[:, a:a + step], hop[:, a:a + step]) for a in blocks], axis=1)
+
+    def _play(self, times: np.ndarray, hop: np.ndarray) -> np.ndarray:
+        ends = np.zeros((self.levels[-1] + 1, times.shape[1]))
+        hop = np.concatenate([hop, np.zeros((1, hop.shape[1]))])
+        for a, b in zip(self.levels, self.levels[1:]):
+            here = slice(a + 1, b + 1)
+            ready = ends[self.other[here]] + hop[self.hop[here]]
+            ends[here] = np.maximum(ends[self.own[here]], ready, out=ready) + times[self.work[here]]
+        return np.array(ends[self.last])
+
+
+@functools.lru_cache(maxsize=1024)
+def timetable(kind: str, devices: int, micro: int, chunks: int) -> Timetable:
+    """The timetable of `pipeline.schedule`."""
+    plan = schedule(kind, devices, micro, chunks)
+    stages = devices * chunks
+    level: dict[tuple[str, int, int], int] = {}
+    rows = []  # level, device, task
+    at, highest = [0] * devices, [0] * devices
+    moved = True
+    while moved:
+        moved = False
+        for d, tasks in enumerate(plan):
+            while at[d] < len(tasks):
+                task = tasks[at[d]]
+                before = _other(task, stages)
+                if before is not None and before not in level:
+                    break
+                highest[d] = max(highest[d], level[before] if before is not None else 0) + 1
+                level[task.phase, task.stage, task.micro] = highest[d]
+                rows.append((highest[d], d, task))
+                at[d] += 1
+                moved = True
+    rows.sort(key=lambda row: row[:2])
+    return _arrays(plan, rows, devices, stages, _held(kind, plan, devices, chunks))
+
+
+def _other(task: Task, stages: int) -> tuple[str, int, int] | None:
+    """The task of another stage that a task waits for."""
+    if task.phase == FORWARD and task.stage:
+        return FORWARD, task.stage - 1, task.micro
+    if task.phase == BACKWARD and task.stage + 1 < stages:
+        return BACKWARD, task.stage + 1, task.micro
+    return None
+
+
+def _arrays(plan: Schedule, rows: list[tuple[int, int, Task]], devices: int, stages: int,
+            held: tuple[np.ndarray, ...]) -> Timetable:
+    number: dict[tuple[str, int, int], int] = {}
+    last = [0] * devices
+    own, other, hop, work, starts = [0], [0], [stages - 1], [0], []
+    for k, (at, d, task) in enumerate(rows, start=1):
+        if k == 1 or rows[k - 2][0] != at:
+            starts.append(k - 1)
+        before = _other(task, stages)
+        own.append(last[d])
+        other.append(number[before] if before is not None else 0)
+        hop.append(min(task.stage, before[1]) if before is not None else stages - 1)
+        work.append(PHASES[task.phase] * stages + task.stage)
+        number[task.phase, task.stage, task.micro] = last[d] = k
+    return Timetable(plan, np.array(own), np.array(other), np.array(hop), np.array(work), (*starts, len(rows)),
+                     np.array(last), held, any(task.phase == WEIGHTS for tasks in plan for task in tasks))
+
+
+def _held(kind: str, plan: Schedule, devices: int, chunks: int) -> tuple[np.ndarray, ...]:
+    found = []
+    for tasks in plan:
+        ends = WEIGHTS if any(task.phase == WEIGHTS for task in tasks) else BACKWARD
+        change = np.zeros((len(tasks), chunks))
+        for k, task in enumerate(tasks):
+            change[k, task.stage // devices] = 1 if task.phase == FORWARD else -1 if task.phase == ends else 0
+        counts = np.unique(np.cumsum(change, 0), axis=0)
+        most = (counts[:, None] <= counts[None]).all(2).sum(1) == 1  # no other row holds as many everywhere
+        found.append(counts[most])
+    return tuple(found)
