@@ -33,6 +33,8 @@ from .mesh import Mesh
 from .near import Near, near
 from .process import fail, join, load_mpi, versions
 
+SHORT = ("all_reduce", "all_gather", "reduce_scatter")  # that programs make rounds of
+
 Arrays = Sequence[np.ndarray]
 Run = Callable[[], None]
 
@@ -160,7 +162,7 @@ class Job:
     def record(self, name: str) -> np.ndarray | None:
         """What lets a program run short collectives of a name by itself (`ir/rounds.py`); None: it cannot."""
         op, attrs = host_attrs(name)
-        if op != "all_reduce" or not zeros_like_programs(attrs["reduce"]):
+        if op not in SHORT or not zeros_like_programs(attrs.get("reduce", "sum")):
             return None
         transport = self.transports[attrs["axis"]]
         if not isinstance(transport, Near):

@@ -184,8 +184,9 @@ class Near:
                     self.counter[0] += 1
                 self.begun = False
                 self._meet()
-                for function, arguments in takes:
-                    function(*arguments)
+                with np.errstate(all="ignore"):  # like programs, and MPI
+                    for function, arguments in takes:
+                        function(*arguments)
 
         return run
 

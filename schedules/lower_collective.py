@@ -6,6 +6,7 @@ have a kernel as well that makes the round by itself (`ir/rounds.py`); the host 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,35 +19,134 @@ from tvm.script.ir_builder import tirx as T
 from ..ir.graph import Node, Value
 from ..ir.opdef import fill
 from ..ir.ops_collective import COMMUNICATION, host_name
-from ..ir.rounds import MOST_RANKS, RECORD, places
+from ..ir.rounds import MOST_RANKS, RECORD, places, room
 from .lower_elementwise import add, is_bool, maximum, minimum
-from .lower_kernel import Row, at_most, each_vector, index, lane_loop, lanes_of, when
+from .lower_kernel import Row, around, at_most, each_vector, index, lane_loop, lanes_of, loop, when
 from .lower_slots import Host, is_nan, read, storage_dtype
-from .rounds_llvm import BEGIN, END, MEET, SLOT, rounds_ir
+from .rounds_llvm import BEGIN, END, GET, MEET, PLACE, PUT, SLOT, rounds_ir
 from .target import Target
 
 Combine = Callable[[Any, Any], Any]
 
 
 def all_reduce_kernel(node: Node, target: Target, name: str) -> Any:
-    """The round in which everybody sums everything, in the order of the ranks; None if it is none."""
+    """Everybody's tensors to everybody, who combines them in the order of the ranks. None: it takes several rounds."""
+    starts = _starts(node, target, _nbytes)
+    return starts and _Round(node, target, starts).all_reduce(name)
+
+
+def all_gather_kernel(node: Node, target: Target, name: str) -> Any:
+    """Everybody's tensors to everybody, who puts them one after the other. None: it takes several rounds."""
+    starts = _starts(node, target, _nbytes)
+    return starts and _Round(node, target, starts).all_gather(name)
+
+
+def reduce_scatter_kernel(node: Node, target: Target, name: str) -> Any:
+    """To each rank its parts of the others' tensors, which it adds to its own. None: it takes several rounds."""
     ranks = node.attrs["size"]
+    starts = _starts(node, target, lambda v: (ranks - 1) * room(_nbytes(v) // ranks))
+    return starts and _Round(node, target, starts).reduce_scatter(name)
+
+
+def _starts(node: Node, target: Target, nbytes: Callable[[Value], int]) -> list[int] | None:
+    """Where each operand's part of a slot begins, if a kernel is to make the exchange."""
+    fitting = target.kind == "cpu" and 1 < node.attrs["size"] <= MOST_RANKS
     static = all(isinstance(n, int) for v in node.operands for n in v.shape)
-    starts = places(_nbytes(v) for v in node.operands) if static else None
-    if starts is None or target.kind != "cpu" or not 1 < ranks <= MOST_RANKS or not any(map(_nbytes, node.operands)):
-        return None
+    return places(map(nbytes, node.operands)) if fitting and static and any(map(_nbytes, node.operands)) else None
 
-    def fill_slot(operands: list[Any], own: Any) -> None:
-        for x, v, start in zip(operands, node.operands, starts):
-            T.evaluate(T.call_extern("handle", "memcpy", _pointer(own + index(start), "uint8"), x.data,
-                                     index(_nbytes(v))))
 
-    def take(results: list[Any], slots: list[Any]) -> None:
-        for out, v, start in zip(results, node.operands, starts):
-            if v.type.size:
-                _fold(out, v, [slot + index(start) for slot in slots], combination(node.attrs["reduce"], v), target)
+class _Round:
+    """Writes the kernel of one round: each rank fills its slot, they meet, each takes from all slots.
 
-    return _round(node, target, name, fill_slot, take)
+    Its parameters are the operands, the results and the record. Slots are laid out as in `distributed/near.py`.
+    """
+
+    def __init__(self, node: Node, target: Target, starts: list[int]):
+        self.node, self.target, self.starts, self.ranks = node, target, starts, node.attrs["size"]
+
+    def write(self, name: str, fill_slot: Callable[[Any], None], take: Callable[[], None]) -> Any:
+        """The PrimFunc; `fill_slot(address of the own slot)`, and after the ranks have met, `take()`."""
+        with IRBuilder() as builder:
+            with T.prim_func(s_tir=True):
+                T.func_name(name)
+                T.func_attr({"global_symbol": name, "tirx.noalias": True})
+                self.operands, self.results = (
+                    [_parameter(f"{kind}{i}", v) for i, v in enumerate(values)]
+                    for kind, values in (("p", self.node.operands), ("r", self.node.results)))
+                self.record = T.arg("record", tirx.decl_buffer((RECORD,), "int64", "record")).data
+                with T.attr(0, "pragma_import_llvm", rounds_ir(self.target.arch)):
+                    own = T.bind(T.call_extern("int64", BEGIN, self.record))
+                    with when(own != index(0)):
+                        fill_slot(own)
+                        met = T.bind(T.call_extern("int32", MEET, self.record, index(self.ranks)))
+                        with when(met != tirx.const(0, "int32")):
+                            take()
+                            T.evaluate(T.call_extern("void", END, self.record))
+        return builder.get()
+
+    def slot(self, rank: Any) -> Any:
+        """The address of a rank's slot."""
+        return T.bind(T.call_extern("int64", SLOT, self.record, index(rank) if isinstance(rank, int) else rank))
+
+    def place(self) -> Any:
+        """This rank's number."""
+        return T.bind(T.call_extern("int64", PLACE, self.record))
+
+    def fill_whole(self, own: Any) -> None:
+        for x, v, start in zip(self.operands, self.node.operands, self.starts):
+            _put(own + index(start), x, index(0), _nbytes(v))
+
+    def all_reduce(self, name: str) -> Any:
+        def take() -> None:
+            slots = [self.slot(r) for r in range(self.ranks)]
+            for out, v, start in zip(self.results, self.node.operands, self.starts):
+                rows = [_row(slot + index(start), v) for slot in slots]
+                _fold(out, v, 1, v.type.size, [lambda b, j, row=row: row[j] for row in rows],
+                      combination(self.node.attrs["reduce"], v), self.target)
+
+        return self.write(name, self.fill_whole, take)
+
+    def all_gather(self, name: str) -> Any:
+        def take() -> None:
+            for r in range(self.ranks):
+                slot = self.slot(r)
+                for out, v, start, dim in zip(self.results, self.node.operands, self.starts, self.node.attrs["dims"]):
+                    before = math.prod(v.shape[:dim])
+                    run = _nbytes(v) // max(before, 1)
+                    with loop(before) as b:
+                        _get(out, (b * self.ranks + r) * run, slot + index(start) + b * run, run)
+
+        return self.write(name, self.fill_whole, take)
+
+    def reduce_scatter(self, name: str) -> Any:
+        parts = [(*(around(part.shape, dim)[0::2]), part.type.size)
+                 for part, dim in zip(self.node.results, self.node.attrs["dims"])]
+
+        def fill_slot(own: Any) -> None:
+            place = self.place()
+            for x, v, start, (before, _, size) in zip(self.operands, self.node.operands, self.starts, parts):
+                width = v.dtype.itemsize
+                run = size * width // max(before, 1)
+                for r in range(self.ranks):
+                    with when(place != index(r)):
+                        at = own + index(start) + (index(r) - tirx.Cast("int64", place < r)) * room(size * width)
+                        with loop(before) as b:
+                            _put(at + b * run, x, (b * self.ranks + r) * run, run)
+
+        def take() -> None:
+            place = self.place()
+            after = [tirx.Cast("int64", index(i) >= place) for i in range(self.ranks - 1)]  # 1: a rank behind this one
+            slots = [self.slot(i + behind) for i, behind in enumerate(after)]
+            for k, (out, v, start, (before, _, size)) in enumerate(
+                    zip(self.results, self.node.operands, self.starts, parts)):
+                x, run = self.operands[k], size // max(before, 1)
+                rows = [_row(slot + index(start) + (place - 1 + behind) * room(size * v.dtype.itemsize), v)
+                        for slot, behind in zip(slots, after)]
+                own = lambda b, j, x=x, run=run: x[(b * self.ranks + place) * run + j]  # noqa: E731
+                _fold(out, v, before, run, [own, *(lambda b, j, row=row, run=run: row[b * run + j] for row in rows)],
+                      combination("sum", v), self.target)
+
+        return self.write(name, fill_slot, take)
 
 
 def combination(reduce: str, v: Value) -> Combine:
@@ -56,57 +156,50 @@ def combination(reduce: str, v: Value) -> Combine:
     return {"sum": lambda x, y: maximum(x, y) if is_bool(x) else add(x, y), "max": maximum, "min": minimum}[reduce]
 
 
-def _round(node: Node, target: Target, name: str, fill_slot: Callable[[list[Any], Any], None],
-           take: Callable[[list[Any], list[Any]], None]) -> Any:
-    """The kernel of one round: `fill_slot(operands, address of the own slot)`, the ranks meet, `take(results, addresses
-    of all slots)`. Its last parameter is the record."""
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_name(name)
-            T.func_attr({"global_symbol": name, "tirx.noalias": True})
-            operands, results = [[_parameter(f"{kind}{i}", v) for i, v in enumerate(values)]
-                                 for kind, values in (("p", node.operands), ("r", node.results))]
-            record = T.arg("record", tirx.decl_buffer((RECORD,), "int64", "record")).data
-            with T.attr(0, "pragma_import_llvm", rounds_ir(target.arch)):
-                own = T.bind(T.call_extern("int64", BEGIN, record))
-                with when(own != index(0)):
-                    fill_slot(operands, own)
-                    ranks = node.attrs["size"]
-                    met = T.bind(T.call_extern("int32", MEET, record, index(ranks)))
-                    with when(met != tirx.const(0, "int32")):
-                        take(results, [T.bind(T.call_extern("int64", SLOT, record, index(r))) for r in range(ranks)])
-                        T.evaluate(T.call_extern("void", END, record))
-    return builder.get()
+def _fold(out: Any, v: Value, before: int, run: int, parts: list[Callable[[Any, Any], Any]], combine: Combine,
+          target: Target) -> None:
+    """`before` rows of `run` elements of a result: the parts' `(row, element)` in order; narrow floats in f32, rounded
+    once."""
+    if not before * run:
+        return
+    with loop(before) as b:
+        def step(start: Any, lanes: int) -> None:
+            with lane_loop(lanes) as lane:
+                total = read(parts[0](b, start + lane), v.dtype)
+                for part in parts[1:]:
+                    total = combine(total, read(part(b, start + lane), v.dtype))
+                Row(v, out).store(b * run + start + lane, total)
+
+        each_vector(run, at_most(lanes_of([v], target), run), step)
 
 
-def _fold(out: Any, v: Value, addresses: list[Any], combine: Combine, target: Target) -> None:
-    """The elements at some addresses, combined in order, into a result; narrow floats in f32, rounded once."""
-    size = v.type.size
-    parts = [T.decl_buffer((size,), out.dtype, data=_pointer(address, out.dtype), align=v.dtype.itemsize)
-             for address in addresses]
+def _put(address: Any, x: Any, offset: Any, nbytes: int) -> None:
+    """Bytes of an operand, from an offset on, into a slot."""
+    if nbytes:
+        T.evaluate(T.call_extern("void", PUT, address, x.data, offset, index(nbytes)))
 
-    def step(start: Any, lanes: int) -> None:
-        with lane_loop(lanes) as lane:
-            total = read(parts[0][start + lane], v.dtype)
-            for part in parts[1:]:
-                total = combine(total, read(part[start + lane], v.dtype))
-            Row(v, out).store(start + lane, total)
 
-    each_vector(size, at_most(lanes_of([v], target), size), step)
+def _get(out: Any, offset: Any, address: Any, nbytes: int) -> None:
+    """Bytes of a slot into a result, from an offset on."""
+    if nbytes:
+        T.evaluate(T.call_extern("void", GET, out.data, offset, address, index(nbytes)))
 
 
 def _parameter(name: str, v: Value) -> Any:
     return T.arg(name, tirx.decl_buffer((v.type.size,), storage_dtype(v.dtype), name, data_alignment=v.dtype.itemsize))
 
 
-def _pointer(address: Any, dtype: Any) -> Any:
-    return T.bind(T.reinterpret(tvm.ir.PointerType(PrimType(str(dtype)), "global"), address))
+def _row(address: Any, v: Value) -> Any:
+    """The elements at an address, of an operand's dtype."""
+    dtype = storage_dtype(v.dtype)
+    pointer = T.bind(T.reinterpret(tvm.ir.PointerType(PrimType(dtype), "global"), address))
+    return T.decl_buffer((v.type.size,), dtype, data=pointer, align=v.dtype.itemsize)
 
 
 def _nbytes(v: Value) -> int:
     return v.type.size * v.dtype.itemsize
 
 
-KERNELS = {"all_reduce": all_reduce_kernel}
+KERNELS = {"all_reduce": all_reduce_kernel, "all_gather": all_gather_kernel, "reduce_scatter": reduce_scatter_kernel}
 for _name in COMMUNICATION:
     fill("lower", _name, Host(host_name, **({"fn": KERNELS[_name]} if _name in KERNELS else {})))

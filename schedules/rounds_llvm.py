@@ -3,6 +3,9 @@
 * `i64 begin(record)`: the rank has come; gives the address of its slot in the round that begins, or 0: Python does it.
 * `i32 meet(record, ranks)`: the slot is filled; waits for the others. 0 if one of them is late.
 * `i64 slot(record, rank)`: after that, the address of a rank's slot.
+* `i64 place(record)`: this rank's number.
+* `void put(address, data, offset, bytes)`, `void get(data, offset, address, bytes)`: copies from a tensor into a slot,
+  and from a slot into a tensor.
 * `void end(record)`: the rank has passed.
 
 Atomic loads and stores with acquire and release are right on every machine; on x86 they cost nothing.
@@ -14,7 +17,8 @@ import functools
 
 from ..ir import rounds as R
 
-BEGIN, MEET, SLOT, END = (f"treadle_round_{name}" for name in ("begin", "meet", "slot", "end"))
+BEGIN, MEET, SLOT, PLACE, PUT, GET, END = (
+    f"treadle_round_{name}" for name in ("begin", "meet", "slot", "place", "put", "get", "end"))
 YIELDS = 100  # times that the core is left to others before Python takes over
 _CLOCK_MONOTONIC = 1
 _PAUSE = {"x86_64": ("declare void @llvm.x86.sse2.pause()", "call void @llvm.x86.sse2.pause()"),
@@ -45,13 +49,34 @@ define ptr @treadle_round_memory(ptr %group, i64 %rank) alwaysinline {{
   %memory = load ptr, ptr %at, align 8
   ret ptr %memory
 }}
-define ptr @treadle_round_own(ptr %group) alwaysinline {{
+define i64 @treadle_round_rank(ptr %group) alwaysinline {{
   %at = getelementptr i64, ptr %group, i64 {R.PLACE}
   %rank = load i64, ptr %at, align 8
+  ret i64 %rank
+}}
+define i64 @{PLACE}(ptr %record) alwaysinline {{
+  %group = call ptr @treadle_round_group(ptr %record)
+  %rank = call i64 @treadle_round_rank(ptr %group)
+  ret i64 %rank
+}}
+define void @{PUT}(i64 %address, ptr %data, i64 %offset, i64 %bytes) alwaysinline {{
+  %target = inttoptr i64 %address to ptr
+  %source = getelementptr i8, ptr %data, i64 %offset
+  call void @llvm.memcpy.p0.p0.i64(ptr %target, ptr %source, i64 %bytes, i1 false)
+  ret void
+}}
+define void @{GET}(ptr %data, i64 %offset, i64 %address, i64 %bytes) alwaysinline {{
+  %target = getelementptr i8, ptr %data, i64 %offset
+  %source = inttoptr i64 %address to ptr
+  call void @llvm.memcpy.p0.p0.i64(ptr %target, ptr %source, i64 %bytes, i1 false)
+  ret void
+}}
+define ptr @treadle_round_own(ptr %group) alwaysinline {{
+  %rank = call i64 @treadle_round_rank(ptr %group)
   %memory = call ptr @treadle_round_memory(ptr %group, i64 %rank)
   ret ptr %memory
 }}
-define i64 @treadle_round_place(ptr %group, ptr %memory, i64 %round) alwaysinline {{
+define i64 @treadle_round_start(ptr %group, ptr %memory, i64 %round) alwaysinline {{
   %size = load i64, ptr %group, align 8
   %turn = and i64 %round, 1
   %start = mul i64 %turn, %size
@@ -65,7 +90,7 @@ define i64 @{SLOT}(ptr %record, i64 %rank) alwaysinline {{
   %own = call ptr @treadle_round_own(ptr %group)
   %round = load i64, ptr %own, align 8
   %memory = call ptr @treadle_round_memory(ptr %group, i64 %rank)
-  %place = call i64 @treadle_round_place(ptr %group, ptr %memory, i64 %round)
+  %place = call i64 @treadle_round_start(ptr %group, ptr %memory, i64 %round)
   ret i64 %place
 }}
 define i64 @{BEGIN}(ptr %record) alwaysinline {{
@@ -96,7 +121,7 @@ come:
   %own = call ptr @treadle_round_own(ptr %group)
   %before = load i64, ptr %own, align 8
   %round = add i64 %before, 1
-  %place = call i64 @treadle_round_place(ptr %group, ptr %own, i64 %round)
+  %place = call i64 @treadle_round_start(ptr %group, ptr %own, i64 %round)
   ret i64 %place
 }}
 define void @{END}(ptr %record) alwaysinline {{

@@ -8,6 +8,7 @@ import itertools
 
 import ml_dtypes
 import numpy as np
+from rounds import check_programs
 
 from treadle.distributed import far
 from treadle.distributed.comm import Job
@@ -106,6 +107,8 @@ def main():
         (out,) = fresh((3,), dtype=bool)
         transport.all_reduce([np.arange(3) < transport.group.rank], [out], "sum")()
         np.testing.assert_array_equal(out, np.arange(3) < transport.group.size - 1)
+    if job.near:
+        check_programs(job)
     job.barrier()
     if job.rank == 0:
         print("fine")
