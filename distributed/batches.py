@@ -37,6 +37,11 @@ class BatchCheck:
         text = f"step {step}: {describe(arrays)}; {kind} numbers {checksum:08x}"
         self.own[:] = np.frombuffer(text.encode()[:BYTES].ljust(BYTES, b"\0"), np.uint8)
         self.request = self.comm.Iallgather(self.own, self.told)
+        self.watch.begun = self.begun
+
+    def begun(self) -> bool:
+        """Whether all ranks are known to have been given theirs."""
+        return self.request is None or bool(self.request.Test())
 
     def finish(self) -> None:
         """Compares; does nothing if that was done.

@@ -140,13 +140,13 @@ class Job:
             run = bind(arrays, **attrs)
 
             def call() -> None:
-                if words is not None and words[STAGE] == BEGUN:  # by the program, which has waited long enough
-                    words[STAGE] = DONE
-                    self.transports[attrs["axis"]].begun = True
-                    watch.resume(label, 1e-9 * words[ENTERED])
-                else:
-                    watch.enter(label)
                 try:
+                    if words is not None and words[STAGE] == BEGUN:  # by the program, which has waited long enough
+                        words[STAGE] = DONE
+                        self.transports[attrs["axis"]].begun = True
+                        watch.resume(label, 1e-9 * words[ENTERED])
+                    else:
+                        watch.enter(label)
                     run()
                 except BaseException as error:
                     self.error = error

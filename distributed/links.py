@@ -2,8 +2,9 @@
 
 What shared memory and process numbers tell of the ranks of one host, the kernels tell of the others: a process that
 dies, however it dies, has its sockets closed for it, and a host that does not answer the kernel's keep-alive probes is
-given up after some seconds. Neither needs a thread or a heartbeat of ours, so a rank that compiles for minutes is not
-taken for dead. The same sockets carry last words, since MPI's own connections may be what broke.
+given up after some seconds. Neither needs a heartbeat of ours, so a rank that compiles for minutes is not taken for
+dead. The same sockets carry last words, since MPI's own connections may be what broke; and whoever waits for long asks
+the others where they are. A thread of each rank answers, as the rank itself may compute, or hang.
 
 Every rank listens, and connects to the lower ranks of other hosts: one socket for each pair of ranks on two hosts.
 """
@@ -18,14 +19,51 @@ import select
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from .hung import GAP
+
+ASK = 0.5  # seconds between two questions
 IDLE, INTERVAL, PROBES = 2, 1, 3  # seconds of silence, seconds between probes, probes without answer: 5 s in all
 CONNECT = 3.0  # seconds for each address of a rank
 SIOCGIFADDR = 0x8915
 
 log = logging.getLogger("treadle.distributed")
+
+
+@dataclass(frozen=True)
+class At:
+    """Where a rank is: the last op it came to, of which step, and whether it waits there or computes.
+
+    Attributes:
+        looks: how often it has looked around while it waited.
+        limit: seconds that it may stay there; 0: as long as it likes.
+        stay: seconds that it has been there, as `hung.Stay` counts them.
+    """
+
+    step: int
+    calls: int
+    state: int
+    looks: int
+    limit: float
+    stay: float
+    label: str
+
+    def __str__(self) -> str:
+        return f"{self.label or 'no op'} of step {self.step} (call {self.calls})"
+
+    def line(self) -> str:
+        """For `read`."""
+        return f"{self.step} {self.calls} {self.state} {self.looks} {self.limit} {self.stay} {self.label}"
+
+    @staticmethod
+    def read(line: str) -> At:
+        """What `line` wrote."""
+        step, calls, state, looks, limit, stay, label = line.split(" ", 6)
+        return At(int(step), int(calls), int(state), int(looks), float(limit), float(stay), label)
 
 
 class Links:
@@ -35,21 +73,27 @@ class Links:
         rank: of this process.
         host_of: for each rank the number of its host.
         exchange: every rank's text, everywhere, in the order of the ranks.
+        here: where this rank is; called by the thread that answers.
 
     Attributes:
         lost: rank -> why it is known to be dead.
         left: rank -> the step in which it ended normally.
         words: rank -> its last words.
-        at: rank -> (step, calls, op) in which it has been waiting for long; those that go on are not in it.
+        at: rank -> where it was when it last answered.
+        silent: rank -> seconds of the present wait since its last answer.
         deaf: ranks to which there is no socket; a warning said so.
     """
 
-    def __init__(self, rank: int, host_of: Sequence[int], exchange: Callable[[str], list[str]]):
-        self.rank = rank
+    def __init__(self, rank: int, host_of: Sequence[int], exchange: Callable[[str], list[str]],
+                 here: Callable[[], At]):
+        self.rank, self.here = rank, here
         self.lost: dict[int, str] = {}
         self.left: dict[int, int] = {}
         self.words: dict[int, str] = {}
-        self.at: dict[int, tuple[int, int, str]] = {}
+        self.at: dict[int, At] = {}
+        self.silent: dict[int, float] = {}
+        self._asked = 0.0
+        self._answers: set[int] = set()
         self.others = [r for r, host in enumerate(host_of) if host != host_of[rank]]
         self.sockets: dict[int, socket.socket] = {}
         self._buffers: dict[int, bytes] = {}
@@ -69,6 +113,7 @@ class Links:
             link.setblocking(False)
             self._poll.register(link.fileno(), select.EPOLLIN | select.EPOLLRDHUP)
         self._by_number = {link.fileno(): other for other, link in self.sockets.items()}
+        threading.Thread(target=self._listen, name="treadle-links", daemon=True).start()
 
     def _meet(self, server: socket.socket, told: Sequence[Sequence[str]]) -> None:
         """Accepts the higher ranks while connecting to the lower ones."""
@@ -98,12 +143,25 @@ class Links:
                 self.sockets[other] = link
         thread.join()
 
-    def look(self) -> None:
-        """Takes in what has come: fills `lost`, `left`, `words`, `at`."""
-        if not self.sockets:
+    def _listen(self) -> None:
+        """Takes in what comes: fills `lost`, `left`, `words`, `at`; and answers."""
+        while self.sockets:
+            for number, _ in self._poll.poll():
+                self._read(self._by_number[number])
+
+    def ask(self, anew: bool = False) -> None:
+        """Asks the others where they are, now and then; `anew`: this rank waits for something else than before."""
+        now = time.monotonic()
+        passed = now - self._asked
+        if anew or passed < ASK:
+            if anew:
+                self.silent, self.at = dict.fromkeys(self.sockets, 0.0), {}
+                self._answers = set(self.sockets)
             return
-        for number, _ in self._poll.poll(0):
-            self._read(self._by_number[number])
+        for rank in self.silent:
+            self.silent[rank] = 0.0 if rank in self._answers else self.silent[rank] + min(passed, GAP)
+        self._asked, self._answers = now, set()
+        self.tell("ask")
 
     def _read(self, other: int) -> None:
         link, why = self.sockets[other], ""
@@ -128,20 +186,21 @@ class Links:
 
     def _take(self, other: int, line: str) -> None:
         kind, _, rest = line.partition(" ")
-        if kind == "at":
-            step, calls, label = rest.split(" ", 2)
-            self.at[other] = (int(step), int(calls), label)
-        elif kind == "on":
-            self.at.pop(other, None)
+        if kind == "ask":
+            with contextlib.suppress(OSError):
+                self.sockets[other].send(f"at {self.here().line()}\n".encode())
+        elif kind == "at":
+            self.at[other] = At.read(rest)
+            self._answers.add(other)
         elif kind == "left":
             self.left[other] = int(rest)
         elif kind == "failed":
             self.words[other] = rest
 
     def tell(self, line: str) -> None:
-        """A line to all: `at STEP CALLS OP`, `on`, `left STEP`, `failed TEXT`."""
+        """A line to all: `ask`, `left STEP`, `failed TEXT`. The answer to the first is `at` and `At.line`."""
         data = line.replace("\n", " ").encode() + b"\n"
-        for link in self.sockets.values():
+        for link in list(self.sockets.values()):  # the thread takes out those that are lost
             with contextlib.suppress(OSError):
                 link.send(data)
 

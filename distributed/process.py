@@ -71,6 +71,7 @@ def join(timeout: float) -> Watch:
     if _State.watch is None:
         mpi.COMM_WORLD.Set_errhandler(mpi.ERRORS_RETURN)
         _State.watch = Watch(mpi, mpi.COMM_WORLD, timeout)
+        remove_names()  # by now every rank of this host has the memory
     _State.watch.timeout = timeout
     return _State.watch
 
@@ -107,6 +108,19 @@ def ignore_notices() -> None:
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
+def remove_names() -> None:
+    """The memory that MPICH's ranks of a host share is a file until MPI_Finalize, which a killed job does not come to.
+
+    Without its name it lasts as long as the ranks that have opened it.
+    """
+    with contextlib.suppress(OSError):
+        for number in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                path = os.readlink(f"/proc/self/fd/{number}")
+                if path.startswith("/dev/shm/mpich_shm_"):
+                    os.unlink(path)
+
+
 def _at_exit(mpi: Any) -> None:
     if _State.registered:
         return
@@ -132,6 +146,7 @@ def _leave(mpi: Any) -> None:
         return
     sys.stdout.flush()
     sys.stderr.flush()
+    remove_names()
     if config.get("TREADLE_RESTART") is None:  # not under `treadle launch`, which gives the others time and ends them
         time.sleep(1.5)
         if _State.watch is not None:

@@ -226,6 +226,8 @@ class ParallelStep:
             if job is not None:
                 job.batches.finish()  # before ranks of different batches go different ways
             run, guards = self._build(batch, numbers)
+            if job is not None:
+                run = job.watch.paced(run)
             self._programs.setdefault(key, []).append((guards, run))
         try:
             result = run(found.arrays, numbers)

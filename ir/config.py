@@ -28,6 +28,13 @@ def _count(text: str) -> int:
     return value
 
 
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise ValueError("give a number of seconds >= 0")
+    return value
+
+
 def _topics(text: str) -> frozenset[str]:
     known = {"recompiles", "cache", "passes", "kernels"}
     topics = frozenset(t.strip() for t in text.split(",") if t.strip())
@@ -52,6 +59,8 @@ VARIABLES = {
         Variable("TREADLE_CACHE_DIR", str, None, "folder of compiled kernels; default: the user's cache folder"),
         Variable("TREADLE_CACHE_BYTES", _count, 2 << 30, "size that the kernel cache is pruned to"),
         Variable("TREADLE_COMM_TIMEOUT", _count, 300, "seconds after which a rank that does not come is given up"),
+        Variable("TREADLE_STEP_TIMEOUT", _seconds, None, "seconds after which a rank that hangs in the middle of a "
+                 "step is given up; default: 10 times the longest step so far, at least 10 s; 0: never"),
         Variable("TREADLE_SHARED_MEMORY", _flag, True, "0: ranks of one host send each other messages like any others"),
         Variable("TREADLE_NUM_THREADS", _count, None, "threads of a kernel; default: the cores of this process"),
         Variable("TREADLE_RESTART", int, None, "set by treadle launch: how often the job was started again"),

@@ -1,9 +1,10 @@
 """What the ranks of the tests of faults run: `faults.py MESH FAULT PLACE FOLDER`.
 
 Trains five steps, saves after each, and writes the final state. In the job's first start the last rank has an
-accident in its third step: it is killed, hangs or raises, in its own code, in a collective, in a pipeline's receive or
-while it writes the checkpoint. In the second it goes on from what was saved. Some further FAULTs are mistakes of the
-script: ranks that differ in what they run or are given.
+accident in its third step: it is killed, is stopped, hangs, spins or raises, in its own code, in a collective, before
+one, in a pipeline's receive or while it writes the checkpoint. In the second it goes on from what was saved. Some
+further FAULTs are mistakes of the script: ranks that differ in what they run or are given. PLACE `slow` is no accident:
+that rank takes its time between steps, and in the first.
 """
 
 import json
@@ -46,8 +47,12 @@ def batches(seed):
 def have_accident(kind):
     if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
     if kind == "hang":
         time.sleep(600)
+    while kind == "spin":
+        pass
     if kind == "unplug":
         subprocess.run(["ip", "link", "set", os.environ["TEST_WIRE"], "down"], check=True)
         return
@@ -56,14 +61,19 @@ def have_accident(kind):
 
 def arrange(kind, place, step):
     """Lets the accident happen at its place in the third step, or in the saving after it."""
-    wanted = {"collective": ("all_reduce", "reduce_scatter", "all_gather"), "receive": ("recv", "receive"),
+    reduces = ("all_reduce", "reduce_scatter", "all_gather")
+    wanted = {"collective": reduces, "kernel": reduces, "receive": ("recv", "receive"),
               "save": ("save",)}.get(place, ())
     enter, sync = Watch.enter, os.fsync
 
     def entering(self, label):
-        enter(self, label)
-        if self.step == 2 and place != "save" and label.startswith(wanted):
+        if self.step == 2 and place == "kernel" and label.startswith(wanted):
             have_accident(kind)
+        enter(self, label)
+        if self.step == 2 and place not in ("kernel", "save") and label.startswith(wanted):
+            have_accident(kind)
+        if self.step == 0 and place == "slow" and label.startswith(reduces):
+            time.sleep(1)
 
     def syncing(handle):
         if step.inner.opt.steps == 3:
@@ -72,7 +82,8 @@ def arrange(kind, place, step):
 
     if place == "save":
         os.fsync = syncing
-    elif wanted:
+    elif wanted or place == "slow":
+        step.job.watch.timeline = []  # this rank leaves no op to compiled code
         Watch.enter = entering
         step.job.watch.timeline = []  # this rank's programs leave short collectives to Python, too
 
@@ -115,10 +126,16 @@ def trained(mesh, kind, place, folder):
 def main():
     mesh, kind, place, folder = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3], Path(sys.argv[4])
     step, cursor, unlucky = trained(mesh, kind, place, folder)
+    for number in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
+        name = os.readlink(f"/proc/self/fd/{number}") if os.path.lexists(f"/proc/self/fd/{number}") else ""
+        if "mpich_shm" in name:
+            print("memory:", name)
     step.resume(folder, data=cursor)
     for x, y in cursor:
         if kind == "shape" and unlucky and step.inner.opt.steps == 2:
             x, y = x[:4], y[:4]
+        if place == "slow" and unlucky:
+            time.sleep(2)
         if place == "compute" and unlucky and step.inner.opt.steps == 2:
             have_accident(kind)
         if kind == "fewer" and unlucky and step.inner.opt.steps == 3:

@@ -2,6 +2,9 @@
 
 The second also has a host name, System V memory and a /dev/shm of its own, so that its ranks share nothing with those
 of the first but files. Hydra starts the proxies of hosts by a program that it takes for ssh.
+
+What the environment variable TEST_QDISC holds is how `tc` is to slow the wire down both ways: "netem delay 5ms rate
+1gbit", or, where the kernel has no netem, "tbf rate 200mbit burst 256kb latency 50ms".
 """
 
 import contextlib
@@ -46,6 +49,8 @@ class Hosts(Place):
         for name, wire, address in zip((self.a, self.b), self.wires, self.addresses):
             _ip("-n", name, "addr", "add", f"{address}/24", "dev", wire)
         self.up()
+        for name, wire in zip((self.a, self.b), self.wires) if "TEST_QDISC" in os.environ else ():
+            _ip("netns", "exec", name, "tc", "qdisc", "add", "dev", wire, "root", *os.environ["TEST_QDISC"].split())
         self.ssh.write_text(SSH.replace("@b", self.b))
         self.ssh.chmod(0o755)
         subprocess.run([str(self.ssh), "b", "true"], check=True, capture_output=True, timeout=20)

@@ -4,6 +4,7 @@ restarted job ends as one that nothing happened to."""
 import json
 import re
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,6 +56,8 @@ def test_a_restarted_job_ends_as_if_nothing_had_happened(kind, where, place, und
     done = run(place, tmp_path / "run", mesh, kind, where, "--max-restarts", "1")
     assert done.returncode == 0 and done.stdout.count("done") == 2, done.stderr[-3000:]
     assert time.monotonic() - started < 100
+    left = [name for name in re.findall(r"memory: (\S+)", done.stdout) if Path(name).exists()]
+    assert not left, "of memory that ranks shared nothing is left"
     said = re.search(WORDS[kind], done.stderr)
     assert said, done.stderr[-3000:]
     assert "starting again (1 of 1)" in done.stderr and "half-written: []" in done.stdout
@@ -62,6 +65,27 @@ def test_a_restarted_job_ends_as_if_nothing_had_happened(kind, where, place, und
     assert set(found) == set(expected)
     for name, array in expected.items():
         assert found[name].tobytes() == array.tobytes(), name
+
+
+@pytest.mark.parametrize(("kind", "where", "limit"), [
+    ("spin", "kernel", "1"), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("stop", "kernel", "1"), ("stop", "collective", None), ("hang", "collective", "1"), ("hang", "receive", "1")))])
+def test_a_rank_that_hangs_in_the_middle_of_a_step_is_given_up_soon(kind, where, limit, place, tmp_path):
+    mesh, started = PIPE if where == "receive" else DATA, time.monotonic()
+    done = place.launched(2, "faults.py", json.dumps(mesh), kind, where, tmp_path / "run", TREADLE_COMM_TIMEOUT="300",
+                          TREADLE_STEP_TIMEOUT=limit)
+    assert done.returncode == 1 and "done" not in done.stdout and time.monotonic() - started < 100
+    what = "has come no further|has not answered" if kind == "stop" else "has come no further"
+    last = rf"{OP} of step \d \(call \d+\)" if what == "has come no further" else ".*"
+    assert re.search(rf"rank 1 hangs: for \d+ s it ({what}), in the middle of a step. It was last in ({last}). "
+                     rf"Rank 0 was in {OP} of step 2. .* TREADLE_STEP_TIMEOUT", done.stderr), done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_a_rank_may_take_its_time_between_steps_and_in_the_first(place, tmp_path):
+    done = place.launched(2, "faults.py", json.dumps(DATA), "none", "slow", tmp_path / "run",
+                          TREADLE_COMM_TIMEOUT="300", TREADLE_STEP_TIMEOUT="0.5")
+    assert done.returncode == 0 and done.stdout.count("done") == 2, done.stderr[-3000:]
 
 
 MISTAKES = {

@@ -21,13 +21,16 @@ MISSING = mpi_available()
 needs_mpi = pytest.mark.skipif(MISSING is not None, reason=f"no MPI: {MISSING}")
 
 
+RANK = "os.environ.get('PMI_RANK') or os.environ['OMPI_COMM_WORLD_RANK']"
+
+
 @pytest.fixture
 def script(tmp_path):
     """Writes a script; gives its path. It knows its `rank` without Treadle, which would take a second to import."""
 
     def write(text):
         path = tmp_path / "script.py"
-        path.write_text(f"import os, sys, time\nrank = int(os.environ['PMI_RANK'])\n{text}\n")
+        path.write_text(f"import os, sys, time\nrank = int({RANK})\n{text}\n")
         return path
 
     return write
