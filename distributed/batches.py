@@ -7,6 +7,7 @@ some ranks, is an error. What is compared is the shapes and a checksum of some t
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -59,9 +60,22 @@ class BatchCheck:
         if others.size:
             first, other = (bytes(row).rstrip(b"\0").decode(errors="replace") for row in self.told[[0, others[0]]])
             more = f" (and so on: ranks {others.tolist()})" if others.size > 1 else ""
-            raise DistributedError(f"the ranks were given different batches: rank 0 has {first}, rank {others[0]} has "
-                                   f"{other}{more}. Every rank gives the whole batch, the same one, and takes its part "
-                                   "of it; numbers are those of the optimizer, such as the learning rate")
+            what, remedy = _difference(first, other)
+            raise DistributedError(f"{what}: rank 0 has {first}, rank {others[0]} has {other}{more}. {remedy}")
+
+
+def _difference(first: str, other: str) -> tuple[str, str]:
+    """What differs, and what to do."""
+    a, b = (re.split("[:;] ", text) for text in (first, other))  # step, batch, numbers
+    if a[1:2] == b[1:2] and a[0] == b[0]:
+        return ("the ranks' optimizers have different numbers", "Learning rate, other options, clip norm and which "
+                "parameters are frozen have to be the same on every rank: decide on rank 0 and "
+                "td.distributed.broadcast it")
+    if a[1:2] == b[1:2]:
+        return ("the ranks are in different steps", "Every rank takes as many steps: decide on rank 0 when to stop, "
+                "and td.distributed.broadcast it")
+    return ("the ranks were given different batches", "Every rank gives the whole batch, the same one, and takes its "
+            "part of it: seed loaders alike on all of them")
 
 
 def describe(arrays: Sequence[Any]) -> str:

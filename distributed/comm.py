@@ -258,21 +258,29 @@ class Job:
         self.watch.leave()
         if len(set(digests)) == 1:
             return
-        lines = self.gather_all(text.splitlines())
+        texts = self.gather_all(text.splitlines())
         others = [r for r, d in enumerate(digests) if d != digests[0]]
-        own, other = lines[0], lines[others[0]]
+        own, other = texts[0], texts[others[0]]
         at = next((i for i, (a, b) in enumerate(zip(own, other)) if a != b), min(len(own), len(other)))
 
-        def line(text: list[str]) -> str:
-            return text[at].strip() if at < len(text) else "nothing more"
-
+        lines = [text[at].strip() if at < len(text) else "nothing more" for text in (own, other)]
+        shown = excerpts(lines[0], lines[1])
         raise DistributedError(f"the ranks do not agree on {what}: ranks {others} differ from rank 0, first in line "
-                               f"{at + 1}: rank 0 has `{line(own)}`, rank {others[0]} has `{line(other)}`. Every rank "
-                               "has to run the same script on batches of the same shapes")
+                               f"{at + 1}: rank 0 has `{shown[0]}`, rank {others[0]} has `{shown[1]}`. Every rank has "
+                               "to run the same script, with the same seeds and files, on the same batches")
 
     def agree_on_program(self, graph: Graph) -> None:
         """`agree` on a per-rank program."""
         self.agree("the program", str(graph))
+
+
+def excerpts(a: str, b: str, width: int = 80) -> tuple[str, str]:
+    """Two lines around the first place where they differ, if they are long."""
+    at = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    start = max(0, at - width) if at > 2 * width else 0
+    stop = max(at + width, start + 3 * width)
+    found = [("..." if start else "") + text[start:stop] + ("..." if stop < len(text) else "") for text in (a, b)]
+    return found[0], found[1]
 
 
 def halves(arrays: Sequence[np.ndarray]) -> tuple[Sequence[np.ndarray], Sequence[np.ndarray]]:

@@ -32,6 +32,9 @@ ADDRESS = 512   # bytes of a rank's addresses
 PULSE = 16      # bytes behind them: how often it looked while it waited; how long it may stay, in milliseconds
 SETTLE = 2.0    # seconds in which what a rank sent before it ended arrives
 ASKING = 0.5    # seconds of waiting before ranks of other hosts are asked where they are
+CROSSED = 20.0  # seconds in which nobody gets any further after which ranks in different ops wait for ever
+ALIKE = ("Every rank has to take the same steps and to call save, load, gather and the like with the others, not "
+         "rank 0 alone")
 
 
 class Watch:
@@ -243,18 +246,29 @@ class Watch:
         """
         heads, others = self._heads, dict(self.links.at)
         ended = {r: int(h[0]) for r, h in zip(self.near_ranks, heads) if h[STATE] == LEFT} | self.links.left
-        if not ended:
-            return
         now, state = time.monotonic(), (*map(bytes, heads), *((at.calls, at.state) for at in others.values()))
         if state != self._still[0]:
             self._still = state, now
-        if now - self._still[1] < SETTLE or waited < SETTLE or any(h[STATE] == COMPUTING for h in heads):
+        still = min(now - self._still[1], waited)
+        if still < SETTLE or any(h[STATE] == COMPUTING for h in heads):
+            return
+        if not ended:
+            if still > CROSSED and not self.links.others and self._crossed():
+                raise DistributedError(f"the ranks wait for each other in different places: rank {self.rank} in "
+                                       f"{self.where()}, {self._others()}. {ALIKE}")
             return
         if all(r in ended or r in others and others[r].state == WAITING for r in self.links.others):
             rank, step = next(iter(ended.items()))
             raise DistributedError(f"rank {rank} has ended after step {step}, but rank {self.rank} waits in "
                                    f"{self.where()}: every rank has to do as many steps (on equally many batches), "
                                    "and to call save, load and gather like the others")
+
+    def _crossed(self) -> bool:
+        """Whether the ranks of this host wait in different ops."""
+        return len({bytes(row[HEAD:HEAD + LABEL]).split(b"\0")[0] for row in self.rows}) > 1
+
+    def _others(self) -> str:
+        return "; ".join(f"rank {r} in {self.position(r)}" for r in self.near_ranks if r != self.rank)
 
     def where(self) -> str:
         return f"{self.label or 'no op'} of step {self.step}"
@@ -285,8 +299,12 @@ class Watch:
         found = {r: self.at(r) for r in ranks}
         late = [f"rank {r} has not come, it was last in {at}" if at else f"rank {r} has not come, nor does it answer"
                 for r, at in found.items() if at is None or at.calls < self.calls]
+        if late:
+            return "; ".join(late)
         others = "; ".join(f"rank {r} in {at}" for r, at in found.items())
-        return "; ".join(late) or f"every rank has come, and one of them hangs{': ' * bool(others)}{others}"
+        if not self.links.others and self._crossed():
+            return f"the ranks wait for each other in different places: {others}. {ALIKE}"
+        return f"every rank has come, and one of them hangs{': ' * bool(others)}{others}"
 
     def tell(self, error: BaseException) -> None:
         """Last words to all other ranks."""

@@ -40,6 +40,7 @@ from ..ir.pipeline import Pass, PassResult, Pipeline
 from ..ir.subjects import SUBJECTS
 from . import tree
 from .accumulate import ALONE, Spread, parts_of
+from .agreeing import starting_point
 from .by_layers import by_layers
 from .compile import build_executable
 from .dispatch import apply, as_tensor
@@ -225,6 +226,8 @@ class ParallelStep:
         if run is None:
             if job is not None:
                 job.batches.finish()  # before ranks of different batches go different ways
+                if not self._programs:
+                    job.agree("what they start from", starting_point(self))
             run, guards = self._build(batch, numbers)
             if job is not None:
                 run = job.watch.paced(run)

@@ -92,11 +92,14 @@ MISTAKES = {
     "shape": r"different batches: rank 0 has step 2: checksum \w+ of float64\[8,8\].*, rank 1 has step 2: checksum "
              r"\w+ of float64\[4,8\]",
     "data": r"different batches: rank 0 has step 0: checksum (\w+) of .* rank 1 has step 0: checksum (?!\1)",
-    "rate": r"different batches: rank 0 .*numbers (\w+), rank 1 .*numbers (?!\1)",
+    "rate": r"optimizers have different numbers: rank 0 .*numbers (\w+), rank 1 .*numbers (?!\1)",
     "fewer": r"rank 1 has ended after step 2, but rank 0 waits in [\w: ]+ of step 3: every rank has to do as many",
-    "model": r"do not agree on the program: ranks \[1\] differ from rank 0, first in line \d+: rank 0 has",
-    "dtype": r"different batches: rank 0 .*; float64 numbers \w+, rank 1 .*; float32 numbers \w+",
-    "plan": r"do not agree on the program: .*rank 0 has",
+    "model": r"not agree on what they start from: ranks \[1\] differ from rank 0, first in line 3: rank 0 has "
+             "`optimizer",
+    "dtype": r"optimizers have different numbers: rank 0 .*; float64 numbers \w+, rank 1 .*; float32 numbers \w+",
+    "plan": r"not agree on what they start from: .*rank 0 has `plan: .*zero=1.*, rank 1 has `plan: .*zero=0",
+    "seed": r"not agree on what they start from: .*rank 0 has `[\w.]+: f64.* to be drawn from (\w+)`, "
+            r"rank 1 .* from (?!\1)",
     "mesh": r"do not agree on the mesh, or on what is installed: .* rank 0 has `mesh: data=2`, rank 1 has "
             r"`mesh: other=2`",
     "version": r"do not agree on .* installed: .* rank 0 has `NumPy: [\d.]+`, rank 1 has `NumPy: 0.1`",
