@@ -140,6 +140,8 @@ def main():
             have_accident(kind)
         if kind == "fewer" and unlucky and step.inner.opt.steps == 3:
             break
+        if kind == "alone" and unlucky and step.inner.opt.steps == 2:
+            step.save(folder)
         step(x, y)
         if kind != "fewer":
             step.save(folder, data=cursor)
