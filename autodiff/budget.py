@@ -77,8 +77,8 @@ class Timeline:
     def last(self, value: Value) -> int:
         return self.reads[value][-1] if self.reads[value] else self.made[value]
 
-    def waits(self, value: Value, kernel: int) -> bool:
-        """Whether a value is kept during a kernel that neither makes nor reads it."""
+    def waits(self, value: Value, kernel: float) -> bool:
+        """Whether a value is kept during a kernel that neither makes nor reads it (or between two, at a fraction)."""
         return (self.nbytes.get(value, 0) > 0 and self.made[value] < kernel < self.last(value)
                 and kernel not in self.reads[value])
 
@@ -142,29 +142,30 @@ class Plan:
     kept: frozenset[Value]  # what the chain reads
 
 
-def recompute_to_fit(graph: Graph, budget: int, sizes: Sizes | None = None) -> PassResult:
+def recompute_to_fit(graph: Graph, budget: int, sizes: Sizes | None = None, ahead: int = 0) -> PassResult:
     """Recomputes until the estimated peak of intermediate values is within `budget` bytes, or nothing more helps.
 
+    `ahead`: the first so many outputs stay what they are, as they are given before what follows is computed.
     `stats`: peak_before, peak_after (bytes), recomputed (nodes), flops (extra operations).
     """
-    result = _lower_peak(graph, budget, sizes)
+    result = _lower_peak(graph, budget, sizes, ahead)
     if result.changed and result.stats["peak_after"] > budget:
         # Out of reach: what was reached may be had for less by not asking for more.
-        modest = _lower_peak(graph, result.stats["peak_after"], sizes)
+        modest = _lower_peak(graph, result.stats["peak_after"], sizes, ahead)
         if modest.stats["peak_after"] <= result.stats["peak_after"] and modest.stats["flops"] < result.stats["flops"]:
             return modest
     return result
 
 
-def _lower_peak(graph: Graph, budget: int, sizes: Sizes | None) -> PassResult:
+def _lower_peak(graph: Graph, budget: int, sizes: Sizes | None, ahead: int) -> PassResult:
     current, line = graph, timeline(graph, sizes)
     best, spent = graph, {"recomputed": 0, "flops": 0}
     stats = {"peak_before": line.peak, "peak_after": line.peak, **spent}
     for _ in range(ROUNDS):
-        plans = _choose(line, budget) if line.peak > budget else []
+        plans = _choose(line, line.memory.index(line.peak), line.peak - budget) if line.peak > budget else []
         if not plans:
             break
-        after = _apply(current, line, plans)
+        after = _apply(current, line, plans, ahead)
         after_line = timeline(after, sizes)
         if after_line.height() >= line.height():
             break
@@ -187,12 +188,55 @@ def budget_pass(budget: int, sizes: Sizes | None = None) -> Pass:
     return Pass("memory_budget", run)
 
 
-def _choose(line: Timeline, budget: int) -> list[Plan]:
-    """Recomputations that bring the memory at the peak within the budget, cheapest per byte first."""
-    peak = line.memory.index(line.peak)
+def keep_less(graph: Graph, ahead: int, most: int) -> PassResult:
+    """A graph whose first `ahead` outputs a program of their own gives, a forward pass: recomputes in the rest of the
+    graph until what that reads of the first program is within `most` bytes, or nothing more helps.
+
+    `stats`: kept_before, kept_after (bytes), recomputed (nodes), flops (extra operations).
+    """
+    early = _ancestors(graph, graph.outputs[:ahead])
+    current = Graph(graph.name, graph.inputs, graph.roles,
+                    [*(n for n in graph.nodes if n in early), *(n for n in graph.nodes if n not in early)],
+                    graph.outputs, graph.aliases, graph.meta)
+    best, spent = graph, {"recomputed": 0, "flops": 0}
+    line, seam, kept = _seam(current, early, ahead)
+    stats = {"kept_before": kept, "kept_after": kept, **spent}
+    for _ in range(ROUNDS):
+        plans = _choose(line, seam, kept - most) if kept > most else []
+        if not plans:
+            break
+        current = _apply(current, line, plans, ahead)
+        before, (line, seam, kept) = kept, _seam(current, _ancestors(current, current.outputs[:ahead]), ahead)
+        if kept >= before:
+            break
+        spent["recomputed"] += sum(len(p.chain) for p in plans)
+        spent["flops"] += sum(p.flops for p in plans)
+        best, stats = current, {**stats, "kept_after": kept, **spent}
+    return PassResult(best, best is not graph, stats)
+
+
+def _ancestors(graph: Graph, outputs: Sequence[Value]) -> set[Node]:
+    wanted, found = set(outputs), set()
+    for node in reversed(graph.nodes):
+        if not wanted.isdisjoint(node.results):
+            found.add(node)
+            wanted.update(node.operands)
+    return found
+
+
+def _seam(graph: Graph, early: set[Node], ahead: int) -> tuple[Timeline, float, int]:
+    """The timeline of what the outputs behind the first `ahead` need; where it is handed on; how much that is."""
+    rest = Graph(graph.name, graph.inputs, graph.roles, graph.nodes, graph.outputs[ahead:],
+                 {i - ahead: j for i, j in graph.aliases.items() if i >= ahead})
+    line = timeline(rest)
+    seam = max((i for i, group in enumerate(line.kernels) if group[-1] in early), default=-1) + 0.5
+    return line, seam, sum(line.nbytes[v] for v in line.made if line.waits(v, seam))
+
+
+def _choose(line: Timeline, peak: float, excess: int) -> list[Plan]:
+    """Recomputations that lower the memory at some kernel by so much, cheapest per byte first."""
     plans = [p for v in line.made if line.waits(v, peak) and (p := _plan(line, v, peak)) is not None]
     plans.sort(key=lambda p: (p.flops + 1) / p.saved)
-    excess = line.peak - budget
     chosen: list[Plan] = []
     dropped: set[Value] = set()
     needed: set[Value] = set()
@@ -207,7 +251,7 @@ def _choose(line: Timeline, budget: int) -> list[Plan]:
     return chosen
 
 
-def _plan(line: Timeline, value: Value, peak: int) -> Plan | None:
+def _plan(line: Timeline, value: Value, peak: float) -> Plan | None:
     """How to compute a value again for its first use after the peak; None if that saves nothing."""
     use = next(i for i in line.reads[value] if i > peak)
     if use >= len(line.kernels):
@@ -249,13 +293,15 @@ def _flops(node: Node, sizes: Sizes) -> int:
     return int(evaluate(node.flops, sizes))
 
 
-def _apply(graph: Graph, line: Timeline, plans: Sequence[Plan]) -> Graph:
-    """The graph in the order of its kernels, chains repeated; uses from there on read the repetition."""
+def _apply(graph: Graph, line: Timeline, plans: Sequence[Plan], ahead: int = 0) -> Graph:
+    """The graph in the order of its kernels, chains repeated; uses from there on read the repetition, and so do outputs
+    but for the first `ahead`."""
     starting: dict[int, list[Plan]] = {}
     for plan in plans:
         starting.setdefault(plan.use, []).append(plan)
     nodes: list[Node] = []
     mapping: dict[Value, Value] = {}
+    first: dict[Value, Value] = {}  # the same without the repetitions
     for i, group in enumerate(line.kernels):
         for plan in starting.get(i, ()):
             again: dict[Value, Value] = {}
@@ -269,6 +315,7 @@ def _apply(graph: Graph, line: Timeline, plans: Sequence[Plan]) -> Graph:
             fresh = with_operands(node, [mapping.get(v, v) for v in node.operands])
             if fresh is not node:
                 mapping.update(zip(node.results, fresh.results))
+                first.update(zip(node.results, fresh.results))
             nodes.append(fresh)
-    return Graph(graph.name, graph.inputs, graph.roles, nodes, [mapping.get(v, v) for v in graph.outputs],
-                 graph.aliases, graph.meta)
+    outputs = [(first if i < ahead else mapping).get(v, v) for i, v in enumerate(graph.outputs)]
+    return Graph(graph.name, graph.inputs, graph.roles, nodes, outputs, graph.aliases, graph.meta)

@@ -1,12 +1,12 @@
 """A pipeline over a slow wire: whether messages travel while its stages compute.
 
-    python benchmarks/wire.py [--rate 400mbit] [--schedules gpipe,1f1b] [--steps 5]
+    python benchmarks/wire.py [--rate 500mbit] [--schedules gpipe,1f1b] [--steps 5]
 
 Two ranks of one thread train in two network namespaces (of which root can make some) joined by a virtual wire, first
 as fast as it is, then held to a rate. Of each run: the median step; what the programs of the busier rank take; how long
-all tensors that one rank hands the other would need, one after the other, at this rate; and what the schedule comes to
-if nothing but its order makes a task wait (`treadle.distributed.pipeline.simulate`, with the programs' times and the
-wire's). The last rows are without the thread that calls MPI while programs run (`treadle/distributed/progress.py`).
+the messages need at this rate, both ways; and what the schedule comes to with these times, by
+`treadle.distributed.pipeline.simulate`, if messages travel while stages compute, and if both devices stood still for
+each. The last row of a schedule is without the thread that calls MPI while programs run (`distributed/progress.py`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from tests.distributed.namespaces import Hosts, unavailable  # noqa: E402
 
-LAYERS, WIDTH, ROWS, MICRO = 4, 1024, 1024, 8
+LAYERS, WIDTH, ROWS, MICRO = 12, 1024, 1024, 8
 BYTES = 4 * ROWS * WIDTH  # of a message
 UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 
@@ -52,17 +52,18 @@ def measure(hosts: Hosts, kind: str, steps: int, moving: bool) -> dict[str, Any]
     return found
 
 
-def simulated(kind: str, programs: float, hop: float) -> float:
-    """The schedule with uniform stages whose programs take so long in a step."""
+def simulated(kind: str, programs: float, hop: float) -> tuple[float, float]:
+    """The schedule with uniform stages whose programs take so long in a step: messages under way meanwhile, and not."""
     from treadle.distributed.pipeline import schedule, simulate
 
-    task = programs / MICRO / 3
-    return simulate(schedule(kind, 2, MICRO), [task] * 2, [2 * task] * 2, hop).makespan
+    task, order = programs / MICRO / 3, schedule(kind, 2, MICRO)
+    return (simulate(order, [task] * 2, [2 * task] * 2, hop).makespan,
+            simulate(order, [task + hop] * 2, [2 * task + hop] * 2).makespan)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rate", default="400mbit", help="of the wire, as tc writes it")
+    parser.add_argument("--rate", default="500mbit", help="of the wire, as tc writes it")
     parser.add_argument("--schedules", default="gpipe,1f1b")
     parser.add_argument("--steps", type=int, default=5)
     options = parser.parse_args()
@@ -73,7 +74,7 @@ def main() -> int:
     hop = 8 * BYTES / rate
     table = Table(title=f"Two stages, {MICRO} micro-batches, messages of {BYTES / 1e6:.1f} MB: milliseconds of a step",
                   title_justify="left")
-    for column in ("schedule", "wire", "step", "programs", "messages", "order alone"):
+    for column in ("schedule", "wire", "step", "programs", "messages", "meanwhile", "standing still"):
         table.add_column(column, justify="right")
     hosts = Hosts(Path(tempfile.mkdtemp()))
     try:
@@ -84,8 +85,8 @@ def main() -> int:
                 found = measure(hosts, kind, options.steps, moving)
                 programs = max(map(statistics.median, found["programs"]))
                 wire = "as it is" if held is None else held + ("" if moving else ", no thread")
-                row = (statistics.median(found["seconds"]), programs, MICRO * hop if held else 0.0,
-                       simulated(kind, programs, hop if held else 0.0))
+                row = (statistics.median(found["seconds"]), programs, 2 * MICRO * hop if held else 0.0,
+                       *simulated(kind, programs, hop if held else 0.0))
                 table.add_row(kind, wire, *(f"{1e3 * x:.0f}" for x in row))
     finally:
         hosts.remove()

@@ -221,6 +221,27 @@ def stash(tasks: Sequence[Task]) -> int:
     return most
 
 
+def most_waiting(tasks: Sequence[Task], stage: int) -> int:
+    """The most micro-batches that have gone forward through a stage and not yet back, in its device's order."""
+    return stash([task for task in tasks if task.stage == stage])
+
+
+def most_held(tasks: Sequence[Task], waiting: Mapping[tuple[str, int], int],
+              running: Mapping[tuple[str, int], int]) -> int:
+    """The most bytes that a device holds at a time, in its order.
+
+    `waiting`: of (phase, stage), what a micro-batch leaves behind once it has been through that; `running`: what the
+    task takes while it runs, besides what was left behind before.
+    """
+    left: dict[tuple[int, int], int] = {}
+    most = 0
+    for task in tasks:
+        most = max(most, sum(left.values()) + running[task.phase, task.stage])
+        left[task.stage, task.micro] = waiting[task.phase, task.stage]
+        most = max(most, sum(left.values()))
+    return most
+
+
 def ideal_bubble(devices: int, micro: int, chunks: int = 1) -> float:
     """(p - 1) / (v m + p - 1): the bubble of uniform stages."""
     return (devices - 1) / (chunks * micro + devices - 1)

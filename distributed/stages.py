@@ -24,6 +24,7 @@ from ..ir.rewrite import Rewriter, rewrite
 from .chain import Cut, Layer, cut
 from .cost import Cluster
 
+Way = tuple[float, tuple[int, ...]]  # bytes handed on, ends of stages
 BACKWARD_WORK = 2.0  # of the forward pass
 GOOD = 1.1           # a cut is good enough if its slowest stage takes at most so much of the least possible
 MOST_LAYERS = 600    # that a cut is searched among
@@ -293,6 +294,50 @@ def cut_graph(graph: Graph, data: Collection[int], count: int, memory: float = f
             "Use fewer stages (the mesh's pipeline axis times the plan's chunks)")
     least = min(seconds for seconds, _, _ in tried)
     return next((chain, found) for seconds, chain, found in tried if seconds <= GOOD * least)
+
+
+def cut_at_home(graph: Graph, data: Collection[int], homes: Sequence[Collection[int]]) -> tuple[Chain, Cut] | None:
+    """The chain of a graph and the cut for which each stage reads only inputs that are at home there; the one that
+    hands on least, None if there is none.
+
+    Args:
+        homes: of each stage, the numbers of the inputs that it may read.
+    """
+    spine = _Spine(graph, data)
+    reads = _reads(spine)
+    best: list[Way | None] = [(0.0, ()), *(None for _ in homes[1:])]  # by the stage that comes next
+    for i, read in enumerate(reads):
+        live = spine.live[i - 1] if i else None
+        found: list[Way | None] = []
+        for s, home in enumerate(homes):
+            on, before = best[s], best[s - 1] if s and live is not None else None
+            if before is not None and live is not None:
+                bytes_on = before[0] + sum(float(v.type.nbytes) for v in live)
+                if on is None or bytes_on < on[0]:
+                    on = bytes_on, (*before[1], i - 1)
+            found.append(on if read <= set(home) else None)
+        best = found
+    last = best[-1]
+    if not reads or last is None:
+        return None
+    ends = last[1]
+    layers = sorted({*ends, *regions(_chain(spine, frozenset(data), Cluster(), spine.ends(1)))})
+    chain = _chain(spine, frozenset(data), Cluster(), layers)
+    return chain, Cut((0, *(layers.index(e) + 1 for e in ends)), 0.0, chain.layers)
+
+
+def _reads(spine: _Spine) -> list[set[int]]:
+    """The inputs of the graph that each node of the spine reads, itself or by what is computed again for it."""
+    own = {v: {i} for i, v in enumerate(spine.graph.inputs)}
+    place = {n: i for i, n in enumerate(spine.nodes)}
+    found: list[set[int]] = [set() for _ in spine.nodes]
+    for node in spine.graph.nodes:
+        read = set().union(*(own.get(v, set()) for v in node.operands))
+        if node in place:
+            found[place[node]] = read
+        else:
+            own.update(dict.fromkeys(node.results, read))
+    return found
 
 
 def stages_of(chain: Chain, found: Cut, again: bool = False) -> list[Stage]:

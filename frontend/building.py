@@ -74,6 +74,13 @@ def build_executable(graph: Graph, target: str, amp: Any = None, meta: dict[str,
     return executable
 
 
+def arena_bytes(graph: Graph, target: str) -> int:
+    """Bytes of temporaries that the program of a graph takes, before it is compiled."""
+    from ..schedules.plan import plan_memory
+
+    return plan_memory(_lowered(graph, target, None)).arena_bytes
+
+
 def _phased(graph: Graph, target: str, amp: Any, meta: dict[str, Any] | None, *options: Any) -> Any:
     from ..schedules.phased import phased
 

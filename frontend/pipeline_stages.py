@@ -19,8 +19,9 @@ from ..autodiff.save_less import save_less
 from ..distributed import Sharding
 from ..distributed.buckets import bucket
 from ..distributed.casts import casts, casts_apart
-from ..distributed.halves import halves, overwriting
+from ..distributed.halves import overwriting
 from ..distributed.partition import Partitioned, partition
+from ..distributed.pipeline import Task
 from ..distributed.plans import split_over
 from ..distributed.regather import gather_at_use, in_groups
 from ..distributed.stage_run import Program, StageProgram
@@ -32,15 +33,17 @@ from ..ir.graph import Graph, Value
 from ..ir.passes import TIDY
 from ..ir.pipeline import Pipeline
 from ..ir.types import TensorType
-from .compile import build_executable
+from .building import arena_bytes, build_executable
+from .eager import empty_aligned
 from .parallel import aligned, register
+from .pipeline_memory import Programs, RankGraph, Source, within
+from .pipeline_memory import held as most_held
 from .tensor import Tensor
 
 if TYPE_CHECKING:
     from .pipelined import PipelineStep
 
 Run = Callable[[Sequence[Any]], list[np.ndarray]]
-Source = int | tuple[str, int]  # of an input: its number in the joint graph; what was kept, or made in the middle
 
 
 @dataclass(frozen=True)
@@ -140,16 +143,34 @@ def _zeros(type: TensorType) -> Value:
     return made
 
 
+@dataclass(frozen=True)
+class Draft:
+    """A stage of a rank, before it is taken apart.
+
+    Attributes:
+        whole, made: before and after it was partitioned; `joint`: as it is taken apart, with weights cast elsewhere.
+        fixed: number of an input -> the array that is there for all micro-batches.
+    """
+
+    number: int
+    whole: Joint
+    made: Partitioned
+    fixed: dict[int, np.ndarray]
+    joint: RankGraph
+
+
 class StageBuilder:
     """Makes this rank's programs of stages, for a `PipelineStep`.
 
     Attributes:
         sums: id of a parameter -> the array in which its gradients add up; stages of one device share it.
-        cleared: those of them that have to be zero when a step begins.
+        cleared: those of them that have to be zero when a step begins; added: those that the last new programs add to.
         copies: state that every stage moves for itself: (stage, id of the tensor) -> (tensor, the stage's copy).
         narrow: (id of a parameter, dtype) -> (its array, the copy of it that programs read).
         cast: makes these copies; once for a step.
         kept_bytes: stage -> bytes that it keeps of a micro-batch.
+        activations: the most bytes of these, of temporaries and of what is handed over, that the device has at a time;
+            messages: of what it sends, and gets ready to receive, meanwhile.
     """
 
     def __init__(self, step: PipelineStep):
@@ -157,9 +178,13 @@ class StageBuilder:
         self.sums: dict[int, np.ndarray] = {}
         self.copies: dict[tuple[int, int], tuple[Tensor, np.ndarray]] = {}
         self.cleared: dict[int, np.ndarray] = {}
+        self.added: set[int] = set()
         self.narrow: dict[tuple[int, DType], tuple[np.ndarray, np.ndarray]] = {}
         self.cast: Callable[[], Any] = lambda: None
         self.kept_bytes: dict[int, int] = {}
+        self.activations = self.messages = 0
+        self.arenas: dict[int, int] = {}  # id of a program's graph -> bytes of its temporaries
+        self._executables: list[Any] = []
 
     # How things lie ---------------------------------------------------------------------------------------------
 
@@ -193,46 +218,62 @@ class StageBuilder:
 
     # One stage --------------------------------------------------------------------------------------------------
 
-    def build(self, loss: LossGraph, stage: Stage, number: int, held: int, starts: Collection[int]) -> StageProgram:
-        """The programs of a stage on this rank.
+    def build(self, loss: LossGraph, stages: Mapping[int, Stage], tasks: Sequence[Task], held: int,
+              starts: Collection[int]) -> dict[int, StageProgram]:
+        """The programs of this rank's stages.
 
         Args:
-            held: micro-batches whose activations the device keeps at most.
+            tasks: of this device; held: micro-batches whose activations it keeps at most.
             starts: numbers of the inputs whose sums of gradients no other stage of this device adds to.
+
+        Raises:
+            CompileError: they cannot keep to the step's memory budget.
         """
-        last = number + 1 == self.step.count
-        joint = join(loss, stage)
-        made = self.partitioned(loss, joint, last)
-        varying = [i for i in range(len(made.graph.inputs)) if not self._stays(loss, joint, i)]
-        fixed = self.arrays(loss, joint, made, number)
-        parameters = [i for i in fixed if self._number(joint, i) in loss.trained]
-        graph, narrow = casts_apart(made.graph, parameters)
-        fixed.update((len(made.graph.inputs) + k, self.copy(loss.captures[self._number(joint, i)], fixed[i], dtype))
+        drafts = {s: self.draft(loss, stage, s) for s, stage in stages.items()}
+        joints = {s: draft.joint for s, draft in drafts.items()}
+        found = within(joints, tasks, self.step.inner.memory_budget, self.arena)
+        made = {s: self.assembled(loss, draft, found[s], held, starts) for s, draft in drafts.items()}
+        self.activations = max(self.activations, most_held(tasks, found, lambda graph: self.arenas[id(graph)]))
+        self.messages = max(self.messages, 2 * max(p.crossing for p in found.values()))
+        return made
+
+    def draft(self, loss: LossGraph, stage: Stage, number: int) -> Draft:
+        """A stage of this rank as one graph."""
+        whole = join(loss, stage)
+        made = self.partitioned(loss, whole, number + 1 == self.step.count)
+        varying = [i for i in range(len(made.graph.inputs)) if not self._stays(loss, whole, i)]
+        fixed = self.arrays(loss, whole, made, number)
+        numbers = {i: n for i in fixed if (n := self._number(whole, i)) is not None}
+        graph, narrow = casts_apart(made.graph, [i for i, n in numbers.items() if n in loss.trained])
+        fixed.update((len(made.graph.inputs) + k, self.copy(loss.captures[numbers[i]], fixed[i], dtype))
                      for k, (i, dtype) in enumerate(narrow))
-        parts = halves(save_less(graph).graph, joint.ahead, varying)  # so that less waits for the backward pass
-        forward = self.compiled(parts.forward, held + 1)
-        kept = [parts.forward.outputs[i] for i in parts.kept]
-        self.kept_bytes[number] = sum(int(v.type.nbytes) for v in kept)
+        inputs = graph.inputs
+        joint = RankGraph(save_less(graph).graph, whole.ahead, len(stage.out), inputs[:len(stage.handed)],
+                          inputs[whole.cotangents:whole.sums], len(whole.back), varying, self.plan.schedule == "zb-h1")
+        return Draft(number, whole, made, fixed, joint)
 
-        def program(run: Run, sources: Sequence[Source]) -> Program:
-            return _program(run, sources, joint, loss, fixed)
+    def assembled(self, loss: LossGraph, draft: Draft, made: Programs, held: int,
+                  starts: Collection[int]) -> StageProgram:
+        """The programs of a stage, compiled, with where their inputs come from."""
+        whole, stage, parts = draft.whole, draft.whole.stage, made.forward
+        self.kept_bytes[draft.number] = made.kept
 
-        graph, cotangents = parts.backward, None
-        sources: list[Source] = [*(("kept", i) for i in range(len(kept))), *parts.backward_inputs]
-        if self.plan.schedule == "zb-h1" and joint.back:
-            moving = [i for i, source in enumerate(sources) if isinstance(source, tuple) or source in varying]
-            two = halves(graph, len(joint.back), moving)
-            cotangents = program(self.compiled(two.forward, held + 1), [sources[i] for i in two.forward_inputs])
-            graph = two.backward
-            sources = [*(("middle", i) for i in two.kept), *(sources[i] for i in two.backward_inputs)]
-        first, left = self.starting(graph, sources, joint, starts)
+        def program(graph: Graph, sources: Sequence[Source], most: int) -> Program:
+            return _program(self.compiled(graph, most), sources, whole, loss, draft.fixed)
+
+        first, left = self.starting(made.backward, made.sources, whole, starts)
         self.cleared.update((id(loss.captures[i]), self.sums[id(loss.captures[i])]) for i in left)
+        starting = program(first, made.sources, 2)
+        adding = program(made.backward, made.sources, 2)
+        self.arenas[id(made.backward)] = max(self.arenas[id(made.backward)], self.arenas[id(first)])
+        two = made.cotangents
+        cotangents = None if two is None else program(two.forward, made.cotangent_sources, held + 1)
         return StageProgram(
-            program(forward, parts.forward_inputs), program(self.compiled(graph, 2), sources),
-            program(self.compiled(first, 2), sources), cotangents, self.cutter(loss, joint, made),
-            [v.type for v in made.graph.inputs[:len(stage.handed)]],
-            [v.type for v in made.graph.outputs[:len(stage.out)]],
-            list(joint.back), list(joint.returned), list(parts.kept),
+            program(parts.forward, parts.forward_inputs, held + 1), adding, starting, cotangents,
+            self.cutter(loss, whole, draft.made),
+            [v.type for v in draft.made.graph.inputs[:len(stage.handed)]],
+            [v.type for v in draft.made.graph.outputs[:len(stage.out)]],
+            list(whole.back), list(whole.returned), list(parts.kept),
             {number: len(stage.out) + k for k, number in enumerate(stage.results)
              if number not in loss.graph.aliases})
 
@@ -294,16 +335,33 @@ class StageBuilder:
     def compiled(self, graph: Graph, held: int = 1) -> Run:
         """A per-rank program, ready to run, of whose results so many are in use at a time."""
         step = self.step
-        most = self.plan.message_bytes(sum(int(p.type.nbytes) for p in step.inner.opt.params))
         if not graph.outputs:
+            self.arenas[id(graph)] = 0
             return lambda inputs: []
-        graph = bucket(in_groups(graph, most), most, keep=(step.pipe,))
+        joined = self.joined(graph)
         if step.job is not None:
-            register(graph, step.job)
-        executable = build_executable(graph, step.inner._compiled.target)
+            register(joined, step.job)
+        executable = build_executable(joined, step.inner._compiled.target)
         executable.keep_results(held)
+        self.arenas[id(graph)] = executable.signature.arena_bytes
+        self._executables.append(executable)
         run: Run = executable.run
         return run
+
+    def joined(self, graph: Graph) -> Graph:
+        """A per-rank program whose collectives go together."""
+        most = self.plan.message_bytes(sum(int(p.type.nbytes) for p in self.step.inner.opt.params))
+        return bucket(in_groups(graph, most), most, keep=(self.step.pipe,))
+
+    def arena(self, graph: Graph) -> int:
+        """Bytes of temporaries of a program that is not compiled."""
+        return arena_bytes(self.joined(graph), self.step.inner._compiled.target) if graph.outputs else 0
+
+    def share_arena(self) -> None:
+        """The programs, of which one runs at a time, use the same memory for their temporaries."""
+        memory = empty_aligned((max(e.signature.arena_bytes for e in self._executables),), np.uint8)
+        for executable in self._executables:
+            executable.place_temps(memory)
 
     def arrays(self, loss: LossGraph, joint: Joint, made: Partitioned, number: int) -> dict[int, np.ndarray]:
         """The inputs that stay: input of the joint graph -> this rank's part."""
@@ -320,6 +378,7 @@ class StageBuilder:
                 found[k] = self.step._place(tensor, made.inputs[k])
         for k, (_, trained) in enumerate(joint.params, start=joint.sums):
             type, of = made.graph.inputs[k].type, id(loss.captures[trained])
+            self.added.add(of)
             if of not in self.sums:
                 self.sums[of] = aligned(np.zeros(type.shape, type.dtype.np))
             found[k] = self.sums[of]

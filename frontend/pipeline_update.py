@@ -35,7 +35,7 @@ def build_update(step: PipelineStep, numbers: Mapping[str, np.ndarray],
         owner: id of a parameter -> the device that counts it in the norm.
     """
     inner, stages = step.inner, step.stages
-    own = [p for p in inner.opt.params if id(p) in stages.sums]
+    own = [p for p in inner.opt.params if id(p) in stages.sums and id(p) in owner]
     specs = [Spec(TensorType(p.shape, as_dtype(stages.sums[id(p)].dtype)), f"grad{i}") for i, p in enumerate(own)]
     given = {k: Spec(TensorType((), as_dtype(v.dtype)), k) for k, v in numbers.items()}
 

@@ -24,7 +24,17 @@ from ..distributed.chain import Cut, cut
 from ..distributed.messages import Messages
 from ..distributed.pipeline import schedule, stash_bound
 from ..distributed.stage_run import Runner, StageProgram
-from ..distributed.stages import Chain, Stage, chain_at, chain_of, cut_graph, regions, stages_of, unwrapped
+from ..distributed.stages import (
+    Chain,
+    Stage,
+    chain_at,
+    chain_of,
+    cut_at_home,
+    cut_graph,
+    regions,
+    stages_of,
+    unwrapped,
+)
 from ..ir.decompose import INLINE
 from ..ir.dtypes import as_dtype
 from ..ir.errors import ArgumentsError, AttributeValueError
@@ -60,9 +70,6 @@ class PipelineStep(ParallelStep):
     def __init__(self, step: TrainStep, mesh: Mesh, plan: Plan):
         super().__init__(step, mesh, plan)
         assert plan.pipe is not None
-        if step.memory_budget is not None:
-            raise ArgumentsError("a pipeline takes no memory_budget: its schedule says what waits for the backward "
-                                 "pass. Use Plan(recompute=True), or more stages", user_location())
         self.stage_axis = plan.pipe
         self.pipe, self.devices, self.micro = plan.pipe, mesh[plan.pipe], step.accumulate
         self.here = mesh.coordinates(self.rank)[self.pipe]
@@ -79,6 +86,7 @@ class PipelineStep(ParallelStep):
         self.shares: Sequence[float] = ()
         self.homes: dict[int, int] = {}  # id of a tensor that is moved -> the device that has it
         self.moved: list[Tensor] = []    # state that stages move, in one order on all ranks
+        self.stations: dict[int, frozenset[int]] = {}  # id of a tensor -> the devices whose stages read it
         self._ends: tuple[tuple[int, ...], tuple[str, ...]] | None = None
 
     @property
@@ -93,6 +101,7 @@ class PipelineStep(ParallelStep):
         tensors = [i for i, leaf in enumerate(leaves) if leaf_type(leaf) is not None]
         sizes = [micro_sizes(leaf_type(leaves[i]), self.micro, self._ranks()) for i in tensors]
         found: dict[tuple[int, ...], tuple[LossGraph, Any, list[Stage]]] = {}
+        self.stages.added.clear()
         guards: list[Any] = []
         for kind in dict.fromkeys(zip(*sizes)):
             specs = list(leaves)
@@ -100,7 +109,9 @@ class PipelineStep(ParallelStep):
                 specs[i] = _micro_spec(leaf_type(leaves[i]), n)
             loss, results, read = self._loss_graph(tree.unflatten(structure, specs), len(tensors))
             guards += read
-            found[kind] = loss, results, stages_of(*self._cut(loss), again=self.plan.recompute)
+            stages = stages_of(*self._cut(loss), again=self.plan.recompute)
+            self._settle_down(loss, stages)
+            found[kind] = loss, results, stages
         widths = [len(stage.out) for _, _, stages in found.values() for stage in stages]
         self.runner.widest = max(self.runner.widest, *widths)
         if self.job is not None:
@@ -110,6 +121,7 @@ class PipelineStep(ParallelStep):
         self.stages.prepare()
         owner, tied = self._held(next(iter(found.values()))[::2])
         update = build_update(self, numbers, owner)
+        self.stages.share_arena()
         self._leave_to_others()
         run = _Steps(self, [programs[kind] for kind in zip(*sizes)], list(zip(*sizes)), update, tied,
                      _Results([(loss, results, stages) for loss, results, stages in found.values()], self))
@@ -120,7 +132,7 @@ class PipelineStep(ParallelStep):
         own = [s for s in range(self.count) if s % self.devices == self.here]
         readers = Counter(i for s in own for i in stages[s].inputs)
         starts = {i for i, count in readers.items() if count == 1}
-        return {s: self.stages.build(loss, stages[s], s, self._bound(self.here), starts) for s in own}
+        return self.stages.build(loss, {s: stages[s] for s in own}, self.runner.order, self._bound(self.here), starts)
 
     def _bound(self, device: int) -> int:
         """Micro-batches whose activations the schedule lets a device keep."""
@@ -163,14 +175,35 @@ class PipelineStep(ParallelStep):
             return chain, self.cut
         assert self.cut is not None
         ends, ops = self._ends
-        chain = chain_at(loss.graph, data, ends)
-        if chain.ops != ops:
-            raise AttributeValueError("for a batch of this shape, or in this mode, the model computes other steps than "
-                                      "for the first one, so its parameters cannot stay in their stages: give it a "
-                                      "step of its own", user_location())
+        chain, homes = chain_at(loss.graph, data, ends), self._homes(loss)
         if not self.cut.layers:
             self.cut = replace(self.cut, layers=chain.layers)
-        return chain, self.cut
+        if chain.ops == ops and (not self.stations or all(
+                home.issuperset(stage.inputs) for home, stage in zip(homes, stages_of(chain, self.cut)))):
+            return chain, self.cut
+        found = cut_at_home(loss.graph, data, homes)
+        if found is None:
+            raise AttributeValueError("for a batch of this shape, or in this mode, the model reads its parameters in "
+                                      "another order than for the first one, so they cannot stay in their stages: give "
+                                      "it a step of its own", user_location())
+        return found
+
+    def _homes(self, loss: LossGraph) -> list[set[int]]:
+        """Of each stage the inputs that it may read: not what lies on other devices only."""
+        trained = {id(p) for p in self.inner.opt.params}
+        everywhere = frozenset(range(self.devices))
+        lies = {i: self.stations.get(id(t), frozenset((0,)) if id(t) in trained else everywhere)
+                for i, t in loss.captures.items() if i not in loss.alike}
+        return [{i for i in range(len(loss.graph.inputs)) if s % self.devices in lies.get(i, everywhere)}
+                for s in range(self.count)]
+
+    def _settle_down(self, loss: LossGraph, stages: Sequence[Stage]) -> None:
+        """Notes which devices read what, from the first graph on; what they move or train stays there."""
+        for s, stage in enumerate(stages):
+            for i in stage.inputs:
+                if i in loss.captures and i not in loss.alike:
+                    key = id(loss.captures[i])
+                    self.stations[key] = self.stations.get(key, frozenset()) | {s % self.devices}
 
     def _measured(self, loss: LossGraph, chain: Chain) -> Chain:
         """The chain with the times that its layers take here, all ranks at once: the median of what they find."""
@@ -193,7 +226,6 @@ class PipelineStep(ParallelStep):
     def _held(self, found: Any) -> tuple[dict[int, int], list[Callable[[], None]]]:
         """Which device has which tensor; and what adds up the sums that several devices have."""
         loss, stages = found
-        self.moved = []
         for s, stage in enumerate(stages):
             for r in stage.results:
                 if r in loss.graph.aliases:
@@ -202,12 +234,17 @@ class PipelineStep(ParallelStep):
                         self.moved.append(tensor)
                     self.homes.setdefault(id(tensor), s % self.devices)
         params = self.inner.opt.params
-        mine = [i for i, p in enumerate(params) if id(p) in self.stages.sums]
+        mine = [[i for i, p in enumerate(params) if id(p) in some] for some in (self.stages.sums, self.stages.added)]
         every = [mine] if self.job is None else self.job.gather_all(mine)
         devices = [self.mesh.coordinates(r)[self.pipe] for r in range(self.mesh.size)]
-        holders = [sorted({d for d, own in zip(devices, every) if i in own}) for i in range(len(params))]
+        holders = [sorted({d for d, (own, _) in zip(devices, every) if i in own}) for i in range(len(params))]
+        read = {i for _, added in every for i in added}
         owner, tied = {}, []
-        for p, own in zip(params, holders):
+        for i, (p, own) in enumerate(zip(params, holders)):
+            if i not in read:  # nor has it a gradient on one process
+                continue
+            if id(p) in self.stages.sums and id(p) not in self.stages.added:
+                self.stages.cleared[id(p)] = self.stages.sums[id(p)]
             if own:
                 owner[id(p)] = self.homes[id(p)] = own[0]
             if len(own) > 1:
@@ -235,6 +272,14 @@ class PipelineStep(ParallelStep):
                 yield tensor, self.homes.get(id(p), 0)
         for tensor in self.moved:
             yield tensor, self.homes[id(tensor)]
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes on this rank, as of a step without pipeline; activations are those of all micro-batches under way."""
+        own = self.local_bytes
+        return {"parameters": own["parameter"] + sum(copy.nbytes for _, copy in self.stages.narrow.values()),
+                "gradients": sum(total.nbytes for total in self.stages.sums.values()), "states": own["state"],
+                "activations": self.stages.activations, "messages": self.stages.messages}
 
     def holds(self, tensor: Tensor) -> bool:
         """Of what the model shares between stages and of the rest, the first device has it."""
@@ -283,8 +328,13 @@ class _Results:
         self.numbers = [i for i in range(1, len(first.graph.outputs)) if i not in first.graph.aliases]
         self.types = {i: first.graph.outputs[i].type for i in self.numbers}
         self.devices = {r: s % step.devices for s, stage in enumerate(stages) for r in stage.results}
-        for loss, _, _ in found[1:]:
+        for loss, _, others in found[1:]:
             for i in self.numbers:
+                if all(i not in stage.results for s, stage in enumerate(others)
+                       if s % step.devices == self.devices[i]):
+                    raise ArgumentsError(f"result {i} of the loss function is made by another stage for each size of "
+                                         f"micro-batch: give a batch that divides into {step.micro} equal parts",
+                                         user_location())
                 if loss.graph.outputs[i].type != self.types[i]:
                     raise ArgumentsError(
                         f"result {i} of the loss function has another shape for each size of micro-batch "

@@ -190,6 +190,11 @@ class Executable:
         for result in self._results:
             result.most = calls
 
+    def place_temps(self, memory: np.ndarray) -> None:
+        """Temporaries lie in this aligned memory of `signature.arena_bytes` at least, as may those of other programs
+        that never run at the same time."""
+        self._arena, self._cells[0] = memory, memory.ctypes.data
+
     def prepare(self) -> None:
         """Load the machine code. `run` does it by itself; `build` and `load` call it to fail early.
 

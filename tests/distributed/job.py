@@ -158,6 +158,8 @@ CASES.update({
     "accumulate": case("gpt", {"data": 2}, {"accumulate": 2}),
     "padded": case("gpt", {"tensor": 2}, {"vocabulary": True, "vocab": 17}),
     "zero3xpadded": case("gpt", {"data": 2, "tensor": 2}, {"vocabulary": True, "vocab": 17, "zero": 3}),
+    "short": case("resnet", {"data": 2}, {"examples": 7, "zero": 1}),
+    "short-zero3xtp2": case("gpt", {"data": 2, "tensor": 2}, {"examples": 5, "zero": 3}),
     "fused": case("gpt", {"tensor": 2}, {"fused": True}),
     "zero3xtp2": case("gpt", {"data": 2, "tensor": 2}, {"zero": 3, "fused": True}),
     "lstm-dp2": case("lstm", {"data": 2}, {"zero": 1}),
@@ -166,6 +168,8 @@ CASES.update({
     "uneven-zero2": case("gpt", {"data": 2}, {"accumulate": 3, "weight": True, "dropout": 0.0, "zero": 2}),
     "uneven-zero3xtp2": case("gpt", {"data": 2, "tensor": 2}, {"accumulate": 3, "weight": True, "dropout": 0.0,
                                                                "zero": 3}),
+    "turns-gpt": case("gpt", {"pipe": 2}, {**PIPE, "turns": True, "schedule": "interleaved", "chunks": 2}),
+    "turns-resnet": case("resnet", {"pipe": 2}, {**PIPE, "turns": True}),
     "weighted": case("gpt", {"pipe": 2}, {"accumulate": 4, "weight": True, "dropout": 0.0}),
     "uneven": case("gpt", {"pipe": 2}, {"accumulate": 3, "weight": True, "dropout": 0.0}),
 })
@@ -200,12 +204,14 @@ def run(name, mesh_axes, options):
     inner = td.train_step(model, lm_loss, opt, clip_norm=options.get("clip"),
                           accumulate=options.get("accumulate", 1) if mesh_axes or not options.get("weight") else 1)
     step = td.distributed.parallelize(inner, td.distributed.Mesh(mesh_axes), plan_of(model, mesh_axes, options))
-    batch = batch_of(options)
+    batch = tuple(array[:options.get("examples")] for array in batch_of(options))
     if "load" in options:
         assert step.load(options["load"]) == {"batch": "2"}
         steps = 3
     first, losses = {}, []
     for number in range(options.get("stop", steps)):
+        if options.get("turns"):  # another mode: no dropout, or running statistics
+            model.train(number % 3 != 1)
         if options.get("moments"):
             inner.clip_norm = options["clip"] if number else 1e9
         losses.append(float(step(*batch).numpy()))

@@ -179,8 +179,31 @@ def test_a_step_sees_that_the_model_changes_its_mode():
     np.testing.assert_allclose(losses, list(by_turns(None)), rtol=1e-9)
 
 
-def test_a_pipeline_does_not_go_on_in_the_wrong_mode():
-    losses = by_turns({"pipe": 1})
-    next(losses)
-    with pytest.raises(AttributeValueError, match="in this mode, the model computes other steps"):
-        next(losses)
+class Backwards(td.nn.Module):
+    """Reads its layers in the other order, and ends with a square, if it is not trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = td.nn.ModuleList([td.nn.Linear(4, 4) for _ in range(4)])
+
+    def forward(self, x):
+        for layer in self.layers if self.training else list(self.layers)[::-1]:
+            x = td.tanh(layer(x))
+        return x if self.training else x ** 2
+
+
+def test_a_pipeline_sees_that_the_model_changes_its_mode():
+    """What the stages read stays where it is, though other steps are computed on it."""
+    np.testing.assert_allclose(list(by_turns({"pipe": 1})), list(by_turns(None)), rtol=1e-9)
+
+
+def test_a_pipeline_refuses_a_mode_that_reads_parameters_in_another_order():
+    model = Backwards()
+    inner = td.train_step(model, lambda model, x: td.mean(model(x)), td.optim.SGD(model.parameters(), lr=0.1))
+    step = td.distributed.parallelize(inner, Mesh({"pipe": 1}), td.distributed.Plan(schedule="interleaved", chunks=2))
+    step(np.ones((2, 4), np.float32))
+    last = {id(p) for layer in list(model.layers)[2:] for p in layer.parameters()}
+    step.devices, step.stations = 2, {t: frozenset([int(t in last)]) for t in step.stations}  # as with two devices
+    model.eval()
+    with pytest.raises(AttributeValueError, match="in this mode, the model reads its parameters in another order"):
+        step(np.ones((2, 4), np.float32))

@@ -206,10 +206,6 @@ def test_what_a_pipeline_refuses():
         pipeline(chunks=200)
     with pytest.raises(AttributeValueError, match="no cut into 3 stages fits in 100 bytes a device; the least"):
         pipeline(memory=100)
-    with pytest.raises(ArgumentsError, match="takes no memory_budget"):
-        model = Net()
-        step = td.train_step(model, loss_of, td.optim.SGD(model.parameters(), lr=0.1), memory_budget=1 << 20)
-        td.distributed.parallelize(step, td.distributed.Mesh({"pipe": 1}))
 
 
 @pytest.mark.slow

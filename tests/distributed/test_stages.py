@@ -5,11 +5,12 @@ import pytest
 
 import treadle as td
 from treadle.distributed.halves import halves
-from treadle.distributed.stages import cut_graph, needed, stages_of
+from treadle.distributed.stages import cut_at_home, cut_graph, needed, stages_of
 from treadle.ir import interp
 from treadle.ir.errors import AttributeValueError
 from treadle.ir.passes import TIDY
 from treadle.ir.pipeline import Pipeline
+from treadle.ir.rewrite import Rewriter, rewrite
 from treadle.ir.verify import verify
 
 from . import job
@@ -35,6 +36,35 @@ def test_stages_one_after_the_other_are_the_graph(count):
         handed = interp.run(stage.graph, [*handed, *(arrays[i] for i in stage.inputs)])
     np.testing.assert_allclose(handed[0], interp.run(graph, arrays)[0], rtol=1e-12)
     assert len(cut.bounds) == count
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_other_steps_are_cut_where_the_inputs_are_at_home(count):
+    """Of a graph with more steps between the same parameters: each stage reads what it read of the first one."""
+    graph, arrays = loss_graph()
+    chain, cut = cut_graph(graph, (0, 1), count)
+    stages = stages_of(chain, cut)
+    homes = [{0, 1, *stage.inputs} for stage in stages]
+    more, again = with_more_steps(graph), stages_of(*cut_at_home(graph, (0, 1), homes))
+    assert sum(v.type.nbytes for s in again for v in s.out) <= sum(v.type.nbytes for s in stages for v in s.out)
+    handed, other = [], stages_of(*cut_at_home(more, (0, 1), homes))
+    assert len(other) == count and len(more.nodes) > len(graph.nodes)
+    for stage, home in zip(other, homes):
+        assert home.issuperset(stage.inputs)
+        handed = interp.run(stage.graph, [*handed, *(arrays[i] for i in stage.inputs)])
+    np.testing.assert_allclose(handed[0], interp.run(more, arrays)[0], rtol=1e-12)
+    assert cut_at_home(graph, (0, 1), homes[::-1]) is None
+
+
+def with_more_steps(graph):
+    """The graph with a sine in place of each tanh, and an exponential in front of it."""
+    class Other(Rewriter):
+        def replace(self, node):
+            if node.op.name != "tanh":
+                return None
+            return self.emit("sin", self.emit("exp", node.operands, {}), {})
+
+    return rewrite(graph, Other("loss"))
 
 
 def test_a_graph_has_only_so_many_layers():
