@@ -144,8 +144,12 @@ def main():
     rank = given(RANK, "0")
     link, log = connect(rank), None
     if folder != "-":
-        os.makedirs(folder, exist_ok=True)
-        log = open(os.path.join(folder, f"rank{rank}.log"), "ab")
+        try:
+            os.makedirs(folder, exist_ok=True)
+            log = open(os.path.join(folder, f"rank{rank}.log"), "ab")
+        except OSError as error:  # a rank that says so and ends
+            said = f"rank {rank} cannot write its log in {folder}: {error.strerror}; give another folder to --logs"
+            command = [sys.executable, "-I", "-c", f"import sys; sys.exit({said!r})"]
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # MPICH's notice that another rank has died
     keeper = Keeper(rank, link, log, command)
     status = keeper.run()

@@ -41,7 +41,7 @@ class Request:
     """A job.
 
     Attributes:
-        script: the script and its arguments.
+        script: the script and its arguments; or `-m`, a module and its arguments.
         ranks: how many; None: one for each slot of the hosts, or 2.
         threads: of each rank; None: the cores of its host, shared out among the ranks there.
         logs: a folder for `rankN.log` on each host; then only rank 0, and errors, are shown.
@@ -150,7 +150,8 @@ def launch(request: Request) -> int:
     Raises:
         LaunchError: the script does not exist, mpiexec is missing, or the ranks do not fit the hosts.
     """
-    if not request.script or not Path(request.script[0]).is_file():
+    module = len(request.script) > 1 and request.script[0] == "-m"
+    if not module and not (request.script and Path(request.script[0]).is_file()):
         raise LaunchError(f"there is no script {request.script[0] if request.script else ''!r}")
     ranks = ranks_of(request)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -139,7 +139,8 @@ A mesh of as many ranks as the job has: td.distributed.make_mesh({"data": -1, "t
 @app.command("launch", epilog=LAUNCH_EXAMPLES, context_settings={
     "allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False})
 def run_launch(
-    script: Annotated[list[str], typer.Argument(metavar="SCRIPT [ARGUMENT]...", help="A script, its arguments.")],
+    script: Annotated[list[str], typer.Argument(metavar="SCRIPT [ARGUMENT]...", help="A script, or -m MODULE, and its "
+                                                                                "arguments.")],
     ranks: Annotated[int | None, typer.Option("-n", "--ranks", min=1, help="Processes to start; default: one for each "
                                                                            "slot of the hosts, or 2.")] = None,
     threads: Annotated[int, typer.Option(min=0, help="Threads of each; 0: its host's cores, shared out.")] = 0,
@@ -152,7 +153,7 @@ def run_launch(
     prefix: Annotated[bool, typer.Option("--prefix/--no-prefix", help="Begin shown lines with the rank.")] = True,
     mpiexec: Annotated[str, typer.Option(help="Further arguments of mpiexec, '-iface eth1'.")] = "",
 ) -> None:
-    """Run a script on several ranks under MPI (pip install 'treadle[mpi]').
+    r"""Run a script on several ranks under MPI (pip install 'treadle\[mpi]').
 
     If a rank fails, the others have five seconds to say what they missed; then all are ended, on all hosts. The exit
     code is that of the rank that failed first: its own, or 128 and the number of the signal that killed it.

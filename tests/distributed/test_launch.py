@@ -77,6 +77,22 @@ def test_every_rank_writes_its_log(script, tmp_path):
 
 
 @needs_mpi
+def test_a_log_that_cannot_be_written(script, tmp_path):
+    (tmp_path / "file").touch()
+    done = run(script("print('out')"), logs=tmp_path / "file" / "logs")
+    assert done.returncode == 1 and "rank 0 cannot write its log in" in done.stderr
+    assert "Traceback" not in done.stderr and "ended with exit code 1 first" in done.stderr
+
+
+@needs_mpi
+def test_a_module(script, monkeypatch):
+    path = script("print('module', rank, sys.argv[1:])")
+    monkeypatch.setenv("PYTHONPATH", str(path.parent))
+    done = run("-m", path.stem, "--lr", ranks=1)
+    assert done.returncode == 0 and done.stdout == "module 0 ['--lr']\n", done.stderr
+
+
+@needs_mpi
 def test_threads_are_the_cores_shared_out(script, monkeypatch):
     for name in ("TREADLE_NUM_THREADS", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
@@ -150,6 +166,8 @@ def test_no_mpiexec(monkeypatch):
 def test_what_cannot_be_started(tmp_path):
     with pytest.raises(LaunchError, match="there is no script 'nothing.py'"):
         launch(Request(["nothing.py"]))
+    with pytest.raises(LaunchError, match="there is no script '-m'"):
+        launch(Request(["-m"]))
     with pytest.raises(LaunchError, match="at least one rank, not 0"):
         command(0, ["x.py"])
     for hosts, message in (("a:2,:3", "NAME or NAME:RANKS, not ':3'"), ("a:x", "not 'a:x'"), ("a:0", "not 'a:0'")):
@@ -184,3 +202,4 @@ def test_help_has_examples():
                           timeout=60, env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"})
     assert done.returncode == 0 and "treadle launch -n 4 --max-restarts 3 train.py" in done.stdout
     assert "treadle launch --hosts a:4,b:4 train.py" in done.stdout
+    assert "pip install 'treadle[mpi]'" in done.stdout
