@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,20 @@ SHADES = {FORWARD: ("#4273be", "#2f5590"), "B": ("#5aa569", "#417a4c")}  # by tu
 MOST_LABELS = 400  # tasks; with more of them numbers cannot be read
 
 
+def check_drawing() -> None:
+    """Raises ArgumentsError if matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ArgumentsError("a chart needs matplotlib; install it with: pip install 'treadle[plan]'")
+
+
 def draw(path: Any, played: Played, devices: int, title: str = "") -> None:
     """Writes the schedule as a picture; the file's ending says which kind (.png, .svg, .pdf).
 
     Raises:
         ArgumentsError: matplotlib is not installed, or does not know the kind.
     """
-    try:
-        figure_type = importlib.import_module("matplotlib.figure").Figure
-    except ImportError:
-        raise ArgumentsError("a chart needs matplotlib; install it with: pip install 'treadle[plan]'") from None
+    check_drawing()
+    figure_type = importlib.import_module("matplotlib.figure").Figure
     figure = figure_type(figsize=(12, 1.2 + 0.35 * devices), layout="constrained")
     axes = figure.subplots()
     for task, (start, end) in sorted(played.spans.items()):

@@ -91,13 +91,16 @@ class Plan:
         """Writes the plan as JSON.
 
         Raises:
-            AttributeValueError: its `weight` is a function, which a file cannot hold.
+            AttributeValueError: its `weight` is a function, which a file cannot hold; or the file cannot be written.
         """
         if self.weight is not None:
             raise AttributeValueError("a plan with a `weight` cannot be saved: it is a function. Save the plan without "
                                       "it, and give it where the plan is loaded: dataclasses.replace(plan, weight=...)")
         found = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "weight"}
-        Path(path).write_text(json.dumps({"treadle": FORMAT, **found}, indent=2) + "\n")
+        try:
+            Path(path).write_text(json.dumps({"treadle": FORMAT, **found}, indent=2) + "\n")
+        except OSError as error:
+            raise AttributeValueError(f"the plan cannot be written to {path}: {error.strerror}") from error
 
     @classmethod
     def load(cls, path: Any) -> Plan:

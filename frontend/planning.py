@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import inspect
 import itertools
 import re
 from collections import Counter
@@ -85,11 +86,12 @@ class Planned:
             optimizer: its name in `td.optim`, unless a training step has one.
 
         Raises:
-            ArgumentsError: no batch, or no such optimizer.
+            ArgumentsError: no batch, a loss that takes other tensors, or no such optimizer.
         """
         if not types or not types[0].rank or not types[0].is_static or not types[0].shape[0]:
             raise ArgumentsError("give the type of a whole batch for each tensor, such as i64[64,1024]: its first "
                                  "dimension is split")
+        _check_arguments(what, types)
         if isinstance(what, TrainStep):
             opt, own = what.opt, [what.model] if isinstance(what.model, Module) else []
             nbytes = sum(p.nbytes for p in opt.params)
@@ -147,6 +149,21 @@ class Planned:
         """The name of a parameter by its number in the loss's graph."""
         tensor = loss.captures[i]
         return self.names.get(id(tensor), "") or str(tensor.name or f"parameter{i}")
+
+
+def _check_arguments(what: Any, types: Sequence[TensorType]) -> None:
+    """Raises ArgumentsError if the loss does not take so many tensors."""
+    step = isinstance(what, TrainStep)
+    takes, model = (what.loss_fn, (what.model,)) if step else (getattr(what, "forward", what), ())
+    try:
+        signature = inspect.signature(takes)
+    except (TypeError, ValueError):
+        return  # of what has none nothing is known before it is traced
+    try:
+        signature.bind(*model, *types)
+    except TypeError as error:
+        raise ArgumentsError(f"the loss takes {signature}, but there are types of {len(types)} tensors of a batch: "
+                             f"{error}. Give one for each, such as i64[64,1024]") from None
 
 
 def _scalar(result: Any) -> Any:

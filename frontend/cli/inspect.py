@@ -37,7 +37,9 @@ def resolve(what: str) -> Any:
     """
     path_text, _, name = what.rpartition(":")
     path = Path(path_text)
-    if not name or path.suffix != ".py" or not path.is_file():
+    if name and path.suffix == ".py" and not path.is_file():
+        raise ArgumentsError(f"there is no file {path_text!r}; write FILE.py:NAME")
+    if not name or path.suffix != ".py":
         raise ArgumentsError(f"{what!r} does not name a function in a file; write FILE.py:NAME")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ...distributed.cost import Cluster, Link
-from ...distributed.gantt import draw
+from ...distributed.gantt import check_drawing, draw
 from ...distributed.layouts import Layout, Machine
 from ...distributed.pipeline import SCHEDULES, chart
 from ...distributed.planner import Choices
@@ -27,6 +27,7 @@ from ...ir.errors import ArgumentsError
 from ...ir.parse import parse_type
 from ..measured import measure
 from ..nn.module import Module
+from ..parallel import ParallelStep
 from ..planning import ModelPrices, Planned, plan_of, search
 from ..pricing import Dims
 from .inspect import resolve, rounded
@@ -142,8 +143,22 @@ def load(what: str) -> tuple[Any, list[Module]]:
 
         return load_onnx(what), []
     found = resolve(what)
+    found = found.inner if isinstance(found, ParallelStep) else found
     module = sys.modules.get(Path(what.rpartition(":")[0]).stem)
     return found, [m for m in vars(module).values() if isinstance(m, Module)] if module is not None else []
+
+
+def check_files(request: Request) -> None:
+    """That what is found can be written, before it is searched.
+
+    Raises:
+        ArgumentsError: a folder is missing, or matplotlib.
+    """
+    for option, path in (("--out", request.out), ("--gantt", request.gantt)):
+        if path is not None and not path.parent.is_dir():
+            raise ArgumentsError(f"{option} is {str(path)!r}, but there is no folder {str(path.parent)!r}")
+    if request.gantt is not None:
+        check_drawing()
 
 
 def show(console: Console, what: str, inputs: list[str], request: Request) -> list[Layout]:
@@ -152,6 +167,7 @@ def show(console: Console, what: str, inputs: list[str], request: Request) -> li
     Raises:
         ArgumentsError: something on the command line is wrong; AttributeValueError: nothing fits.
     """
+    check_files(request)
     cluster, choices, shard = cluster_of(request), choices_of(request), shard_patterns(request.shard)
     memory = quantity(request.memory, "--memory", "B")
     thing, modules = load(what)
@@ -171,14 +187,14 @@ def show(console: Console, what: str, inputs: list[str], request: Request) -> li
     if best.candidate.size("pipe") > 1:
         console.print(chart(best.played, best.candidate.size("pipe"), min(console.width - 8, 120)), highlight=False,
                       markup=False)
-    if request.gantt is not None:
-        draw(request.gantt, best.played, best.candidate.size("pipe"), str(best.candidate))
-        console.print(f"drawn in {request.gantt}", highlight=False, soft_wrap=True)
     if request.out is not None:
         plan_of(model, prices, best).save(request.out)
         console.print(f"written to {request.out}: td.distributed.parallelize(td.train_step(..., accumulate="
                       f"{best.candidate.micro}), plan=td.distributed.Plan.load({str(request.out)!r}))", highlight=False,
                       soft_wrap=True)
+    if request.gantt is not None:
+        draw(request.gantt, best.played, best.candidate.size("pipe"), str(best.candidate))
+        console.print(f"drawn in {request.gantt}", highlight=False, soft_wrap=True)
     return list(found.layouts)
 
 

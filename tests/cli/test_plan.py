@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -133,6 +134,8 @@ def test_parameters_without_names_cannot_be_written(run, tmp_path):
     ("shard", ["*.up.weight"], "--shard is .*; expected PATTERN=DIMENSIONS"),
     ("shard", ["*.up.weight=rows,-"], "--shard is .*; expected PATTERN=DIMENSIONS"),
     ("optimizer", "adamx", "there is no optimizer 'adamx'"),
+    ("out", Path("nowhere/p.json"), "--out is 'nowhere/p.json', but there is no folder 'nowhere'"),
+    ("gantt", Path("nowhere/p.png"), "--gantt is 'nowhere/p.png', but there is no folder 'nowhere'"),
 ])
 def test_wrong_command_lines(run, field, value, message):
     with pytest.raises(ArgumentsError, match=message):
@@ -168,3 +171,15 @@ def test_links_are_measured_between_processes(tmp_path):
     assert 1e6 < found.bandwidth < 1e12 and 0 < found.latency < 1
     with pytest.raises(LaunchError, match="a job of one process has no links to measure"):
         list(links())
+
+
+def test_wrong_models(run, tmp_path):
+    for what, types, message in (("nofile.py:step", ["f32[8,4]"], "there is no file 'nofile.py'; write FILE.py:NAME"),
+                                 ("nofile:step", ["f32[8,4]"], "does not name a function in a file")):
+        with pytest.raises(ArgumentsError, match=message):
+            show(Console(), what, types, Request(devices=2))
+    (tmp_path / "two.py").write_text("def loss(x, y):\n    return (x * y).mean()\n")
+    with pytest.raises(ArgumentsError, match="but there are types of 1 tensors of a batch: .*'y'. Give one"):
+        show(Console(), f"{tmp_path / 'two.py'}:loss", ["f32[8,4]"], Request(devices=2))
+    with pytest.raises(AttributeValueError, match="the plan cannot be written to .*No such file or directory"):
+        Plan().save(tmp_path / "nowhere" / "p.json")
