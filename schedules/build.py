@@ -22,7 +22,7 @@ from .faults import fault
 from .ffi import import_tvm
 from .link import SHARED, Library, link, linker, load
 from .plan import MemoryPlan, Slots, live_intervals, plan_memory
-from .program import HostCall, KernelCall, Program, Step, walk
+from .program import HostCall, KernelCall, Program, Step
 from .runtime import available_cpus
 from .signature import KernelInfo, Signature, TempInfo, TensorInfo
 from .target import Target
@@ -201,7 +201,7 @@ def _signature(program: Program, plan: MemoryPlan, target: Target) -> Signature:
         constants=[TensorInfo(b.name, b.shape, b.dtype) for b in program.constants],
         arena_bytes=plan.arena_bytes,
         slots=slots.count,
-        host_functions=sorted({step.function for step in walk(program.steps) if isinstance(step, HostCall)}),
+        host_functions=program.host_functions,
         kernels=[KernelInfo(call.label, call.flops) for call in program.kernel_calls],
         meta=program.meta if program.sizes else {**program.meta, "at_peak": plan.at_peak},
         sizes=program.sizes,

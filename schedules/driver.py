@@ -196,7 +196,8 @@ class _Emitter:
         numbers = [
             v if isinstance(a, LoopVar) else T.reinterpret("int64", v) for a, v in zip(step.args, values)
         ]
-        call = tir_stmt.Evaluate(T.call_packed(host.PREFIX + step.function, _described(step), *numbers))
+        number = self.cell(self.slots.functions[step.function])
+        call = tir_stmt.Evaluate(T.call_packed(host.DISPATCH, number, _described(step), *numbers))
         return self.timing(step, call if step.kernel is None else self.by_itself(step, values, call))
 
     def by_itself(self, step: HostCall, values: list[Any], call: Any) -> Any:

@@ -20,7 +20,7 @@ import numpy as np
 
 from ..ir.errors import ArgumentsError, CompileError, DTypeError, ShapeError, TargetError
 from .abi import ALIGNMENT, ENTRY, PROFILE_HEADER, numpy_dtype
-from .host import check_registered, record_of
+from .host import HostFunction, resolve
 from .link import Library, load
 from .runtime import prepare_thread
 from .signature import Signature, TensorInfo
@@ -175,8 +175,8 @@ class Executable:
         self._results = [_Result(signature.outputs[i], i, first + k) for k, i in enumerate(fresh)]
         for i, info in enumerate(signature.constants):
             self._cells[first + len(fresh) + i] = self.constants[info.name].ctypes.data
-        self._first_record = first + len(fresh) + len(signature.constants)
-        self._records: list[np.ndarray | None] = []  # that the table has the addresses of
+        self._first_function = first + len(fresh) + len(signature.constants)
+        self._functions: list[HostFunction] = []
 
     def __repr__(self) -> str:
         s = self.signature
@@ -205,11 +205,17 @@ class Executable:
         """
         if self._entry is None:
             _check_machine(self.signature)
-            check_registered(self.signature.host_functions)
-            self._records = [record_of(name) for name in self.signature.recorded]
-            for i, record in enumerate(self._records):
-                self._cells[self._first_record + i] = 0 if record is None else record.ctypes.data
+            self._enter_functions()
             self._entry = load(self.library)[ENTRY]
+
+    def _enter_functions(self) -> None:
+        """The numbers of host functions, and the addresses of the records that kernels need."""
+        names = self.signature.host_functions
+        self._functions = resolve(names)
+        records = [self._functions[names.index(name)].record for name in self.signature.recorded]
+        addresses = [0 if record is None else record.ctypes.data for record in records]
+        for i, cell in enumerate([*(function.number for function in self._functions), *addresses]):
+            self._cells[self._first_function + i] = cell
 
     def run(self, arrays: Sequence[Any]) -> list[np.ndarray]:
         """Run once.

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import math
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,9 +20,21 @@ from ..ir.errors import RegistryError
 from .abi import numpy_dtype
 from .runtime import load_runtime
 
-PREFIX = "treadle.host."
-_records: dict[str, np.ndarray | None] = {}
+DISPATCH = "treadle.host"  # what programs call: with the number of a host function, the string, the addresses
 KEPT = 256  # combinations of addresses for which a binding function's answer is kept
+
+
+class HostFunction:
+    """A registered function: `call(description, *addresses)`, what it was registered with, and its number here."""
+
+    numbers = itertools.count(1)
+
+    def __init__(self, call: Callable[..., None], record: np.ndarray | None):
+        self.call, self.record, self.number = call, record, next(self.numbers)
+
+
+_registered: dict[str, HostFunction] = {}
+_numbered: weakref.WeakValueDictionary[int, HostFunction] = weakref.WeakValueDictionary()
 
 
 def register_host_function(name: str, function: Callable[..., Any], binds: bool = False,
@@ -29,7 +43,8 @@ def register_host_function(name: str, function: Callable[..., Any], binds: bool 
 
     It receives the call's arguments in order: a NumPy array for each buffer (read-only unless the call writes it), an
     int for a loop counter. The arrays are the program's memory and hold only until the function returns. An exception
-    that it raises ends the run and reaches the caller. Registering a name again replaces the function.
+    that it raises ends the run and reaches the caller. Registering a name again replaces the function for programs that
+    are built or loaded from then on.
 
     A function that `binds` gives another one, without arguments, which is what every call with the same arguments runs:
     preparations are then made once, as the temporaries of a program lie at the same addresses in each run.
@@ -51,23 +66,31 @@ def register_host_function(name: str, function: Callable[..., Any], binds: bool 
     def adapter(description: str, *addresses: int) -> None:
         function(*(value(address) for value, address in zip(_converters(description), addresses)))
 
-    load_runtime().register_global_func(PREFIX + name, binding if binds else adapter, override=True)
-    _records[name] = record
+    found = _registered[name] = HostFunction(binding if binds else adapter, record)
+    _numbered[found.number] = found
 
 
-def record_of(name: str) -> np.ndarray | None:
-    """What a host function was registered with."""
-    return _records.get(name)
+def resolve(names: Sequence[str]) -> list[HostFunction]:
+    """The functions of these names, for a program, which keeps them.
 
-
-def check_registered(names: list[str]) -> None:
-    """Raise RegistryError if a program needs host functions that this process has not registered."""
-    missing = [name for name in names if load_runtime().get_global_func(PREFIX + name, allow_missing=True) is None]
+    Raises:
+        RegistryError: this process has not registered one of them.
+    """
+    missing = [name for name in names if name not in _registered]
     if missing:
         raise RegistryError(
             f"the program calls host functions that are not registered here: {', '.join(missing)}; import what defines "
             "them, or call register_host_function, before it is built or loaded"
         )
+    if names:
+        _offer()
+    return [_registered[name] for name in names]
+
+
+@functools.cache
+def _offer() -> None:
+    """Let programs call by number."""
+    load_runtime().register_global_func(DISPATCH, lambda number, *key: _numbered[number].call(*key), override=True)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -101,7 +101,7 @@ class _Round:
             slots = [self.slot(r) for r in range(self.ranks)]
             for out, v, start in zip(self.results, self.node.operands, self.starts):
                 rows = [_row(slot + index(start), v) for slot in slots]
-                _fold(out, v, 1, v.type.size, [lambda b, j, row=row: row[j] for row in rows],
+                _fold(out, v, 1, v.type.size, [_element(row, 0) for row in rows],
                       combination(self.node.attrs["reduce"], v), self.target)
 
         return self.write(name, self.fill_whole, take)
@@ -142,9 +142,8 @@ class _Round:
                 x, run = self.operands[k], size // max(before, 1)
                 rows = [_row(slot + index(start) + (place - 1 + behind) * room(size * v.dtype.itemsize), v)
                         for slot, behind in zip(slots, after)]
-                own = lambda b, j, x=x, run=run: x[(b * self.ranks + place) * run + j]  # noqa: E731
-                _fold(out, v, before, run, [own, *(lambda b, j, row=row, run=run: row[b * run + j] for row in rows)],
-                      combination("sum", v), self.target)
+                elements = [_element(x, self.ranks * run, place * run), *(_element(row, run) for row in rows)]
+                _fold(out, v, before, run, elements, combination("sum", v), self.target)
 
         return self.write(name, fill_slot, take)
 
@@ -156,7 +155,12 @@ def combination(reduce: str, v: Value) -> Combine:
     return {"sum": lambda x, y: maximum(x, y) if is_bool(x) else add(x, y), "max": maximum, "min": minimum}[reduce]
 
 
-def _fold(out: Any, v: Value, before: int, run: int, parts: list[Callable[[Any, Any], Any]], combine: Combine,
+def _element(row: Any, stride: Any, start: Any = 0) -> Callable[[Any, Any], Any]:
+    """Element j of block b of a row of elements."""
+    return lambda b, j: row[b * stride + start + j]
+
+
+def _fold(out: Any, v: Value, before: Any, run: Any, parts: list[Callable[[Any, Any], Any]], combine: Combine,
           target: Target) -> None:
     """`before` rows of `run` elements of a result: the parts' `(row, element)` in order; narrow floats in f32, rounded
     once."""

@@ -195,14 +195,15 @@ def _covers(step: Step, root: Buffer) -> bool:
 
 @dataclass(frozen=True)
 class Slots:
-    """Where the addresses stand in the pointer table: [arena, inputs, outputs, constants, records of host functions,
-    profile]. A program with symbolic sizes has their values and the offsets of its temps there too, before the profile.
-    """
+    """Where the addresses stand in the pointer table: [arena, inputs, outputs, constants, numbers of host functions,
+    their records, profile]. A program with symbolic sizes has their values and the offsets of its temps there too,
+    before the profile."""
 
     index: dict[int, int]
     count: int
     sizes: dict[str, int] = field(default_factory=dict)
     temps: dict[int, int] = field(default_factory=dict)
+    functions: dict[str, int] = field(default_factory=dict)
     records: dict[str, int] = field(default_factory=dict)
 
     @staticmethod
@@ -214,14 +215,16 @@ class Slots:
             *program.constants,
         ]
         index = {id(b.root): 1 + i for i, b in enumerate(owned)}
-        records = {name: 1 + len(owned) + i for i, name in enumerate(program.recorded)}
-        first = 1 + len(owned) + len(records)
+        functions = {name: 1 + len(owned) + i for i, name in enumerate(program.host_functions)}
+        first = 1 + len(owned) + len(functions)
+        records = {name: first + i for i, name in enumerate(program.recorded)}
+        first += len(records)
         if not program.sizes:
-            return Slots(index, first + 1, records=records)
+            return Slots(index, first + 1, functions=functions, records=records)
         sizes = {name: first + i for i, name in enumerate(program.sizes)}
         first += len(sizes)
         temps = {id(life.buffer): first + i for i, life in enumerate(live_intervals(program))}
-        return Slots(index, first + len(temps) + 1, sizes, temps, records)
+        return Slots(index, first + len(temps) + 1, sizes, temps, functions, records)
 
     @property
     def profile(self) -> int:

@@ -319,8 +319,13 @@ class Program:
         return [call for call in calls if call.kernel is not None]
 
     @property
+    def host_functions(self) -> list[str]:
+        """What `HostCall`s call, sorted."""
+        return sorted({step.function for step in walk(self.steps) if isinstance(step, HostCall)})
+
+    @property
     def recorded(self) -> list[str]:
-        """The host functions that kernels need the records of, sorted."""
+        """Those whose records a kernel needs, sorted."""
         return sorted({call.function for call in self.compiled_calls if isinstance(call, HostCall)})
 
 

@@ -67,7 +67,7 @@ class Signature(NamedTuple):
     sizes: list[str]  # the symbolic ones, in the order of their cells in the table
     temps: list[TempInfo]  # of a program with symbolic sizes
     checks: list[SizeCheck] = []
-    recorded: list[str] = []  # host functions whose records the table holds, behind the constants
+    recorded: list[str] = []  # those of the host functions whose records the program needs
 
     def to_json(self) -> dict[str, Any]:
         """As JSON-ready data; `from_json` takes it back."""

@@ -286,6 +286,16 @@ def test_a_host_function_may_bind_its_arrays_once():
     assert bound == [0, 1, 2]  # the memory of every run, for each value of the counter
 
 
+def test_a_program_keeps_the_host_functions_that_it_was_built_with():
+    x, y = buffer("x", "input"), buffer("y", "output")
+    programs = []
+    for factor in (2, 3):
+        register_host_function("test.times", lambda x, y, factor=factor: np.multiply(x, factor, out=y))
+        programs.append(build(Program([x], [y], [HostCall("test.times", [x, y], [1])])))
+    for executable, factor in zip(programs, (2, 3)):
+        np.testing.assert_array_equal(executable.run([X])[0], factor * X)
+
+
 def test_host_call_in_a_loop_gets_the_counter():
     steps_seen = []
     register_host_function("test.note", lambda k, t: steps_seen.append(int(k)))
