@@ -68,9 +68,8 @@ def find_mpiexec() -> str | None:
     return str(beside) if beside.exists() else shutil.which("mpiexec")
 
 
-def command(ranks: int, script: Sequence[str], hosts: str | None = None, hostfile: Path | None = None,
-            more: Sequence[str] = ()) -> list[str]:
-    """The command line of mpiexec, for MPICH's and its relatives' or for Open MPI's.
+def command(ranks: int, script: Sequence[str], hosts: Sequence[str] = (), more: Sequence[str] = ()) -> list[str]:
+    """The command line of mpiexec, for MPICH's and its relatives' or for Open MPI's; `hosts`: as `places` gives them.
 
     Raises:
         LaunchError: there is no mpiexec, or fewer than one rank.
@@ -81,11 +80,11 @@ def command(ranks: int, script: Sequence[str], hosts: str | None = None, hostfil
     if mpiexec is None:
         raise LaunchError("mpiexec was not found; install it with: pip install 'treadle[mpi]' (or your system's MPI)")
     hydra = _is_hydra(mpiexec)
-    found = [mpiexec, *(["-disable-auto-cleanup"] if hydra else ["--oversubscribe"]), "-n", str(ranks), *more]
+    # Open MPI's would put more ranks on the first host than it was said to take.
+    own = ["-disable-auto-cleanup"] if hydra else ["--oversubscribe"] if not hosts else []
+    found = [mpiexec, *own, "-n", str(ranks), *more]
     if hosts:
-        found += ["-hosts" if hydra else "--host", hosts]
-    if hostfile:
-        found += ["-f" if hydra else "--hostfile", str(hostfile)]
+        found += ["-hosts" if hydra else "--host", ",".join(hosts)]
     return [*found, sys.executable, "-u", *script]
 
 
@@ -97,8 +96,8 @@ def _is_hydra(mpiexec: str) -> bool:
     return "HYDRA" in shown.upper()
 
 
-def slots(request: Request) -> int | None:
-    """How many ranks the hosts take; None if they do not say.
+def places(request: Request) -> list[str]:
+    """The hosts, as `NAME:RANKS`; none: this one.
 
     Raises:
         LaunchError: a host is written in another way than NAME or NAME:RANKS, or the file cannot be read.
@@ -114,15 +113,13 @@ def slots(request: Request) -> int | None:
         lines = [line for line in lines if line]
         if not lines:
             raise LaunchError(f"the hosts' file {request.hostfile} names no host")
-    if not lines:
-        return None
-    total = 0
+    found = []
     for line in lines:
         name, _, count = line.partition(":")
         if not name or not (count or "1").isdigit() or int(count or 1) < 1:
             raise LaunchError(f"a host is written NAME or NAME:RANKS, not {line!r}")
-        total += int(count or 1)
-    return total
+        found.append(f"{name}:{int(count or 1)}")
+    return found
 
 
 def ranks_of(request: Request) -> int:
@@ -131,10 +128,10 @@ def ranks_of(request: Request) -> int:
     Raises:
         LaunchError: more than the hosts take.
     """
-    room = slots(request)
+    room = sum(int(place.rpartition(":")[2]) for place in places(request))
     if request.ranks is None:
         return room or 2
-    if room is not None and request.ranks > room:
+    if room and request.ranks > room:
         raise LaunchError(f"{request.ranks} ranks do not fit the hosts, which take {room}: write the ranks of each, "
                           "--hosts a:4,b:4")
     return request.ranks
@@ -224,7 +221,7 @@ class _Attempt:
         logs = "-" if self.request.logs is None else str(self.request.logs)
         # Isolated, as the modules beside it must not stand in for the library's.
         keeper = ["-I", KEEPER, logs, sys.executable, "-u", *self.request.script]
-        line = command(self.count, keeper, self.request.hosts, self.request.hostfile, shlex.split(self.request.more))
+        line = command(self.count, keeper, places(self.request), shlex.split(self.request.more))
         before = signal.signal(signal.SIGTERM, _interrupt) if _main_thread() else None
         # A session of its own: Ctrl-C comes here, and what the ranks say about it is still shown.
         mpiexec = subprocess.Popen(line, env=self.env, stdin=subprocess.DEVNULL, start_new_session=True)

@@ -10,7 +10,6 @@ import subprocess
 import pytest
 
 from treadle.distributed.comm import mpi_available
-from treadle.distributed.launch import _is_hydra, find_mpiexec
 
 from .launched import Place
 from .namespaces import Hosts, unavailable
@@ -22,8 +21,6 @@ def hosts(tmp_path_factory):
     missing = mpi_available() or unavailable()
     if missing:
         pytest.skip(f"no hosts: {missing}")
-    if not _is_hydra(find_mpiexec()):
-        pytest.skip("hosts are made for MPICH's mpiexec")
     found = Hosts(tmp_path_factory.mktemp("hosts"))
     try:
         found.make()

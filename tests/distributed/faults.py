@@ -83,7 +83,6 @@ def arrange(kind, place, step):
     if place == "save":
         os.fsync = syncing
     elif wanted or place == "slow":
-        step.job.watch.timeline = []  # this rank leaves no op to compiled code
         Watch.enter = entering
         step.job.watch.timeline = []  # this rank's programs leave short collectives to Python, too
 

@@ -20,8 +20,8 @@ class Place:
     environment: dict = {}
 
     def hosts_of(self, ranks):
-        """`--hosts` of so many ranks, as a list of arguments; none here."""
-        return None
+        """For so many ranks, as `NAME:RANKS`; none: this one."""
+        return []
 
     def start(self, ranks, script, *arguments, timeout=900, **environment):
         """Runs a script on ranks under mpiexec; the finished process."""
@@ -31,12 +31,12 @@ class Place:
     def launched(self, ranks, *arguments, timeout=120, **environment):
         """Runs `treadle launch` for so many ranks; the name of a script of this folder may stand in it."""
         hosts = self.hosts_of(ranks)
-        where = ["-n", str(ranks)] if hosts is None else ["--hosts", hosts]
+        where = ["--hosts", ",".join(hosts)] if hosts else ["-n", str(ranks)]
         line = [str(HERE / a) if str(a).endswith(".py") and (HERE / str(a)).exists() else str(a) for a in arguments]
         given = {"TREADLE_COMM_TIMEOUT": "3", "NO_COLOR": "1", **environment}
         return self._run([sys.executable, "-m", "treadle", "launch", *where, *line], timeout, given)
 
     def _run(self, line, timeout, environment):
         given = {**os.environ, **OWN, **self.environment, **environment}
-        return subprocess.run([*self.before, *line], capture_output=True, text=True, timeout=timeout,
-                              env={k: v for k, v in given.items() if v is not None})
+        return subprocess.run([*self.before, *line], stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                              timeout=timeout, env={k: v for k, v in given.items() if v is not None})

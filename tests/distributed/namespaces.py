@@ -1,7 +1,7 @@
 """Two hosts on one machine: network namespaces joined by a pair of veth interfaces.
 
 The second also has a host name, System V memory and a /dev/shm of its own, so that its ranks share nothing with those
-of the first but files. Hydra starts the proxies of hosts by a program that it takes for ssh.
+of the first but files. MPICH's or Open MPI's mpiexec reaches them by a program that it takes for ssh.
 
 What the environment variable TEST_QDISC holds is how `tc` is to slow the wire down both ways: "netem delay 5ms rate
 1gbit", or, where the kernel has no netem, "tbf rate 200mbit burst 256kb latency 50ms".
@@ -38,7 +38,9 @@ class Hosts(Place):
         self.addresses = ["10.213.77.1", "10.213.77.2"]
         self.ssh = folder / "ssh"
         self.before = ("ip", "netns", "exec", self.a)
-        self.environment = {"HYDRA_LAUNCHER": "ssh", "HYDRA_LAUNCHER_EXEC": str(self.ssh)}
+        self.environment = {"HYDRA_LAUNCHER": "ssh", "HYDRA_LAUNCHER_EXEC": str(self.ssh),
+                            "PRTE_MCA_plm_ssh_agent": str(self.ssh), "OMPI_ALLOW_RUN_AS_ROOT": "1",
+                            "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
     def make(self):
         """Raises OSError or CalledProcessError where the machine does not allow it."""
@@ -74,8 +76,8 @@ class Hosts(Place):
 
     def hosts_of(self, ranks):
         """Half of the ranks on either."""
-        first, second = (f"{address}:{n}" for address, n in zip(self.addresses, (ranks - ranks // 2, ranks // 2)))
-        return f"{first},{second}" if ranks > 1 else first
+        found = [f"{address}:{n}" for address, n in zip(self.addresses, (ranks - ranks // 2, ranks // 2))]
+        return found[:ranks]
 
 
 def unavailable():

@@ -192,9 +192,10 @@ def test_hosts_are_passed_to_either_mpi(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "find_mpiexec", lambda: "/usr/bin/mpiexec")
     for hydra, there in ((True, ["-hosts", "a:2,b:2"]), (False, ["--host", "a:2,b:2"])):
         monkeypatch.setattr(module, "_is_hydra", lambda _, hydra=hydra: hydra)
-        line = command(4, ["x.py"], "a:2,b:2", more=["-iface", "eth1"])
+        line = command(4, ["x.py"], ["a:2", "b:2"], ["-iface", "eth1"])
         at = line.index(there[0])
         assert line[at:at + 2] == there and line[line.index("-n") + 1] == "4" and "-iface" in line
+        assert hydra or "--oversubscribe" not in line and "--oversubscribe" in command(2, ["x.py"])
 
 
 def test_help_has_examples():
