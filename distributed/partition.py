@@ -233,6 +233,8 @@ class _Emitter:
         self.results(node, shardings, found if isinstance(found, tuple) else (found,))
 
     def combined(self, values: tuple[Value, ...], axis: str, kind: str) -> tuple[Value, ...]:
+        if self.mesh[axis] == 1:
+            return values
         found = emit("all_reduce", *values, axis=axis, size=self.mesh[axis], reduce=kind)
         return found if isinstance(found, tuple) else (found,)
 
@@ -273,6 +275,8 @@ class _Emitter:
     def step(self, x: Value, step: Step) -> Value:
         """Emits one step of a path."""
         axis, ranks = step.axis, self.mesh[step.axis]
+        if ranks == 1:  # one process along this axis: it has everything as it is
+            return x
         group: dict[str, Any] = {"axis": axis, "size": ranks}
         source, target = dim_of(step.source), dim_of(step.target)
         if step.kind == "cut":

@@ -160,8 +160,10 @@ class Source:
 def split_over(sharding: Sharding, type: TensorType, axis: str, mesh: Mesh) -> Sharding:
     """The sharding with one more axis over the first dimension that divides, a whole one if there is one.
 
-    As it is if none does.
+    As it is if none does, or if the axis has one rank.
     """
+    if mesh[axis] == 1:
+        return sharding
     for dim in sorted(range(type.rank), key=lambda d: sharding.dims[d] is not None):
         split = sharding.placed(axis, dim)
         if type.shape[dim] and split.fits(dim, type.shape[dim], mesh):

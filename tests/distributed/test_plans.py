@@ -138,3 +138,9 @@ def test_plans_that_do_not_fit():
         td.distributed.parallelize(step.inner, Mesh({"data": 2}))
     with pytest.raises(MeshError, match="only one mesh axis may be -1"):
         td.distributed.make_mesh({"data": -1, "tensor": -1})
+
+
+def test_an_axis_of_one_rank_calls_nobody():
+    for zero in (0, 1, 3):
+        made, _, _ = traced({"data": 1, "tensor": 2}, td.distributed.Plan(zero=zero))
+        assert {name.split(":")[1] for name in made.collectives()} <= {"tensor"}
