@@ -7,8 +7,6 @@ import pytest
 from treadle.distributed.comm import mpi_available
 from treadle.distributed.progress import Progress
 
-from .launched import Place
-
 MISSING = mpi_available()
 
 
@@ -57,7 +55,7 @@ def test_it_leaves_errors_to_whoever_waits():
 
 
 @pytest.mark.skipif(MISSING is not None, reason=f"no MPI: {MISSING}")
-def test_messages_move_while_both_sides_compute(tmp_path):
-    """As between hosts: without memory that the ranks share."""
-    done = Place().start(2, "moving.py", tmp_path / "arrived", timeout=100, TREADLE_SHARED_MEMORY="0")
+def test_messages_move_while_both_sides_compute(place, tmp_path):
+    """On one host without memory that the ranks share, as if there were two."""
+    done = place.start(2, "moving.py", tmp_path / "arrived", timeout=100, TREADLE_SHARED_MEMORY="0")
     assert done.returncode == 0 and done.stdout == "sent\n", done.stderr[-3000:]
