@@ -16,10 +16,12 @@ from typing import Any
 from ..ir.builder import make_node
 from ..ir.graph import Graph, Node, Value
 from ..ir.opdef import op
-from ..ir.ops_collective import COLLECTIVES, STARTED
+from ..ir.ops_collective import COLLECTIVES
 from ..ir.rewrite import with_operands
+from .regather import unvarying
 
 JOINED = ("all_reduce", "all_gather", "reduce_scatter")
+SUMS = ("all_reduce", "reduce_scatter")
 
 
 def updates_last(graph: Graph) -> tuple[list[Node], set[Node]]:
@@ -57,6 +59,13 @@ def _key(node: Node) -> tuple[Any, ...]:
     return (node.op.name, node.attrs["axis"], node.attrs.get("reduce"), str(node.operands[0].dtype))
 
 
+def message_bytes(node: Node) -> int:
+    """Bytes that a collective takes while it is under way: a copy of what is sent, and what comes."""
+    kind, ranks = node.attrs.get("kind", node.op.name), node.attrs["size"]
+    sent = sum(int(v.type.nbytes) for v in node.operands)
+    return sent + {"all_reduce": sent, "reduce_scatter": sent // ranks}.get(kind, sent * ranks)
+
+
 UNDER_WAY = 2  # messages on their way at a time: each holds a copy of what it sends
 
 
@@ -78,7 +87,7 @@ def bucket(graph: Graph, most_bytes: int, keep: Collection[str] = (), overlap: C
     order, leads = updates_last(graph)
 
     def close(key: tuple[Any, ...]) -> None:
-        early = key[1] in overlap and key[0] in STARTED and key[2] in ("sum", None) and key[-1]
+        early = key[1] in overlap and key[0] in SUMS and key[2] in ("sum", None) and key[-1]
         if early and len(set(started.values())) >= under_way:
             arrive([next(iter(started))])
         joined = _join(open_buckets.pop(key).nodes, mapping, next(tags) if early else None)
@@ -118,6 +127,99 @@ def bucket(graph: Graph, most_bytes: int, keep: Collection[str] = (), overlap: C
     arrive(graph.outputs)
     outputs = [mapping.get(v, v) for v in graph.outputs]
     return Graph(graph.name, graph.inputs, graph.roles, made, outputs, graph.aliases, graph.meta)
+
+
+def ahead(graph: Graph, axes: Collection[str]) -> Graph:
+    """The program of a rank with gathers of parameters along these axes started one heavy op ahead: when what one op
+    reads has arrived, the gathers for the next are started, and travel while that one computes.
+
+    What is under way then takes no more memory than two of the largest messages: for that sums may have to arrive.
+    """
+    sets = _gathers(graph, axes)
+    return _Ahead(graph, sets).run() if sets else graph
+
+
+class _Ahead:
+    """One run. `under_way`: bytes of what was started, the oldest first, by tag."""
+
+    def __init__(self, graph: Graph, sets: list[list[Node]]):
+        self.graph, self.sets = graph, sets
+        self.tags = itertools.count(1 + max((n.attrs["tag"] for n in graph.nodes if n.op.name == "start"), default=-1))
+        self.waits = {n.attrs["tag"]: n for n in graph.nodes if n.op.name == "wait"}
+        started = [n for n in graph.nodes if n.op.name == "start"]
+        self.most = 2 * max(message_bytes(n) for n in (*started, *(n for own in sets for n in own)))
+        self.under_way: dict[int, int] = {}
+        self.made: list[Node] = []
+        self.mapping: dict[Value, Value] = {}
+        self.started: dict[Node, Node] = {}
+        self.done: set[Node] = set()
+
+    def run(self) -> Graph:
+        """The program."""
+        graph, following = self.graph, {one[-1]: other for one, other in zip(self.sets, self.sets[1:])}
+        self.begin(self.sets[0])
+        for node in graph.nodes:
+            if node in self.started:
+                self.done.add(node)
+                self.add(_wait(self.started[node], node.results, self.mapping))
+                self.begin(following.get(node, ()))
+            else:
+                self.take(node)
+        outputs = [self.mapping.get(v, v) for v in graph.outputs]
+        return Graph(graph.name, graph.inputs, graph.roles, self.made, outputs, graph.aliases, graph.meta)
+
+    def add(self, node: Node) -> None:
+        self.made.append(node)
+        if node.op.name == "start":
+            self.under_way[node.attrs["tag"]] = message_bytes(node)
+        elif node.op.name == "wait":
+            del self.under_way[node.attrs["tag"]]
+
+    def take(self, node: Node) -> None:
+        """A node, after those that it needs."""
+        if node in self.done:
+            return
+        self.done.add(node)
+        for v in node.operands:
+            if v.producer is not None:
+                self.take(v.producer)
+        if node.op.name == "start":
+            self.make_room(node)
+        fresh = with_operands(node, [self.mapping.get(v, v) for v in node.operands])
+        self.mapping.update(zip(node.results, fresh.results))
+        self.add(fresh)
+
+    def make_room(self, node: Node) -> None:
+        """The oldest sums arrive until there is memory for what is to be started."""
+        for tag in list(self.under_way):
+            if tag in self.waits and sum(self.under_way.values()) + message_bytes(node) > self.most:
+                self.take(self.waits[tag])
+
+    def begin(self, gathers: Sequence[Node]) -> None:
+        """Starts the gathers for a reader."""
+        for node in gathers:
+            for v in node.operands:
+                if v.producer is not None:
+                    self.take(v.producer)
+            self.make_room(node)
+            self.started[node] = _join([node], self.mapping, next(self.tags))[0]
+            self.add(self.started[node])
+
+
+def _gathers(graph: Graph, axes: Collection[str]) -> list[list[Node]]:
+    """Gathers of parameters along these axes, those together between which there is no heavy op, up to the largest."""
+    still, sets, heavy = unvarying(graph), list[list[Node]](), True
+    gathers = {n: message_bytes(n) for n in graph.nodes
+               if n.op.name == "all_gather" and n in still and n.attrs["axis"] in axes}
+    for node in graph.nodes:
+        if node in gathers:
+            if heavy or any(v.producer in sets[-1] for v in node.operands) or \
+                    sum(gathers[n] for n in (*sets[-1], node)) > max(gathers.values()):
+                sets.append([])
+            sets[-1].append(node)
+            heavy = False
+        heavy = heavy or _heavy(node)
+    return sets
 
 
 def _join(nodes: list[Node], mapping: dict[Value, Value], tag: int | None) -> tuple[Node, list[Value]]:

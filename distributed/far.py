@@ -47,7 +47,7 @@ class Far:
     def __init__(self, mpi: Any, group: Any, watch: Any):
         self.mpi, self.group, self.watch, self.size = mpi, group, watch, group.size
         self.scratch = Scratch()
-        self.started: dict[int, tuple[Any, Array, Array, np.dtype]] = {}
+        self.started: dict[int, tuple[Any, Array, Sequence[int] | None, tuple[Array, Array]]] = {}
         self.begun = watch.moves(lambda: bool(self.started))
 
     def all_reduce(self, xs: Sequence[Array], outs: Sequence[Array], reduce: str) -> Run:
@@ -121,18 +121,22 @@ class Far:
     # While something else is computed ---------------------------------------------------------------------------
 
     def start(self, xs: Sequence[Array], token: Array, kind: str, dims: Sequence[int], tag: int) -> Run:
-        """Starts a sum on a copy of xs: the program may use their memory again. `wait` gives what comes of it."""
-        dtype, total = summed_as(xs[0].dtype), sum(x.size for x in xs)
-        parts = [list(xs)] if kind == "all_reduce" else _parts(xs, dims, self.size)
+        """Starts a sum, or a gather, of a copy of xs: the program may use their memory again. `wait` gives what comes
+        of it."""
+        total, gathers = sum(x.size for x in xs), kind == "all_gather"
+        dtype = xs[0].dtype if gathers else summed_as(xs[0].dtype)
+        parts = _parts(xs, dims, self.size) if kind == "reduce_scatter" else [list(xs)]
         size = total // len(parts)
+        comes = size * self.size if gathers else size
+        begin = {"all_reduce": self.group.Iallreduce, "reduce_scatter": self.group.Ireduce_scatter_block,
+                 "all_gather": lambda row, into: self.group.Iallgather(as_bytes(row), as_bytes(into))}[kind]
 
         def run() -> None:
-            send, into = self.scratch.lend(total * dtype.itemsize), self.scratch.lend(size * dtype.itemsize)
-            row = send[:total * dtype.itemsize].view(dtype)
+            send, into = self.scratch.lend(total * dtype.itemsize), self.scratch.lend(comes * dtype.itemsize)
+            row, arrived = send[:total * dtype.itemsize].view(dtype), into[:comes * dtype.itemsize].view(dtype)
             for r, own in enumerate(parts):
                 pack(row[r * size:(r + 1) * size], own)
-            begin = self.group.Iallreduce if kind == "all_reduce" else self.group.Ireduce_scatter_block
-            self.started[tag] = (begin(row, into[:size * dtype.itemsize].view(dtype)), send, into, dtype)
+            self.started[tag] = (begin(row, arrived), arrived, dims if gathers else None, (send, into))
             self.begun()
             token[...] = 0
 
@@ -140,13 +144,15 @@ class Far:
 
     def wait(self, outs: Sequence[Array], tag: int) -> Run:
         """The results of what was started under a tag."""
-        size = sum(out.size for out in outs)
 
         def run() -> None:
-            request, send, into, dtype = self.started.pop(tag)
+            request, arrived, dims, lent = self.started.pop(tag)
             self.watch.wait(request)
-            deal(into[:size * dtype.itemsize].view(dtype), outs)
-            self.scratch.back(send, into)
+            parts = [outs] if dims is None else _parts(outs, dims, self.size)
+            size = arrived.size // len(parts)
+            for r, own in enumerate(parts):
+                deal(arrived[r * size:(r + 1) * size], own)
+            self.scratch.back(*lent)
 
         return run
 

@@ -21,6 +21,7 @@ from ..ir.errors import VerifyError
 from ..ir.graph import Graph, Node, Value
 from ..ir.ops_collective import COLLECTIVES
 from ..ir.text import node_text
+from .buckets import message_bytes
 from .cost import Cluster, sent_bytes
 from .mesh import Mesh
 from .propagate import is_view
@@ -73,11 +74,8 @@ class Partitioned:
         sizes: dict[int, int] = {}
         for node in self.graph.nodes:
             if node.op.name == "start":
-                sent = sum(int(v.type.nbytes) for v in node.operands)
-                ranks = node.attrs["size"]
-                comes = {"all_reduce": sent, "reduce_scatter": sent // ranks}.get(node.attrs["kind"], sent * ranks)
-                sizes[node.attrs["tag"]] = sent + comes
-                now += sent + comes
+                sizes[node.attrs["tag"]] = message_bytes(node)
+                now += sizes[node.attrs["tag"]]
                 most = max(most, now)
             elif node.op.name == "wait":
                 now -= sizes[node.attrs["tag"]]

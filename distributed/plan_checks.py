@@ -24,9 +24,14 @@ def _axis(x: Any) -> bool:
     return x is None or isinstance(x, str) and x.isidentifier()
 
 
+def _axes(x: Any) -> bool:
+    return _axis(x) or isinstance(x, (tuple, list)) and len(x) > 0 and all(_axis(a) and a is not None for a in x)
+
+
 WHOLE = "a whole number of at least 1"
 FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "data": (_axis, "the name of a mesh axis, or None"),
+    "data": (_axes, "the name of a mesh axis, several in a tuple, or None"),
+    "zero_over": (_axes, "one of the axes `data`, several in a tuple, or None"),
     "pipe": (_axis, "the name of a mesh axis, or None"),
     "zero": (lambda x: _whole(x, 0) and x <= 3, "a ZeRO stage: 0 (off), 1, 2 or 3"),
     "schedule": (lambda x: x in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
@@ -81,9 +86,13 @@ def check_fit(plan: Plan, mesh: Mesh, names: Sequence[str]) -> None:
                 raise MeshError(f"the plan splits {pattern!r} over the mesh axis {axis!r}, which this mesh has not: it "
                                 f"is {mesh}. Give the mesh that axis ({axis!r}: 1 leaves these parameters whole), or "
                                 "leave the pattern out")
-    if plan.zero and mesh.size > 1 and (plan.data is None or plan.data not in mesh):
-        raise MeshError(f"ZeRO needs the batch's axis {plan.data!r} in the mesh, which is {mesh}: add it, or say "
+    if plan.zero and mesh.size > 1 and not plan.zero_axes(mesh):
+        over = "" if plan.zero_over is None else f" that is also in zero_over, {plan.zero_over!r},"
+        raise MeshError(f"ZeRO needs the batch's axis {plan.data!r}{over} in the mesh, which is {mesh}: add it, or say "
                         "Plan(data=...) which it is")
+    if plan.pipe in mesh and not (plan.data is None or isinstance(plan.data, str)):
+        raise MeshError(f"under a pipeline the batch is split over one mesh axis, not {plan.data!r}: give the mesh one "
+                        "axis for data, or leave the pipeline out")
     first: dict[str, str] = {}
     for pattern in plan.shard:
         found = fnmatch.filter(names, pattern)

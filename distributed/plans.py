@@ -38,11 +38,14 @@ class Plan:
     """How a training step is laid out.
 
     Attributes:
-        data: the mesh axis along which the batch's first dimension is split; None: every rank has all of it.
+        data: the mesh axis along which the batch's first dimension is split, or several; None: every rank has all of
+            it.
         shard: pattern of parameter names (as of `fnmatch`) -> a mesh axis or None for each dimension. The first match
             counts; what matches none is whole. `"tensor:3"`: the dimension holds three parts, such as query, key and
             value, each of which is split; `("data", "tensor")`: it is split over both.
         zero: ZeRO stage, 0 to 3, over the axis `data`.
+        zero_over: of several axes `data` those over which ZeRO splits, along others it repeats: `data=("hosts",
+            "data"), zero_over="data"` keeps parts within a host. None: all of them.
         pipe: the mesh axis along which the model is cut into stages; None, or an axis that the mesh lacks: it is not.
             `accumulate` of the training step is the number of micro-batches.
         schedule: "gpipe", "1f1b", "zb-h1" (1F1B with less of a bubble) or "interleaved", with `chunks` stages on each
@@ -67,7 +70,7 @@ class Plan:
         AttributeValueError, MeshError: a field is not of its kind.
     """
 
-    data: str | None = "data"
+    data: str | tuple[str, ...] | None = "data"
     shard: Mapping[str, Dims] = field(default_factory=dict)
     zero: int = 0
     bucket_bytes: int = 25 << 20
@@ -83,6 +86,7 @@ class Plan:
     mesh: Mapping[str, int] | None = None
     accumulate: int | None = None
     cut: tuple[int, ...] | None = None
+    zero_over: str | tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -118,7 +122,8 @@ class Plan:
             raise AttributeValueError(f"{path} holds no plan that this version reads ({FORMAT!r}); write it anew with "
                                       "`treadle plan ... --out`")
         found["shard"] = {name: tuple(dims) for name, dims in found.get("shard", {}).items()}
-        found["cut"] = None if found.get("cut") is None else tuple(found["cut"])
+        for name in ("cut", "data", "zero_over"):
+            found[name] = tuple(found[name]) if isinstance(found.get(name), list) else found.get(name)
         return cls(**found)
 
     def of(self, name: str, rank: int) -> Sharding:
@@ -127,6 +132,26 @@ class Plan:
             if fnmatch.fnmatchcase(name, pattern):
                 return Sharding(tuple(dims))
         return Sharding.whole(rank)
+
+    @property
+    def data_axis(self) -> str | None:
+        """The mesh axis of the batch, where there can be no more than one: under a pipeline."""
+        return self.data if isinstance(self.data, str) else None
+
+    def batch_axes(self, mesh: Mesh) -> tuple[str, ...]:
+        """The axes of a mesh along which the batch is split."""
+        return tuple(axis for axis in axes_of(self.data) if axis in mesh)
+
+    def zero_axes(self, mesh: Mesh) -> tuple[str, ...]:
+        """Those of them over which ZeRO splits."""
+        over = axes_of(self.data if self.zero_over is None else self.zero_over)
+        return tuple(axis for axis in self.batch_axes(mesh) if axis in over)
+
+    def in_parts(self, sharding: Sharding, type: TensorType, mesh: Mesh) -> Sharding:
+        """How ZeRO lays what would lie so."""
+        for axis in self.zero_axes(mesh):
+            sharding = split_over(sharding, type, axis, mesh)
+        return sharding
 
     def alone(self) -> Plan:
         """The plan of one process, on whatever mesh."""
@@ -147,6 +172,11 @@ class Plan:
                 earlier one matches, too.
         """
         check_fit(self, mesh, names)
+
+
+def axes_of(names: str | Sequence[str] | None) -> tuple[str, ...]:
+    """One axis, several or none."""
+    return (names,) if isinstance(names, str) else tuple(names or ())
 
 
 @dataclass(frozen=True)
@@ -182,13 +212,11 @@ def annotate(graph: Graph, mesh: Mesh, plan: Plan, sources: Sequence[Source],
     """
     found: dict[int, Sharding] = {}
     gathered: list[Value] = []
+    zero = set(plan.zero_axes(mesh))
     own = {s.name: v.shape for s, v in zip(sources, graph.inputs) if s.kind == "parameter"}
     for i, (source, v) in enumerate(zip(sources, graph.inputs)):
         if source.kind == "batch":
-            found[i] = Sharding.whole(v.rank)
-            if v.rank and plan.data in mesh:
-                assert plan.data is not None
-                found[i] = found[i].placed(plan.data, int(i in micro))
+            found[i] = _examples(v, int(i in micro), plan.batch_axes(mesh), mesh)
             found[i].check(v.type, mesh, f"the batch's {v.name}" if v.name else "a tensor of the batch", padded=True)
         elif source.kind == "scalar":
             found[i] = Sharding.whole(v.rank)
@@ -196,13 +224,21 @@ def annotate(graph: Graph, mesh: Mesh, plan: Plan, sources: Sequence[Source],
             found[i] = plan.of(source.name, v.rank)
             found[i].check(v.type, mesh, source.name, padded=True)
             if plan.zero >= (3 if source.kind == "parameter" else 1):
-                assert plan.data is not None
-                found[i] = split_over(found[i], v.type, plan.data, mesh)
-                if source.kind == "parameter" and plan.data in found[i].split_axes:
+                found[i] = plan.in_parts(found[i], v.type, mesh)
+                if source.kind == "parameter" and not zero.isdisjoint(found[i].split_axes):
                     gathered.append(v)
         elif source.kind == "state":
             found[i] = Sharding.whole(v.rank)
     if gathered:
-        assert plan.data is not None
-        graph = gather_at_use(graph, gathered, plan.data)
+        graph = gather_at_use(graph, gathered, *plan.zero_axes(mesh))
     return graph, found
+
+
+def _examples(v: Value, dim: int, axes: Sequence[str], mesh: Mesh) -> Sharding:
+    """How a tensor of the batch lies: over all axes, or if it does not divide over the largest alone, padded."""
+    over = whole = Sharding.whole(v.rank)
+    for axis in axes if v.rank else ():
+        over = over.placed(axis, dim)
+    if v.rank and len(axes) > 1 and not over.fits(dim, v.shape[dim], mesh):
+        return whole.placed(max(axes, key=lambda axis: mesh[axis]), dim)
+    return over

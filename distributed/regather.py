@@ -22,16 +22,16 @@ from ..ir.opdef import op
 from ..ir.rewrite import with_operands
 
 
-def gather_at_use(graph: Graph, parameters: Sequence[Value], axis: str) -> Graph:
-    """Annotates that forward and backward read these inputs whole along an axis; their update reads the parts."""
-    return _AtUse(graph, parameters, axis).run()
+def gather_at_use(graph: Graph, parameters: Sequence[Value], *axes: str) -> Graph:
+    """Annotates that forward and backward read these inputs whole along some axes; their update reads the parts."""
+    return _AtUse(graph, parameters, axes).run()
 
 
 class _AtUse:
     """One run. `parts`: values that lie as parameters do; `views`: how a value is seen from these."""
 
-    def __init__(self, graph: Graph, parameters: Sequence[Value], axis: str):
-        self.graph, self.axis = graph, axis
+    def __init__(self, graph: Graph, parameters: Sequence[Value], axes: tuple[str, ...]):
+        self.graph, self.axes = graph, axes
         self.builder = GraphBuilder(graph.name)
         self.mapping: dict[Value, Value] = {v: v for v in graph.inputs}
         self.parts = set(parameters)
@@ -82,7 +82,7 @@ class _AtUse:
                 node = self.views[v]
                 (seen[v],) = self.builder.emit(node.op.name, [self.whole(x, seen) for x in node.operands], node.attrs)
             elif v in self.parts:
-                attrs: dict[str, Any] = {"dims": ("",) * v.rank, "whole": (self.axis,)}
+                attrs: dict[str, Any] = {"dims": ("",) * v.rank, "whole": self.axes}
                 (seen[v],) = self.builder.emit("annotate", [self.mapping[v]], attrs)
             else:
                 return self.mapping[v]
@@ -117,7 +117,7 @@ def in_groups(graph: Graph, most_bytes: int) -> Graph:
 
     A group takes at most `most_bytes` of whole tensors (a single one may be larger).
     """
-    still = _still(graph)
+    still = unvarying(graph)
     groups: dict[Node, _Group] = {}
     current: dict[Any, _Group] = {}
     for node in graph.nodes:
@@ -146,7 +146,7 @@ def in_groups(graph: Graph, most_bytes: int) -> Graph:
     return Graph(graph.name, graph.inputs, graph.roles, list(nodes), graph.outputs, graph.aliases, graph.meta)
 
 
-def _still(graph: Graph) -> set[Node]:
+def unvarying(graph: Graph) -> set[Node]:
     """Nodes that depend on parameters, constants and numbers of the step alone: they can run at any time."""
     values = {v for v, role in zip(graph.inputs, graph.roles) if role in ("parameter", "constant", "scalar")}
     found = set()

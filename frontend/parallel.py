@@ -21,13 +21,13 @@ import numpy as np
 
 from ..autodiff.amp import amp_pass
 from ..distributed import Mesh, MeshError, Sharding
-from ..distributed.buckets import bucket
+from ..distributed.buckets import ahead, bucket
 from ..distributed.comm import Job, mpi_available
 from ..distributed.cost import Cluster
 from ..distributed.errors import DistributedError, LaunchError
 from ..distributed.narrow import narrow_sums
 from ..distributed.partition import Partitioned, partition
-from ..distributed.plans import Plan, Source, annotate, split_over
+from ..distributed.plans import Plan, Source, annotate
 from ..distributed.regather import in_groups
 from ..distributed.unroll import micro_batches, unroll
 from ..ir.dtypes import as_dtype
@@ -247,8 +247,8 @@ class ParallelStep:
 
     def trace(self, *batch: Any) -> Partitioned:
         """The per-rank program for such a batch, before it is compiled."""
-        data = self.plan.data
-        ranks = self.mesh[data] if data is not None and data in self.mesh else 1
+        data = self.plan.batch_axes(self.mesh)
+        ranks = math.prod(self.mesh[axis] for axis in data)
         self.inner.spread = Spread(ranks, self._lies, self.plan.weight)
         loss_fn = self.inner.loss_fn
         self.inner.loss_fn = by_layers(loss_fn) if self.plan.recompute else loss_fn
@@ -271,11 +271,10 @@ class ParallelStep:
                 shardings[i] = self._placed[id(tensor)]
         made = partition(annotated, self.mesh, shardings)
         most = self.plan.message_bytes(sum(int(p.type.nbytes) for p in self.inner.opt.params))
-        if self.plan.reduce_dtype is not None and ranks > 1:
-            assert data is not None
-            made.graph = narrow_sums(made.graph, data, as_dtype(self.plan.reduce_dtype))
-        apart = self.mesh.names if self.job is None else self.job.apart
-        made.graph = bucket(in_groups(made.graph, most), most, overlap=apart if self.plan.overlap else ())
+        for axis in data if self.plan.reduce_dtype is not None else ():
+            made.graph = narrow_sums(made.graph, axis, as_dtype(self.plan.reduce_dtype))
+        apart = () if not self.plan.overlap else self.mesh.names if self.job is None else self.job.apart
+        made.graph = ahead(bucket(in_groups(made.graph, most), most, overlap=apart), apart)
         made.graph.meta.update(meta)
         return made
 
@@ -284,8 +283,7 @@ class ParallelStep:
         if self.plan.zero < 2 or self.mesh.size == 1:
             return None
         own = self.plan.of(self.names.get(id(parameter), ""), parameter.ndim)
-        assert self.plan.data is not None
-        dims = split_over(own, parameter.type, self.plan.data, self.mesh).dims
+        dims = self.plan.in_parts(own, parameter.type, self.mesh).dims
         return tuple(",".join(d) if isinstance(d, tuple) else d or "" for d in dims)
 
     def _sources(self, graph: Graph) -> list[Source]:

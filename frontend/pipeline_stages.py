@@ -191,7 +191,7 @@ class StageBuilder:
     def boundary(self, v: Value, examples: Sequence[int]) -> Sharding:
         """How a value of the batch, or one that stages hand each other, lies: its first dimension is split where that
         counts examples (or, as tokens do, a multiple of them)."""
-        data = self.plan.data
+        data = self.plan.data_axis
         if data in self.mesh and v.rank and v.shape[0] % self.mesh[data] == 0:  # type: ignore[index]
             if any(n and v.shape[0] % n == 0 for n in examples):
                 return Sharding((data, *(None,) * (v.rank - 1)))
@@ -205,14 +205,14 @@ class StageBuilder:
     def gradient(self, tensor: Tensor) -> Sharding:
         """How the sum of a parameter's gradients lies: as the parameter, and a partial sum over the data; from ZeRO-2
         on in parts."""
-        own, data = self.plan.of(self.step.names.get(id(tensor), ""), tensor.ndim), self.plan.data
+        own, data = self.plan.of(self.step.names.get(id(tensor), ""), tensor.ndim), self.plan.data_axis
         if data not in self.mesh:
             return own
         split = self._over_data(own, tensor) if self.plan.zero >= 2 else own
         return split if split != own else Sharding(own.dims, (data,))  # type: ignore[arg-type]
 
     def _over_data(self, own: Sharding, tensor: Tensor) -> Sharding:
-        data = self.plan.data
+        data = self.plan.data_axis
         assert data is not None
         return split_over(own, tensor.type, data, self.mesh)
 
@@ -328,8 +328,8 @@ class StageBuilder:
             outputs[joint.ahead + k] = inputs[i]
         inputs.update({joint.sums + k: self.gradient(loss.captures[i]) for k, (_, i) in enumerate(joint.params)})
         if gathered:
-            assert self.plan.data is not None
-            graph = gather_at_use(graph, gathered, self.plan.data)
+            assert self.plan.data_axis is not None
+            graph = gather_at_use(graph, gathered, self.plan.data_axis)
         return partition(graph, self.mesh, inputs, outputs)
 
     def compiled(self, graph: Graph, held: int = 1) -> Run:

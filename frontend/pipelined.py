@@ -139,7 +139,7 @@ class PipelineStep(ParallelStep):
         return stash_bound(self.plan.schedule, self.devices, self.micro, device, self.plan.chunks)
 
     def _ranks(self) -> int:
-        data = self.plan.data
+        data = self.plan.data_axis
         return self.mesh[data] if data is not None and data in self.mesh else 1
 
     def _loss_graph(self, batch: tuple[Any, ...], count: int) -> tuple[LossGraph, Any, list[Any]]:

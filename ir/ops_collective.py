@@ -37,7 +37,7 @@ from .ops_common import (
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 REDUCTIONS = ("sum", "max", "min")
-STARTED = ("all_reduce", "reduce_scatter")
+STARTED = ("all_reduce", "reduce_scatter", "all_gather")
 COMMUNICATION = (*COLLECTIVES, "axis_index", "send", "recv", "start", "wait")
 """Ops that need other processes."""
 OPS = (*COMMUNICATION, "annotate")
@@ -144,6 +144,8 @@ def started_types(xs: tuple[TensorType, ...], kind: str, axis: str, size: int,
     """The types of what a `start` brings."""
     if kind == "all_reduce":
         return all_reduce_infer(*xs, axis=axis, size=size, reduce="sum")
+    if kind == "all_gather":
+        return all_gather_infer(*xs, axis=axis, size=size, dims=dims)
     return reduce_scatter_infer(*xs, axis=axis, size=size, dims=dims)
 
 
@@ -154,9 +156,9 @@ def wait_infer(token: TensorType, axis: str, size: int, tag: int, shapes: tuple[
 
 
 define("start", "*xs", start_infer, lambda *xs, **attrs: _nobody(),
-       "Starts a collective (`kind`, a sum) on a copy of its operands; gives a token, 0. `wait` with the same tag "
-       "gives its results.", attrs={"kind": REQUIRED, "axis": REQUIRED, "size": REQUIRED, "dims": (), "tag": REQUIRED},
-       traits=["effect"], undifferentiable="its result is a token; differentiate before collectives are started early")
+       "Starts a collective (`kind`: a sum, a gather) on a copy of its operands; gives a token, 0. `wait` with the "
+       "same tag gives its results.",
+       attrs={"kind": REQUIRED, "axis": REQUIRED, "size": REQUIRED, "dims": (), "tag": REQUIRED}, traits=["effect"], undifferentiable="its result is a token; differentiate before collectives are started early")
 define("wait", "token", wait_infer, lambda token, **attrs: _nobody(), "The results of what `start` started.",
        attrs={"axis": REQUIRED, "size": REQUIRED, "tag": REQUIRED, "shapes": REQUIRED, "dtype": REQUIRED},
        traits=["effect"], undifferentiable="its operand is a token; differentiate before collectives are started early")

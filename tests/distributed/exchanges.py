@@ -80,6 +80,8 @@ def check_started(transport, ranks, rank):
     wholes, parts = fresh((12, 4), (4, 12), dtype="float32"), fresh((12 // ranks, 4), (4, 12 // ranks), dtype="float32")
     runs = [transport.start(xs, token, "all_reduce", (), 0), transport.start(xs, token, "reduce_scatter", (0, 1), 1),
             transport.wait(parts, 1), transport.wait(wholes, 0)]
+    gathered = fresh((12 * ranks, 4), (4, 12 * ranks), dtype="float32")
+    runs += [transport.start(xs, token, "all_gather", (0, 1), 2), transport.wait(gathered, 2)]
     for _ in range(2):
         for run in runs:
             run()
@@ -87,6 +89,8 @@ def check_started(transport, ranks, rank):
             np.testing.assert_array_equal(whole, total)
         for part, total, dim in zip(parts, totals, (0, 1)):
             np.testing.assert_array_equal(part, np.split(total, ranks, dim)[rank])
+        for i, whole in enumerate(gathered):
+            np.testing.assert_array_equal(whole, np.concatenate([own[i] for own in everyone], i))
 
 
 def main():

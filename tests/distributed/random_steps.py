@@ -441,9 +441,12 @@ def case(seed, parts=(1, 6)):
         x = x.astype(np.float32)
     step = td.train_step(model, loss_of(kind, target), opt(list(model.parameters())), **options)
     data = "data" if "data" in axes and r.random() < 0.85 else None
-    zero = r.choice([0, 1, 2, 3]) if data else 0
-    plan = td.distributed.Plan(data=data, shard=some_shards(r, model, axes), zero=zero, recompute=r.random() < 0.15,
-                               bucket_bytes=r.choice([25 << 20, 200]))
+    zero, over = r.choice([0, 1, 2, 3]) if data else 0, None
+    if data and len(axes) > 1 and r.random() < 0.3:
+        data = ("data", r.choice([axis for axis in axes if axis != "data"]))
+        over = r.choice([None, *data])
+    plan = td.distributed.Plan(data=data, shard=some_shards(r, model, axes), zero=zero, zero_over=over,
+                               recompute=r.random() < 0.15, bucket_bytes=r.choice([25 << 20, 200]))
     batch = (x, target) if carried else (x,)
     text += [f"loss {kind}", str(options), str(axes), str(plan), f"batch {[np.shape(b) for b in batch]}"]
     return Case(seed, axes, plan, step, batch, text)

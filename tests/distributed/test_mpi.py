@@ -51,7 +51,7 @@ def expected():
 
     def get(name):
         options = {k: v for k, v in job.CASES[name][1].items()
-                   if k in ("model", "dropout", "accumulate", "weight", "fused", "vocab", "turns")}
+                   if k in ("model", "dropout", "accumulate", "weight", "fused", "vocab", "turns", "examples")}
         key = repr(options)
         if key not in found:
             found[key] = job.run(name, {}, {**job.CASES[name][1], "sequence": False})[:2]

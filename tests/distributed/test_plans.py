@@ -6,7 +6,7 @@ import pytest
 
 import treadle as td
 from treadle.distributed import Mesh, MeshError, lockstep
-from treadle.distributed.buckets import bucket
+from treadle.distributed.buckets import bucket, message_bytes
 from treadle.ir import interp
 from treadle.ir.errors import AttributeValueError, ShapeError
 from treadle.ir.parse import parse
@@ -96,6 +96,22 @@ def test_zero_sends_what_the_paper_says(ranks):
     assert size * part <= sent[3]["all_gather:data"] <= 2 * size * part * 1.3  # the table is tied: read three times
 
 
+@pytest.mark.parametrize("zero", [1, 3])
+def test_parts_within_a_host_are_repeated_on_others(zero):
+    """Hybrid sharding: gradients are scattered within a host, and only these parts summed between hosts."""
+    plan = td.distributed.Plan(data=("hosts", "data"), zero_over="data", zero=zero)
+    made, arrays, _ = traced({"hosts": 2, "data": 4}, plan, clip=None)
+    check(made, arrays)
+    once, sent, few = split_bytes(made, 4), made.traffic(), 400
+    assert sent["reduce_scatter:data"] == pytest.approx(once * 3 / 4, abs=few)
+    assert sent["all_reduce:hosts"] == pytest.approx(2 * once / 4 / 2, abs=few)
+    assert sent["all_reduce:data"] <= few and not sent["reduce_scatter:hosts"] and not sent["all_gather:hosts"]
+    assert once * 3 / 4 <= sent["all_gather:data"] + 1 <= (1 if zero == 1 else 2) * once * 3 / 4 * 1.3
+    both = traced({"hosts": 2, "data": 2}, td.distributed.Plan(data=("hosts", "data"), zero=zero), clip=None)
+    check(*both[:2])
+    assert both[0].traffic()["all_gather:hosts"] > 400
+
+
 def test_gradients_go_in_buckets():
     made, arrays, step = traced({"data": 2}, td.distributed.Plan())
     assert sum(made.collectives().values()) <= 4
@@ -123,9 +139,31 @@ def test_gradients_leave_while_the_backward_pass_runs():
     assert plain.collectives() == made.collectives() and plain.traffic() == made.traffic()
 
 
+@pytest.mark.parametrize(("axes", "options"), [({"data": 2}, {}), ({"data": 2, "tensor": 2}, {"accumulate": 2})],
+                         ids=str)
+def test_parameters_are_gathered_while_the_layer_before_computes(axes, options):
+    made, arrays, _ = traced(axes, td.distributed.Plan(zero=3, bucket_bytes=2000), clip=None, **options)
+    nodes = made.graph.nodes
+    starts = {n.attrs["tag"]: i for i, n in enumerate(nodes) if n.attrs.get("kind") == "all_gather"}
+    waits = {n.attrs["tag"]: i for i, n in enumerate(nodes) if n.op.name == "wait"}
+    heavy = [any(n.op.has("contraction") for n in nodes[i:waits[tag]]) for tag, i in starts.items()]
+    assert sum(heavy) > 0.6 * len(starts) > 10
+    assert made.under_way() <= 2 * max(message_bytes(n) for n in nodes if n.op.name == "start")
+    check(made, arrays)
+    plain = traced(axes, td.distributed.Plan(zero=3, bucket_bytes=2000, overlap=False), clip=None, **options)[0]
+    assert plain.collectives() == made.collectives() and plain.traffic() == made.traffic()
+    assert not any(n.op.name == "start" for n in plain.graph.nodes)
+
+
 def test_plans_that_do_not_fit():
     with pytest.raises(MeshError, match=r"matches no parameter; there are: tokens.weight"):
         step_of(td.distributed.Plan(shard={"*.query": (None,)}))
+    with pytest.raises(MeshError, match="ZeRO needs the batch's axis 'data' that is also in zero_over, 'tensor'"):
+        td.distributed.Plan(zero=1, zero_over="tensor").check(Mesh({"data": 2, "tensor": 2}), [])
+    with pytest.raises(MeshError, match="under a pipeline the batch is split over one mesh axis"):
+        td.distributed.Plan(data=("a", "b")).check(Mesh({"a": 2, "b": 2, "pipe": 2}), [])
+    with pytest.raises(AttributeValueError, match="zero_over is 3; expected one of the axes `data`"):
+        td.distributed.Plan(zero_over=3)
     with pytest.raises(AttributeValueError, match="zero is 4"):
         td.distributed.Plan(zero=4)
     step, batch = step_of(td.distributed.Plan())
