@@ -11,8 +11,8 @@ test compares it with brute force. The first bounds need no prices but those of 
 these cost more than their part of one rank's work, more ranks cost at least. So a size of the tensor axis is priced
 only if it may pay.
 
-The bound by all the work: a stage that takes w for a micro-batch works m w, after the stages before it have run once forwards, and
-before they run once backwards. If X is the whole time, w_s <= (X - w_0 - ... - w_{s-1}) / m, so the p stages together
+The bound by all the work: a stage that takes w for a micro-batch works m w, after the stages before it have run once
+forwards, and before they run once backwards. If X is the whole time, w_s <= (X - w_0 - ... - w_{s-1}) / m, so the p stages together
 do at most X (1 - (1 - 1/m)^p), which has to be all the work there is. With several stages on a device, and for what
 follows the pipeline, only the average over the devices is used.
 """

@@ -112,7 +112,6 @@ def _whole_bytes(type: TensorType, sharding: Sharding, mesh: Mesh, axis: str) ->
     return float(type.nbytes) / math.prod(mesh[other] for other in sharding.split_axes if other != axis)
 
 
-@functools.lru_cache(maxsize=4096)
 def path(type: TensorType, source: Sharding, target: Sharding, mesh: Mesh, cluster: Cluster) -> tuple[Step, ...]:
     """The cheapest steps from one sharding of a value to another. Along axes of one rank nothing has to be sent.
 
@@ -127,6 +126,7 @@ def seconds(type: TensorType, source: Sharding, target: Sharding, mesh: Mesh, cl
     return _search(type, source, target, mesh, cluster)[0]
 
 
+@functools.lru_cache(maxsize=8192)
 def _search(type: TensorType, source: Sharding, target: Sharding, mesh: Mesh,
             cluster: Cluster) -> tuple[float, tuple[Step, ...]]:
     axes = tuple(a for a in mesh.names if source.placement(a) != target.placement(a)

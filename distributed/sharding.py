@@ -20,6 +20,7 @@ dimension that is split, with the number of blocks (`split`, `dim_of`, `blocks_o
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -100,11 +101,7 @@ class Sharding:
     @classmethod
     def of(cls, rank: int, placements: Mapping[str, int]) -> Sharding:
         """From the placement along each axis."""
-        dims: list[list[tuple[str, int]]] = [[] for _ in range(rank)]
-        for axis, placement in placements.items():
-            if placement >= 0:
-                dims[dim_of(placement)].append((axis, blocks_of(placement)))
-        return cls(tuple(map(_written, dims)), tuple(axis for axis, p in placements.items() if p == PARTIAL))
+        return _placed(rank, tuple(placements.items()))
 
     def axes(self, dim: int) -> tuple[str, ...]:
         """The mesh axes that a dimension is split over."""
@@ -278,3 +275,12 @@ def _runs(indices: np.ndarray) -> list[tuple[int, int, int]]:
         return [(0, 0, 0)]
     starts = [0, *(np.flatnonzero(np.diff(indices) != 1) + 1).tolist()]
     return [(at, int(indices[at]), end - at) for at, end in zip(starts, [*starts[1:], indices.size])]
+
+
+@functools.lru_cache(maxsize=4096)
+def _placed(rank: int, placements: tuple[tuple[str, int], ...]) -> Sharding:
+    dims: list[list[tuple[str, int]]] = [[] for _ in range(rank)]
+    for axis, placement in placements:
+        if placement >= 0:
+            dims[dim_of(placement)].append((axis, blocks_of(placement)))
+    return Sharding(tuple(map(_written, dims)), tuple(axis for axis, p in placements if p == PARTIAL))

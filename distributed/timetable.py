@@ -1,7 +1,7 @@
 """A pipeline schedule as arrays, to be played for many cuts at once.
 
 `pipeline.simulate` goes from task to task. Here tasks that wait for none of each other are a level, and a level is a
-few array operations over its tasks and all cuts: a schedule of m micro-batches over p devices has some 2 (m + p) levels.
+few array operations over its tasks and all cuts. Of m micro-batches over p devices there are some 2 (m + p) levels.
 """
 
 from __future__ import annotations

@@ -314,18 +314,22 @@ class Annotator:
             alone = self.split(end, end + 1)[1]
             value = (value[0] + self.value(alone)[0], value[1] + self.value(alone)[1])
             end += 1
-            dims, price, split = self.split(first, end)
+            dims, price, split = self.split(first, end, split)
             if self.value(price) < value:
                 best, value = Run(first, end, dims), self.value(price)
         return best
 
-    def split(self, first: int, end: int) -> tuple[dict[int, Dims], Price, Price | None]:
-        """How the parameters of some layers lie best, the price of that, and of the best that splits something."""
+    def split(self, first: int, end: int, before: Price | None = None) -> tuple[dict[int, Dims], Price, Price | None]:
+        """How the parameters of some layers lie best, the price of that, and of the best that splits something.
+
+        `before`: how those of the first of these layers lie already.
+        """
         stage = self.pricer.stage(first, end)[0]
         own = [i for i in stage.inputs if i in self.pricer.loss.trained]
         dims = {i: self.settled[i] for i in own if i in self.settled}
+        dims.update(before.placed if before is not None else {})
         whole = self.pricer.price(first, end, self.ranks, dims)
-        best, some = whole, None
+        best, some = whole, None if before is None else whole
         alike = {self._multiplied(stage, i): i for i in reversed(own) if i not in dims}
         waiting = sorted(i for key, i in alike.items() if key is not None)
         batches = [waiting, *([i] for i in waiting)]  # the best of all first, then what is left
