@@ -68,8 +68,8 @@ def test_a_restarted_job_ends_as_if_nothing_had_happened(kind, where, place, und
 
 
 @pytest.mark.parametrize(("kind", "where", "limit"), [
-    ("spin", "kernel", "1"), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        ("stop", "kernel", "1"), ("stop", "collective", None), ("hang", "collective", "1"), ("hang", "receive", "1")))])
+    ("spin", "kernel", "1"), pytest.param("stop", "collective", None, marks=pytest.mark.slow),
+    pytest.param("hang", "receive", "1", marks=pytest.mark.slow)])
 def test_a_rank_that_hangs_in_the_middle_of_a_step_is_given_up_soon(kind, where, limit, place, tmp_path):
     mesh, started = PIPE if where == "receive" else DATA, time.monotonic()
     done = place.launched(2, "faults.py", json.dumps(mesh), kind, where, tmp_path / "run", TREADLE_COMM_TIMEOUT="300",
