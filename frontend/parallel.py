@@ -46,6 +46,7 @@ from .compile import build_executable
 from .dispatch import apply, as_tensor
 from .eager import ALIGNMENT
 from .pending import waiting
+from .random import default_generator
 from .ranks import all_gather, all_reduce, barrier, broadcast, is_main, rank, world_size
 from .recording import Guards
 from .signature import scan
@@ -221,7 +222,7 @@ class ParallelStep:
         job = self.job
         if job is not None:
             job.step = step.opt.steps
-            job.batches.begin(found.arrays, list(numbers.values()), step.opt.steps)
+            job.batches.begin(found.arrays, list(numbers.values()), step.opt.steps, self._drawn_from())
         run = next((run for guards, run in self._programs.get(key, ()) if guards.hold()), None)
         if run is None:
             if job is not None:
@@ -244,6 +245,15 @@ class ParallelStep:
         if step._any_frozen:
             step.opt.skip(step._trainable)
         return result
+
+    def _drawn_from(self) -> np.ndarray | None:
+        """The random state, if steps draw from it."""
+        state = default_generator().state
+        return state.numpy(copy=False) if self.moves(state) else None
+
+    def moves(self, tensor: Tensor) -> bool:
+        """Whether steps read, or change, a tensor of no optimizer; the same on every rank."""
+        return id(tensor) in self._placed
 
     def trace(self, *batch: Any) -> Partitioned:
         """The per-rank program for such a batch, before it is compiled."""

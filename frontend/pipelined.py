@@ -285,6 +285,10 @@ class PipelineStep(ParallelStep):
         """Of what the model shares between stages and of the rest, the first device has it."""
         return next((home for t, home in self._tensors() if t is tensor), 0) == self.here
 
+    def moves(self, tensor: Tensor) -> bool:
+        """As of a step without pipeline."""
+        return any(tensor is t for t in self.moved)
+
     def settle(self) -> None:
         """As of a step without pipeline; and elements of what other stages train are given up."""
         super().settle()

@@ -139,6 +139,8 @@ def main():
             have_accident(kind)
         if kind == "fewer" and unlucky and step.inner.opt.steps == 3:
             break
+        if kind == "draw" and unlucky and step.inner.opt.steps == 2:
+            td.random.uniform((3,))
         if kind == "alone" and unlucky and step.inner.opt.steps == 2:
             step.save(folder)
         step(x, y)
