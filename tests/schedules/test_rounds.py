@@ -10,8 +10,10 @@ from treadle.ir import parse
 from treadle.ir import rounds as R
 from treadle.schedules import artifact
 from treadle.schedules.build import build
+from treadle.schedules.codegen import compile_kernel
 from treadle.schedules.host import register_host_function
 from treadle.schedules.lower import lower
+from treadle.schedules.target import Target
 
 NAME = "all_reduce;axis=data;size=2;reduce=sum"
 FAR_AHEAD = 1 << 40
@@ -94,6 +96,14 @@ def test_a_program_of_any_size_that_was_saved_finds_its_record(tmp_path):
         total, negated = executable.run([np.ones(n, np.float32)])
         assert total == 2 * n and (negated == -1).all()
     assert ranks.called == [] and ranks.counters[0][0] == 2
+
+
+def test_on_arm_memory_is_ordered_by_the_instructions_themselves():
+    call = lower(parse(SUM), "cpu:neon").compiled_calls[0]
+    code = compile_kernel(call.kernel, "kernel", Target.parse("cpu:neon"))
+    words = np.frombuffer(code[:len(code) // 4 * 4], "<u4") & 0xFFFFFC00
+    loads, stores = (words == 0xC8DFFC00).sum(), (words == 0xC89FFC00).sum()  # LDAR and STLR of 64 bits
+    assert loads >= 2 and stores == 1
 
 
 def test_long_exchanges_are_left_to_python():
