@@ -74,7 +74,7 @@ if _typing.TYPE_CHECKING:
 else:  # `treadle.distributed` is a layer below the frontend, so what it offers to users is put into it from here
     from . import distributed
 
-    vars(distributed).update({name: getattr(_parallel, name) for name in _parallel.__all__})
+    vars(distributed).update({name: getattr(_parallel, name) for name in (*_parallel.__all__, "__doc__")})
 
 
 def __getattr__(name: str) -> _typing.Any:

@@ -47,7 +47,7 @@ from .dispatch import apply, as_tensor
 from .eager import ALIGNMENT
 from .pending import waiting
 from .random import default_generator
-from .ranks import all_gather, all_reduce, barrier, broadcast, is_main, rank, world_size
+from .ranks import all_gather, all_reduce, barrier, broadcast, is_main, make_mesh, rank, world_size
 from .recording import Guards
 from .signature import scan
 from .tensor import Tensor
@@ -61,34 +61,6 @@ Run = Callable[[Sequence[Any], Mapping[str, np.ndarray]], Any]
 UNROLL = Pass("unroll", lambda graph: PassResult(made := unroll(graph), made is not graph, {}))
 
 
-def make_mesh(axes: Mapping[str, int]) -> Mesh:
-    """A mesh of this job's processes.
-
-    Args:
-        axes: name -> ranks along it, the axis that talks most last: its ranks are neighbours. One may be -1 and takes
-            what the others leave. `{}` is one process.
-
-    Raises:
-        MeshError: the sizes do not multiply to the number of processes, or are no positive whole numbers.
-        LaunchError: the process was started by an MPI launcher, and mpi4py is missing.
-    """
-    if not isinstance(axes, Mapping):
-        Mesh(axes)  # says what is wrong
-    world, sizes = world_size(), dict(axes)
-    open_axes = [name for name, size in sizes.items() if size == -1]
-    if len(open_axes) > 1:
-        raise MeshError(f"only one mesh axis may be -1, got {', '.join(open_axes)}")
-    for name in open_axes:
-        rest = Mesh({k: v for k, v in sizes.items() if k != name}).size
-        if world % rest:
-            raise MeshError(f"{world} processes do not divide into groups of {rest} ({sizes}); start a multiple of "
-                            f"{rest}")
-        sizes[name] = world // rest
-    mesh = Mesh(sizes)
-    mesh.check_world(world)
-    return mesh
-
-
 def constrain(x: Any, *dims: str | tuple[str, ...] | None) -> Tensor:
     """`x`, of which the dimensions are to be split over these mesh axes (None: as it comes) when it is partitioned.
 
@@ -100,7 +72,7 @@ def constrain(x: Any, *dims: str | tuple[str, ...] | None) -> Tensor:
 
     Raises:
         ArgumentsError: there are more or fewer of them than dimensions. MeshError, ShapeError: when the step is built,
-            the mesh lacks an axis, or the dimension does not divide.
+            the mesh lacks an axis, or a dimension cannot be split over several.
     """
     value = as_tensor(x)
     if len(dims) != value.ndim or not all(d is None or isinstance(d, (str, tuple)) for d in dims):
@@ -182,7 +154,8 @@ class ParallelStep:
     """A training step on a mesh; made by `parallelize`.
 
     Attributes:
-        mesh, plan: as given.
+        inner: the training step of one process; `inner.model`, `inner.opt`.
+        mesh, plan: as given; rank: this process's number.
         partitioned: the program of the last new kind of batch: its per-rank graph, shardings, counts of collectives.
         executable: the same as machine code.
         job: this process in the mesh; None on a mesh of one rank.
@@ -385,22 +358,51 @@ class ParallelStep:
         return True
 
     def save(self, path: Any, metadata: Mapping[str, str] | None = None, data: Any = None) -> None:
-        """Writes a checkpoint that any mesh can load: see `parallel_checkpoint.save`."""
+        """Writes a checkpoint that any mesh, or one process, can load. Called by every rank.
+
+        Args:
+            path: a folder, seen by all hosts. A checkpoint in it is replaced at once when the new one is complete.
+            metadata: strings of the caller.
+            data: what feeds the step and has `state_dict()`: the position in the data (`td.finetune.Cursor`).
+
+        Raises:
+            CheckpointError: a rank cannot write. DistributedError: a rank failed, or did not come.
+        """
         from .parallel_checkpoint import save
 
         save(path, self, metadata, data)
 
     def load(self, path: Any, data: Any = None) -> dict[str, str]:
-        """Restores a checkpoint that any mesh wrote: see `parallel_checkpoint.load`."""
+        """Restores, in place, what any mesh, or `td.save_checkpoint`, wrote; gives its metadata. Called by every rank.
+
+        Raises:
+            CheckpointError: it is missing, damaged, or does not fit the model; nothing was changed.
+            DistributedError: a rank failed, or did not come.
+        """
         from .parallel_checkpoint import load
 
         return load(path, self, data)
 
     def resume(self, folder: Any, data: Any = None) -> dict[str, str] | None:
-        """Restores the newest checkpoint in a folder; None if there is none: see `parallel_checkpoint.resume`."""
+        """Restores the newest checkpoint in a folder, or of the folders in it; gives its metadata, or None if there is
+        none. Called by every rank; raises as `load`."""
         from .parallel_checkpoint import resume
 
         return resume(folder, self, data)
+
+    def _built(self) -> Partitioned:
+        """The program of the last new kind of batch.
+
+        Raises:
+            ArgumentsError: there is none yet.
+        """
+        if self.partitioned is None:
+            raise ArgumentsError("the step has no program yet, of which to say what it takes: run it on a batch first",
+                                 user_location())
+        return self.partitioned
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} on {self.mesh}, rank {self.rank}: {self.inner.opt.steps} steps done>"
 
     @property
     def memory(self) -> dict[str, int]:
@@ -409,20 +411,19 @@ class ParallelStep:
 
         Static accounting: inputs, the arena's plan, and the copies that started collectives hold.
         """
-        assert self.partitioned is not None and self.executable is not None, "run a step first"
-        found = dict.fromkeys(SUBJECTS, 0)
+        made, found = self._built(), dict.fromkeys(SUBJECTS, 0)
         for subject, nbytes in self.executable.signature.meta["at_peak"].items():
             found[subject] += nbytes
-        for role, v in zip(self.partitioned.graph.roles, self.partitioned.graph.inputs):
+        for role, v in zip(made.graph.roles, made.graph.inputs):
             found[{"parameter": "parameters", "state": "states"}.get(role, "activations")] += int(v.type.nbytes)
-        return {**found, "messages": self.partitioned.under_way()}
+        return {**found, "messages": made.under_way()}
 
     @property
     def local_bytes(self) -> dict[str, int]:
         """Bytes of parameters and of optimizer state that this rank keeps between steps."""
         found = {"parameter": 0, "state": 0}
-        assert self.partitioned is not None
-        for source, v in zip(self._sources(self.partitioned.graph), self.partitioned.graph.inputs):
+        made = self._built()
+        for source, v in zip(self._sources(made.graph), made.graph.inputs):
             if source.kind in found:
                 found[source.kind] += int(v.type.nbytes)
         return found

@@ -11,11 +11,12 @@ give back what they were given. They are for metrics and decisions, not for grad
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from ..distributed import Mesh, MeshError
 from ..distributed.errors import DistributedError
 from ..distributed.process import load_mpi, started_by_mpi
 from ..distributed.values import exchange
@@ -40,6 +41,34 @@ def rank() -> int:
 def is_main() -> bool:
     """Whether this is rank 0: the one that prints, and writes what only one should."""
     return rank() == 0
+
+
+def make_mesh(axes: Mapping[str, int]) -> Mesh:
+    """A mesh of this job's processes.
+
+    Args:
+        axes: name -> ranks along it, the axis that talks most last: its ranks are neighbours. One may be -1 and takes
+            what the others leave. `{}` is one process.
+
+    Raises:
+        MeshError: the sizes do not multiply to the number of processes, or are no positive whole numbers.
+        LaunchError: the process was started by an MPI launcher, and mpi4py is missing.
+    """
+    if not isinstance(axes, Mapping):
+        Mesh(axes)  # says what is wrong
+    world, sizes = world_size(), dict(axes)
+    open_axes = [name for name, size in sizes.items() if size == -1]
+    if len(open_axes) > 1:
+        raise MeshError(f"only one mesh axis may be -1, got {', '.join(open_axes)}")
+    for name in open_axes:
+        rest = Mesh({k: v for k, v in sizes.items() if k != name}).size
+        if world % rest:
+            raise MeshError(f"{world} processes do not divide into groups of {rest} ({sizes}); start a multiple of "
+                            f"{rest}")
+        sizes[name] = world // rest
+    mesh = Mesh(sizes)
+    mesh.check_world(world)
+    return mesh
 
 
 def barrier() -> None:

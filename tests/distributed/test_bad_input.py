@@ -89,3 +89,12 @@ def test_constrain():
     for dims in ((None,), (None, 0), (None, None, "tensor")):
         with pytest.raises(td.ArgumentsError, match="for a tensor of 2 dimensions; give a mesh axis or None for each"):
             d.constrain(np.zeros((2, 2)), *dims)
+
+
+def test_what_a_step_says_of_itself(step):
+    made = d.parallelize(step, {})
+    for asked in ("memory", "local_bytes"):
+        with pytest.raises(td.ArgumentsError, match="no program yet.*run it on a batch first"):
+            getattr(made, asked)
+    assert repr(made) == "<ParallelStep on 1 rank, rank 0: 0 steps done>"
+    assert "td.distributed" in d.__doc__
