@@ -28,7 +28,7 @@ import numpy as np
 from .cost import Cluster
 from .mesh import Mesh
 from .pipeline import Played, simulate
-from .timetable import Timetable, timetable
+from .timetable import Timetable, held_of, timetable
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,11 @@ class Candidate:
     def timetable(self) -> Timetable:
         """The schedule, as arrays."""
         return timetable(self.schedule, self.size("pipe"), self.micro, self.chunks)
+
+    @property
+    def held(self) -> tuple[np.ndarray, ...]:
+        """For each device the numbers of micro-batches of each of its chunks that it holds together, as rows."""
+        return held_of(self.schedule, self.size("pipe"), self.micro, self.chunks)
 
     @property
     def one_program(self) -> bool:
@@ -299,7 +304,7 @@ class Costs:
         sums = own["gradients"] / (data if zero >= 2 or zero and self.candidate.one_program else 1)
         static = own["parameters"] / (data if zero == 3 else 1) + sums + own["states"] / (data if zero else 1)
         kept = stages["activations"].reshape(self.candidate.chunks, self.pipe, -1)
-        held = self.candidate.timetable.held
+        held = self.candidate.held
         stash = np.array([(held[d] @ kept[:, d]).max(0) for d in range(self.pipe)])
         by_chunk = (self.candidate.chunks, self.pipe, -1)
         under_way = 2 * stages["output"].reshape(by_chunk).max(0) if self.pipe > 1 else 0.0

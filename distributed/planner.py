@@ -12,9 +12,9 @@ these cost more than their part of one rank's work, more ranks cost at least. So
 only if it may pay.
 
 The bound by all the work: a stage that takes w for a micro-batch works m w, after the stages before it have run once
-forwards, and before they run once backwards. If X is the whole time, w_s <= (X - w_0 - ... - w_{s-1}) / m, so the p stages together
-do at most X (1 - (1 - 1/m)^p), which has to be all the work there is. With several stages on a device, and for what
-follows the pipeline, only the average over the devices is used.
+forwards, and before they run once backwards. If X is the whole time, w_s <= (X - w_0 - ... - w_{s-1}) / m, so the p
+stages together do at most X (1 - (1 - 1/m)^p), which has to be all the work there is. With several stages on a device,
+and for what follows the pipeline, only the average over the devices is used.
 """
 
 from __future__ import annotations
@@ -300,7 +300,7 @@ def _stage_tables(costs: Costs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def _held(costs: Costs, stage: int) -> float:
     """Micro-batches that a stage holds at most."""
-    return float(costs.candidate.timetable.held[stage % costs.pipe][:, stage // costs.pipe].max())
+    return float(costs.candidate.held[stage % costs.pipe][:, stage // costs.pipe].max())
 
 
 # The search ----------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ as a counter does, is moved by every stage for itself: each has a copy, and they
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -83,12 +84,21 @@ def reached(graph: Graph, values: Iterable[Value]) -> set[Value]:
 
 def needed(graph: Graph, outputs: Iterable[Value], stop: Collection[Value] = ()) -> list[Node]:
     """The nodes that some values depend on, in order; not beyond the values `stop`."""
-    wanted, found = set(outputs) - set(stop), []
-    for node in reversed(graph.nodes):
-        if any(v in wanted for v in node.results):
-            wanted.update(v for v in node.operands if v not in stop)
-            found.append(node)
-    return found[::-1]
+    known = frozenset(stop)
+    wanted = [v for v in outputs if v not in known]
+    found: set[Node] = set()
+    while wanted:
+        node = wanted.pop().producer
+        if node is not None and node not in found:
+            found.add(node)
+            wanted.extend(v for v in node.operands if v not in known)
+    return sorted(found, key=_places(graph, len(graph.nodes)).__getitem__)
+
+
+@functools.lru_cache(maxsize=4)
+def _places(graph: Graph, count: int) -> dict[Node, int]:
+    """The place of each of its `count` nodes."""
+    return {node: i for i, node in enumerate(graph.nodes)}
 
 
 def moved_with_data(graph: Graph, data: Collection[int]) -> set[Value]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .pipeline import BACKWARD, FORWARD, WEIGHTS, Schedule, Task, schedule
+from .pipeline import BACKWARD, FORWARD, WEIGHTS, Schedule, Task, schedule, stash_bound
 
 BLOCK = 1 << 21  # times of tasks that are in memory together
 PHASES = {FORWARD: 0, BACKWARD: 1, WEIGHTS: 2}
@@ -26,7 +26,6 @@ class Timetable:
         own, other: of each task, the one before it on its device, and the one on another stage whose result it reads.
         hop: the stage behind which that result travels. work: phase x stages + stage.
         levels: where each level begins, and the end. last: the last task of each device.
-        held: for each device the numbers of micro-batches of each of its chunks that it holds together, as rows.
         apart: whether gradients of weights are tasks of their own.
     """
 
@@ -37,7 +36,6 @@ class Timetable:
     work: np.ndarray
     levels: tuple[int, ...]
     last: np.ndarray
-    held: tuple[np.ndarray, ...]
     apart: bool
 
     def play(self, forward: np.ndarray, backward: np.ndarray, hop: np.ndarray) -> np.ndarray:
@@ -87,7 +85,7 @@ def timetable(kind: str, devices: int, micro: int, chunks: int) -> Timetable:
                 at[d] += 1
                 moved = True
     rows.sort(key=lambda row: row[:2])
-    return _arrays(plan, rows, devices, stages, _held(kind, plan, devices, chunks))
+    return _arrays(plan, rows, devices, stages)
 
 
 def _other(task: Task, stages: int) -> tuple[str, int, int] | None:
@@ -99,8 +97,7 @@ def _other(task: Task, stages: int) -> tuple[str, int, int] | None:
     return None
 
 
-def _arrays(plan: Schedule, rows: list[tuple[int, int, Task]], devices: int, stages: int,
-            held: tuple[np.ndarray, ...]) -> Timetable:
+def _arrays(plan: Schedule, rows: list[tuple[int, int, Task]], devices: int, stages: int) -> Timetable:
     number: dict[tuple[str, int, int], int] = {}
     last = [0] * devices
     own, other, hop, work, starts = [0], [0], [stages - 1], [0], []
@@ -114,16 +111,19 @@ def _arrays(plan: Schedule, rows: list[tuple[int, int, Task]], devices: int, sta
         work.append(PHASES[task.phase] * stages + task.stage)
         number[task.phase, task.stage, task.micro] = last[d] = k
     return Timetable(plan, np.array(own), np.array(other), np.array(hop), np.array(work), (*starts, len(rows)),
-                     np.array(last), held, any(task.phase == WEIGHTS for tasks in plan for task in tasks))
+                     np.array(last), any(task.phase == WEIGHTS for tasks in plan for task in tasks))
 
 
-def _held(kind: str, plan: Schedule, devices: int, chunks: int) -> tuple[np.ndarray, ...]:
+@functools.lru_cache(maxsize=1024)
+def held_of(kind: str, devices: int, micro: int, chunks: int) -> tuple[np.ndarray, ...]:
+    """For each device the numbers of micro-batches of each of its chunks that it holds together, as rows."""
+    if chunks == 1:
+        return tuple(np.array([[float(stash_bound(kind, devices, micro, d))]]) for d in range(devices))
     found = []
-    for tasks in plan:
-        ends = WEIGHTS if any(task.phase == WEIGHTS for task in tasks) else BACKWARD
+    for tasks in schedule(kind, devices, micro, chunks):
         change = np.zeros((len(tasks), chunks))
         for k, task in enumerate(tasks):
-            change[k, task.stage // devices] = 1 if task.phase == FORWARD else -1 if task.phase == ends else 0
+            change[k, task.stage // devices] = 1 if task.phase == FORWARD else -1
         counts = np.unique(np.cumsum(change, 0), axis=0)
         most = (counts[:, None] <= counts[None]).all(2).sum(1) == 1  # no other row holds as many everywhere
         found.append(counts[most])
