@@ -22,7 +22,8 @@ import numpy as np
 
 from ..distributed import Sharding
 from ..distributed.errors import DistributedError
-from ..ir.errors import CheckpointError
+from ..ir.errors import ArgumentsError, CheckpointError
+from ..ir.location import user_location
 from ..ir.types import TensorType
 from . import random
 from .parallel import ParallelStep
@@ -139,11 +140,12 @@ def save(path: Any, step: ParallelStep, metadata: Mapping[str, str] | None = Non
 
     Raises:
         CheckpointError: the folder cannot be written. DistributedError: another rank failed.
+        ArgumentsError: `data` has no `state_dict()`, or JSON cannot hold it.
     """
     step.settle()
     folder, job = Path(path), step.job
     notes = notes_of(metadata, step=step.inner.opt.steps, mesh=step.mesh,
-                     data=None if data is None else json.dumps(data.state_dict()))
+                     data=None if data is None else _position(data))
     with _named(step, f"save {folder.name}"):
         token = secrets.token_hex(6)
         token = job.gather_all(token)[0] if job is not None else token
@@ -156,6 +158,23 @@ def save(path: Any, step: ParallelStep, metadata: Mapping[str, str] | None = Non
         except BaseException as error:
             _clear(folder, token, step.rank, error)
             raise
+
+
+def _position(data: Any) -> str:
+    """The position in the data, as text.
+
+    Raises:
+        ArgumentsError: it has no `state_dict()` and `load_state_dict()`, or JSON cannot hold what that gives.
+    """
+    if not hasattr(data, "state_dict") or not hasattr(data, "load_state_dict"):
+        raise ArgumentsError(f"data is a {type(data).__name__}; expected something with state_dict() and "
+                             "load_state_dict(), such as td.finetune.Cursor", user_location())
+    try:
+        text = json.dumps(data.state_dict())
+    except (TypeError, ValueError) as error:
+        raise ArgumentsError(f"the state_dict() of data, a {type(data).__name__}, holds what JSON cannot: {error}; "
+                             "give numbers, strings, lists and dicts", user_location()) from error
+    return text
 
 
 def _pieces(step: ParallelStep) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -243,6 +262,8 @@ def load(path: Any, step: ParallelStep, data: Any = None) -> dict[str, str]:
         CheckpointError: it is missing, damaged or incomplete, or does not fit the model, on any rank.
     """
     step.settle()
+    if data is not None:
+        _position(data)  # that it has one
     with _named(step, f"load {Path(path).name}"):
         targets: dict[str, _Held] = {}
         seen: set[int] = set()

@@ -9,7 +9,7 @@ import pytest
 import treadle as td
 from treadle.distributed.comm import mpi_available
 from treadle.frontend.stored import Stored, newest
-from treadle.ir.errors import CheckpointError
+from treadle.ir.errors import ArgumentsError, CheckpointError
 
 from . import resuming
 
@@ -182,6 +182,17 @@ def test_what_is_no_checkpoint(tmp_path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written"):
         step.save(tmp_path / "taken")
+
+
+def test_what_has_no_position(tmp_path):
+    step, cursor = linear()[2], resuming.loader()
+    for action in (step.save, step.load, step.resume):
+        step.save(tmp_path, data=cursor)
+        with pytest.raises(ArgumentsError, match=r"data is a list; expected something with state_dict\(\)"):
+            action(tmp_path, data=[1])
+    cursor.state_dict = lambda: {"rng": np.random.default_rng(0)}
+    with pytest.raises(ArgumentsError, match="holds what JSON cannot: .*Generator"):
+        step.save(tmp_path, data=cursor)
 
 
 def test_the_newest_is_found_and_the_half_written_passed_over(tmp_path):
