@@ -3,6 +3,9 @@ PYTHON ?= python3
 PY := .venv/bin/python
 # Passed on to the command behind a target: make test ARGS="-k matmul"
 ARGS ?=
+# Processes that run tests, each a file at a time; 0: this one. Most tests keep one core busy; a job of several ranks two.
+WORKERS ?= 2
+TESTS := -m pytest -n $(WORKERS) --dist loadfile
 
 define ready
 @command -v $(PYTHON) >/dev/null 2>&1 || { \
@@ -22,11 +25,11 @@ demo:  ## Fine-tune an ONNX encoder on Shakespeare and export it again (ARGS=mni
 
 test:  ## The whole suite, without the live comparison with torch.
 	$(call ready,test mpi demo)
-	@$(PY) -m pytest -m "not oracle and not hosts" $(ARGS)
+	@$(PY) $(TESTS) -m "not oracle and not hosts" $(ARGS)
 
 quick:  ## The tests that take a few seconds each at most.
 	$(call ready,test mpi)
-	@$(PY) -m pytest -m "not oracle and not slow" $(ARGS)
+	@$(PY) $(TESTS) -m "not oracle and not slow" $(ARGS)
 
 test-hosts:  ## Every job of the tests on two hosts: network namespaces of this machine (Linux, as root).
 	$(call ready,test mpi)
@@ -34,7 +37,7 @@ test-hosts:  ## Every job of the tests on two hosts: network namespaces of this 
 
 test-all:  ## The whole suite, torch as a live second oracle included (installs torch).
 	$(call ready,test mpi demo oracle)
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) $(TESTS) $(ARGS)
 
 lint:  ## ruff, and mypy over the package.
 	$(call ready,test mpi)

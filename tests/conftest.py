@@ -11,6 +11,8 @@ import pytest
 
 # Read when treadle is first imported, so they are set before any test imports it.
 os.environ.setdefault("TREADLE_VERIFY", "1")
+# The oracles' products are small, and the threads of OpenBLAS spin for a while after each, on a core that others need.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 if "TREADLE_CACHE_DIR" not in os.environ:
     os.environ["TREADLE_CACHE_DIR"] = tempfile.mkdtemp(prefix="treadle-test-cache-")
     atexit.register(shutil.rmtree, os.environ["TREADLE_CACHE_DIR"], ignore_errors=True)
