@@ -264,8 +264,9 @@ class Watch:
                                    "and to call save, load and gather like the others")
 
     def _crossed(self) -> bool:
-        """Whether the ranks of this host wait in different ops."""
-        return len({bytes(row[HEAD:HEAD + LABEL]).split(b"\0")[0] for row in self.rows}) > 1
+        """Whether ranks, as far as is known where they are, wait in different ops."""
+        found = [self.at(rank) for rank in range(self.control.size)]
+        return len({at.label for at in found if at is not None}) > 1
 
     def _others(self) -> str:
         return "; ".join(f"rank {r} in {self.position(r)}" for r in self.near_ranks if r != self.rank)
@@ -302,7 +303,7 @@ class Watch:
         if late:
             return "; ".join(late)
         others = "; ".join(f"rank {r} in {at}" for r, at in found.items())
-        if not self.links.others and self._crossed():
+        if self._crossed():
             return f"the ranks wait for each other in different places: {others}. {ALIKE}"
         return f"every rank has come, and one of them hangs{': ' * bool(others)}{others}"
 
