@@ -14,7 +14,7 @@ only if it may pay.
 The bound by all the work: a stage that takes w for a micro-batch works m w, after the stages before it have run once
 forwards, and before they run once backwards. If X is the whole time, w_s <= (X - w_0 - ... - w_{s-1}) / m, so the p
 stages together do at most X (1 - (1 - 1/m)^p), which has to be all the work there is. With several stages on a device,
-and for what follows the pipeline, only the average over the devices is used.
+where gradients of weights wait, and for what follows the pipeline, only the average over the devices is used.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def _wanted(given: Collection[int] | None, value: int) -> bool:
 def _schedules(pipe: int, micro: int, choices: Choices) -> list[tuple[str, int]]:
     if pipe == 1:
         return [("1f1b", 1)]
-    found = [(kind, 1) for kind in ("1f1b", "gpipe") if kind in choices.schedules]
+    found = [(kind, 1) for kind in ("1f1b", "gpipe", "zb-h1") if kind in choices.schedules]
     if "interleaved" in choices.schedules and micro % pipe == 0:
         found += [("interleaved", chunks) for chunks in CHUNKS]
     return found
@@ -151,7 +151,7 @@ def _work_bound(costs: Costs, work: float, split: int) -> float:
         return (work + after) * SLACK
     after += (2 * g, g + p, p, 0.0)[c.zero] * part / costs.pipe
     filled = work
-    if costs.pipe > 1 and c.chunks == 1:
+    if costs.pipe > 1 and c.schedule in ("gpipe", "1f1b"):
         filled = work / (1 - (1 - 1 / c.micro) ** costs.pipe)
     return max(filled, c.micro * work / costs.pipe + after) * SLACK
 

@@ -139,6 +139,8 @@ class Planned:
         if self._ends is None:
             self._ends = _layers(loss.graph, data)
         chain = chain_at(loss.graph, data, self._ends)
+        if not chain.layers:
+            raise ArgumentsError("the loss does not depend on both the batch and the parameters: nothing to plan")
         first = next(iter(self._graphs.values()), (None, chain))[1]
         if chain.ops != first.ops or chain.ends != first.ends:
             raise ArgumentsError(f"for a micro-batch of {examples} examples the model computes other steps than for "
@@ -167,10 +169,9 @@ def _check_arguments(what: Any, types: Sequence[TensorType]) -> None:
 
 
 def _scalar(result: Any) -> Any:
-    """The loss: the first result; the mean of what is no scalar."""
-    first = result[0] if isinstance(result, (tuple, list)) else result
-    if isinstance(first, dict):
-        first = next(iter(first.values()))
+    """The loss: the first result that has no whole numbers; the mean of what is no scalar."""
+    results = tree.flatten(result)[0]
+    first = next((x for x in results if isinstance(x, Tensor) and x.dtype.is_float), results[0] if results else result)
     return first if not isinstance(first, Tensor) or first.ndim == 0 else F.mean(first)
 
 

@@ -186,7 +186,8 @@ def run_plan(
     pipe: Annotated[str, typer.Option(help="Sizes of the pipeline axis to search.")] = "",
     micro: Annotated[str, typer.Option(help="Numbers of micro-batches to search.")] = "",
     zero: Annotated[str, typer.Option(help="ZeRO stages to search: 0,1,2,3.")] = "",
-    schedule: Annotated[str, typer.Option(help="Schedules to search: gpipe,1f1b,interleaved.")] = "",
+    schedule: Annotated[str, typer.Option(help="Schedules to search: gpipe,1f1b,interleaved (all "
+                                                "by default), zb-h1.")] = "",
     recompute: Annotated[str, typer.Option(help="yes or no; default: both are searched.")] = "",
     most: Annotated[int, typer.Option(min=1, help="Layouts to list.")] = 5,
     gantt: Annotated[Path | None, typer.Option(help="Draw the best pipeline into this PNG file.")] = None,

@@ -117,7 +117,7 @@ def choices_of(request: Request) -> Choices:
         ArgumentsError: no such ZeRO stage, schedule, or word.
     """
     def listed(text: str, what: str, allowed: Sequence[str]) -> list[str]:
-        words = [w for w in text.split(",") if w] or list(allowed)
+        words = [w for w in text.split(",") if w]
         if wrong := [w for w in words if w not in allowed]:
             raise ArgumentsError(f"{what} is {', '.join(wrong)}; expected some of {', '.join(allowed)}")
         return words
@@ -132,8 +132,9 @@ def choices_of(request: Request) -> Choices:
 
     return Choices(tensor=numbers(request.tensor, "--tensor"), pipe=numbers(request.pipe, "--pipe"),
                    micro=numbers(request.micro, "--micro"),
-                   zero=[int(z) for z in listed(request.zero, "--zero", ["0", "1", "2", "3"])],
-                   schedules=listed(request.schedule, "--schedule", SCHEDULES), recompute=again[word])
+                   zero=[int(z) for z in listed(request.zero, "--zero", ["0", "1", "2", "3"])] or Choices().zero,
+                   schedules=listed(request.schedule, "--schedule", SCHEDULES) or Choices().schedules,
+                   recompute=again[word])
 
 
 def load(what: str) -> tuple[Any, list[Module]]:

@@ -14,7 +14,7 @@ from treadle.distributed import planner
 from treadle.distributed.cost import Cluster, Link
 from treadle.distributed.layouts import Candidate, Chain, Costs, Machine, Unit
 from treadle.distributed.mesh import Mesh
-from treadle.distributed.pipeline import ideal_bubble
+from treadle.distributed.pipeline import ideal_bubble, schedule, simulate
 from treadle.distributed.planner import (
     Choices,
     balance,
@@ -25,6 +25,7 @@ from treadle.distributed.planner import (
     meshes,
     plan,
 )
+from treadle.distributed.timetable import held_of, timetable
 from treadle.ir.errors import AttributeValueError
 
 
@@ -249,6 +250,44 @@ def test_the_bubble_of_uniform_stages(kind):
         layout = Costs(candidate, Chain([unit] * pipe), fast).layout(range(pipe))
         assert layout.bubble == pytest.approx((pipe - 1) / (micro + pipe - 1)) == ideal_bubble(pipe, micro)
         assert layout.pipeline == pytest.approx(3 * (micro + pipe - 1))
+
+
+@pytest.mark.parametrize(("kind", "chunks"), [("gpipe", 1), ("1f1b", 1), ("zb-h1", 1), ("interleaved", 3)])
+def test_played_together_as_one_by_one(kind, chunks):
+    """Many cuts at once against `simulate`, task by task; and what devices hold."""
+    rng = np.random.default_rng(0)
+    for devices, micro in ((2, 4), (4, 8), (4, 4), (3, 9)):
+        plan, stages, cuts = schedule(kind, devices, micro, chunks), devices * chunks, 5
+        forward, backward = rng.uniform(1, 3, (2, stages, cuts))
+        hops = rng.uniform(0, 1, (stages - 1, cuts))
+        ends = timetable(kind, devices, micro, chunks).play(forward, backward, hops)
+        for k in range(cuts):
+            played = simulate(plan, forward[:, k].tolist(), backward[:, k].tolist(), hops[:, k].tolist())
+            own = [max(end for task, (_, end) in played.spans.items() if task.stage % devices == d)
+                   for d in range(devices)]
+            np.testing.assert_allclose(ends[:, k], own, rtol=1e-12)
+            assert [rows.sum(1).max() for rows in held_of(kind, devices, micro, chunks)] == list(played.stash)
+
+
+def test_gradients_of_weights_fill_the_bubble():
+    prices = Table([(1e-3, 2e-3, 1e6, 1e5, 1e2)] * 8)
+    machine = Machine(4, math.inf, Cluster(Link(1e-9, 1e12)))
+    one, two = (plan(prices, machine, 8, choices=Choices(schedules=(kind,), pipe=(4,), recompute=(False,))).layouts[0]
+                for kind in ("1f1b", "zb-h1"))
+    assert two.bubble < one.bubble and two.seconds < one.seconds and two.candidate.schedule == "zb-h1"
+
+
+def test_sizes_of_the_tensor_axis_that_cannot_pay_are_not_priced():
+    class Counted(Table):
+        asked = set()
+
+        def units(self, tensor, examples, recompute):
+            self.asked.add(tensor)
+            return super().units(tensor, examples, recompute)
+
+    prices = Counted([(1e-3, 2e-3, 1e4, 1e5, 1e2)] * 8)
+    best = plan(prices, Machine(64, math.inf, Cluster(Link(1e-6, 1e10))), 64).layouts[0]
+    assert best.candidate.size("tensor") == 1 and max(prices.asked) <= 4
 
 
 def test_moved_bounds_find_the_best_cut_of_a_long_chain(monkeypatch):
