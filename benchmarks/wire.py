@@ -1,6 +1,6 @@
 """A pipeline over a slow wire: whether messages travel while its stages compute.
 
-    python benchmarks/wire.py [--rate 500mbit] [--schedules gpipe,1f1b] [--steps 5]
+    python benchmarks/wire.py [--rate 500mbit] [--schedules gpipe,1f1b] [--steps 5] [--sleep]
 
 Two ranks of one thread train in two network namespaces (of which root can make some) joined by a virtual wire, first
 as fast as it is, then held to a rate. Of each run: the median step; what the programs of the busier rank take; how long
@@ -41,9 +41,9 @@ def hold(hosts: Hosts, rate: str | None) -> None:
                             "limit", "20mb"], check=True)
 
 
-def measure(hosts: Hosts, kind: str, steps: int, moving: bool) -> dict[str, Any]:
+def measure(hosts: Hosts, kind: str, layers: int, steps: int, moving: bool) -> dict[str, Any]:
     """A job's figures."""
-    numbers = (LAYERS, WIDTH, ROWS, MICRO, steps, int(moving))
+    numbers = (layers, WIDTH, ROWS, MICRO, steps, int(moving))
     done = hosts.launched(2, "--no-prefix", ROOT / "benchmarks" / "contenders" / "wire.py", kind, *map(str, numbers),
                           timeout=170, TREADLE_COMM_TIMEOUT="60", PYTHONWARNINGS="ignore")
     if done.returncode:
@@ -66,6 +66,7 @@ def main() -> int:
     parser.add_argument("--rate", default="500mbit", help="of the wire, as tc writes it")
     parser.add_argument("--schedules", default="gpipe,1f1b")
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--sleep", action="store_true", help="programs sleep: whatever else the machine does")
     options = parser.parse_args()
     if (reason := unavailable()) is not None:
         print(f"no namespaces: {reason}")
@@ -82,7 +83,7 @@ def main() -> int:
         for kind in options.schedules.split(","):
             for held, moving in ((None, True), (options.rate, True), (options.rate, False)):
                 hold(hosts, held)
-                found = measure(hosts, kind, options.steps, moving)
+                found = measure(hosts, kind, 0 if options.sleep else LAYERS, options.steps, moving)
                 programs = max(map(statistics.median, found["programs"]))
                 wire = "as it is" if held is None else held + ("" if moving else ", no thread")
                 row = (statistics.median(found["seconds"]), programs, 2 * MICRO * hop if held else 0.0,
