@@ -40,7 +40,7 @@ from ..ir.pipeline import Pass, PassResult, Pipeline
 from ..ir.subjects import SUBJECTS
 from . import tree
 from .accumulate import ALONE, Spread, parts_of
-from .agreeing import starting_point
+from .agreeing import elsewhere, starting_point
 from .by_layers import by_layers
 from .compile import build_executable
 from .dispatch import apply, as_tensor
@@ -178,6 +178,8 @@ class ParallelStep:
         self.partitioned: Partitioned | None = None
         self.executable: Any = None
         self.parts: dict[int, tuple[Tensor, Sharding, np.ndarray]] = {}  # tensors of which this rank has a part
+        self._whole: dict[int, tuple[Tensor, np.ndarray]] = {}  # tensors that programs update where they lie
+        self._given_up: dict[int, Any] = {}  # the values, without elements, of tensors in parts
         self._placed: dict[int, Sharding] = {}
         self._programs: dict[Any, list[tuple[Guards, Run]]] = {}
 
@@ -201,7 +203,8 @@ class ParallelStep:
             if job is not None:
                 job.batches.finish()  # before ranks of different batches go different ways
                 if not self._programs:
-                    job.agree("what they start from", starting_point(self))
+                    absent = set().union(*job.gather_all(elsewhere(self)))
+                    job.agree("what they start from", starting_point(self, absent))
             run, guards = self._build(batch, numbers)
             if job is not None:
                 run = job.watch.paced(run)
@@ -307,7 +310,11 @@ class ParallelStep:
         """This rank's part of a tensor: the tensor's own memory if that is all of it."""
         self._placed[id(tensor)] = sharding
         if sharding.is_whole:
-            return tensor._pin() if tensor.role is not None else tensor._value.array
+            if tensor.role is None:
+                return tensor._value.array
+            array = tensor._pin()
+            self._whole[id(tensor)] = tensor, array
+            return array
         if id(tensor) not in self.parts:
             self.parts[id(tensor)] = (tensor, sharding, self._part(tensor, sharding))
             self._give_up(tensor)
@@ -322,13 +329,23 @@ class ParallelStep:
     def _give_up(self, tensor: Tensor) -> None:
         tensor._park(f"lives in parts on the ranks of the mesh ({self.mesh}) while it is trained; call step.gather() "
                      "on every rank to have it whole")
+        self._given_up[id(tensor)] = tensor._value
 
     def settle(self) -> None:
         """Takes over what was assigned to tensors that live in parts, and gives up their elements; no rank waits.
 
         Every step begins with it. After `gather` the tensors hold their elements until then.
+
+        Raises:
+            ArgumentsError: another step has moved a tensor meanwhile, and has it in parts.
         """
+        for tensor, array in self._whole.values():
+            if tensor._value.array is not array:  # another step had it in parts, or elsewhere, until it was gathered
+                array[...] = tensor._value.array
+                tensor._renew(array)
         for tensor, sharding, part in self.parts.values():
+            if waiting(tensor._value) and tensor._value is not self._given_up[id(tensor)]:
+                tensor.numpy()  # says who has it
             if not waiting(tensor._value):
                 part[...] = sharding.cut(tensor.numpy(copy=False), self.mesh, self.rank)
                 self._give_up(tensor)

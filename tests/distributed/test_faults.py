@@ -100,8 +100,8 @@ MISTAKES = {
              "`optimizer",
     "dtype": r"optimizers have different numbers: rank 0 .*; float64 numbers \w+, rank 1 .*; float32 numbers \w+",
     "plan": r"not agree on what they start from: .*rank 0 has `plan: .*zero=1.*, rank 1 has `plan: .*zero=0",
-    "seed": r"not agree on what they start from: .*rank 0 has `[\w.]+: f64.* to be drawn from (\w+)`, "
-            r"rank 1 .* from (?!\1)",
+    "seed": r"not agree on what they start from: .*rank 0 has `[\w.]+: f64.* checksum (\w+)`, "
+            r"rank 1 .* checksum (?!\1)",
     "mesh": r"do not agree on the mesh, or on what is installed: .* rank 0 has `mesh: data=2`, rank 1 has "
             r"`mesh: other=2`",
     "version": r"do not agree on .* installed: .* rank 0 has `NumPy: [\d.]+`, rank 1 has `NumPy: 0.1`",

@@ -25,6 +25,8 @@ def run(axes):
     plan = d.Plan(zero=3 if "data" in axes else 0,
                   shard={"0.weight": ("tensor", None), "2.weight": (None, "tensor")} if "tensor" in axes else {})
     step = d.parallelize(td.train_step(model, loss_of, opt, clip_norm=1.0, accumulate=2), d.make_mesh(axes), plan)
+    if d.is_main():
+        model[0].weight.numpy()  # one rank has looked, others have not drawn it
     rng = np.random.default_rng(0)
     x, y = rng.standard_normal((8, 8)), rng.integers(0, 4, 8)
     found = [step(x, y).item()]
@@ -53,7 +55,26 @@ def run(axes):
     return found, said
 
 
+def two_steps(axes):
+    """Losses of two training steps by turns, each of which reads what the other trains; gathered in between."""
+    td.random.seed(0)
+    nets = [td.nn.Linear(4, 4).to("float64") for _ in range(2)]
+    plan, steps = d.Plan(zero=3 if "data" in axes else 0), []
+    for mine, other in (nets, nets[::-1]):
+        def loss(model, x, other=other):
+            return ((model(other(x)) - x) ** 2).mean()
+
+        opt = td.optim.SGD(mine.parameters(), lr=0.1)
+        steps.append(d.parallelize(td.train_step(mine, loss, opt, accumulate=2), d.make_mesh(axes), plan))
+    x, found = np.random.default_rng(0).standard_normal((8, 4)), []
+    for _ in range(3):
+        for step in steps:
+            found.append(step(x).item())
+            step.gather()
+    return found
+
+
 if __name__ == "__main__":
-    everything = [d.all_gather(run(json.loads(text))) for text in sys.argv[1:]]
+    everything = [d.all_gather((*run(json.loads(text)), two_steps(json.loads(text)))) for text in sys.argv[1:]]
     if d.is_main():
         print(json.dumps(everything))
