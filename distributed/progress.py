@@ -52,7 +52,8 @@ class Progress:
         while not self._ended.wait(PERIOD):
             if not any(under_way() for under_way in self.sources):
                 self._begun.clear()
-                if not any(under_way() for under_way in self.sources):  # nor was anything begun just now
+                # Unless something was begun just now, or the end told, of which this has cleared the sign.
+                if not self._ended.is_set() and not any(under_way() for under_way in self.sources):
                     self._begun.wait()
             elif not self.waits():
                 self.calls += 1

@@ -45,6 +45,20 @@ def test_it_calls_only_while_something_is_under_way():
     assert not progress._thread.is_alive()
 
 
+def test_it_is_told_the_end_while_it_looks():
+    progress = Progress(Control(), lambda: False)
+
+    def under_way():
+        if progress._thread is threading.current_thread():
+            progress._ended.set()  # as `end` does it
+            progress._begun.set()
+        return False
+
+    progress.of(under_way)()
+    progress._thread.join(20)
+    assert not progress._thread.is_alive()
+
+
 def test_it_leaves_errors_to_whoever_waits():
     progress = Progress(Control(broken=True), lambda: False)
     progress.of(lambda: True)()
