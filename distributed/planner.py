@@ -36,7 +36,7 @@ from .pipeline import stash_bound
 MOST_MICRO = 128  # micro-batches of a replica that are tried
 MOST_CUTS = 3000  # so many are all tried
 ROUNDS = 30  # in which bounds are moved
-WORTHWHILE = 1.3  # moving bounds makes a step faster by less than this factor
+WORTHWHILE = 1.2  # moving bounds makes a step faster by less than this factor
 TOGETHER = 3  # neighbouring bounds that move together
 CHUNKS = (2, 3, 4)  # stages of a device that interleaving tries
 SLACK = 1 - 1e-9  # rounding of bounds

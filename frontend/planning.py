@@ -219,6 +219,7 @@ def slots_of(optimizer: str) -> float:
 
 IDEAL = Link(1e-7, 1e12)
 ATTEMPTS = 4
+MORE = 4  # layouts than are asked for are priced exactly
 EVERYTHING = Choices()
 
 
@@ -390,7 +391,7 @@ def search(prices: ModelPrices, machine: Machine, most: int = 1, choices: Choice
     """
     memory = machine.memory
     for _ in range(ATTEMPTS):
-        found = plan(prices, replace(machine, memory=memory), prices.model.batch, 2 * most + 4, choices)
+        found = plan(prices, replace(machine, memory=memory), prices.model.batch, most + MORE, choices)
         layouts = []
         for layout in found.layouts:
             c = layout.candidate

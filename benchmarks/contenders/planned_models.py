@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import treadle as td  # noqa: E402
-from treadle import nn  # noqa: E402
+import treadle as td
+from treadle import nn
 
 F = nn.functional
 
