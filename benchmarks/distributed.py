@@ -5,7 +5,7 @@
 Cases: zero1, tp, pp (a training step of GPT-2 small on 8 x 128 tokens, f32; `gpt2` names all three), dp, zero3;
 messages, waiting (zero1 as if the ranks were on several hosts, sums sent while the backward pass runs, and not);
 allreduce (sums called by a compiled program beside mpi4py's own call on equal buffers, from 4 bytes to 256 MB), short
-(those up to 64 KB). With more ranks than cores (`short --ranks 4` on two) a sum waits for ranks that are not running.
+(those up to 128 KB). With more ranks than cores (`short --ranks 4` on two) a sum waits for ranks that are not running.
 
 Every rank has one thread, the one process as many as there are ranks, and both the same cores. They take turns, step
 by step of a few, so that a noisy machine is noisy for both; figures are medians. Each case is one pair of jobs of its
@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import harness
 
 GROUPS = {"gpt2": ("zero1", "tp", "pp")}
-SUMS = {"allreduce": 1 << 28, "short": 64 << 10}  # bytes of the longest
+SUMS = {"allreduce": 1 << 28, "short": 128 << 10}  # bytes of the longest
 CASES = ("zero1", "tp", "pp", "dp", "zero3", "messages", "waiting", *SUMS)
 STEPS = 2  # of a turn
 

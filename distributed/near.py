@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from ..ir.rounds import DIRECT, GROUP, HEADER, LINE, MEMORY, RECORD, TEXT, WATCH, places, room
+from ..ir.rounds import GROUP, HEADER, LINE, MEMORY, READ, RECORD, TEXT, WATCH, places, room
 from .buffers import WIDENED, cut, flat
 from .watch import shown
 
@@ -95,7 +95,7 @@ class Near:
     def all_reduce(self, xs: Sequence[Array], outs: Sequence[Array], reduce: str) -> Run:
         """outs[i] becomes the sum (max, min) of all ranks' xs[i]; it may be the same array."""
         rows = [(flat(x), flat(out)) for x, out in zip(xs, outs)]
-        if places(x.nbytes for x in xs) is not None and self.slot >= DIRECT:
+        if places((x.nbytes for x in xs), self.size) is not None and self.slot >= READ // self.size:
             pieces = []
             for x, out in rows:
                 piece = _Piece(room(x.nbytes), [(0, x)])

@@ -15,11 +15,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import accumulate
 
-DIRECT = 16 << 10  # bytes up to which an exchange is one round: everybody reads everything
-MOST_RANKS = 16    # up to which a program does it by itself
-HEADER = 128       # bytes before a rank's two slots: the number of the round that it has filled
-LINE = 64          # bytes; every tensor in a slot begins at a multiple
-LABEL = 96         # bytes that name an op
+READ = 128 << 10  # bytes that a rank reads at most where an exchange is one round: everybody reads everything
+MOST_RANKS = 16   # up to which a program does it by itself
+HEADER = 128      # bytes before a rank's two slots: the number of the round that it has filled
+LINE = 64         # bytes; every tensor in a slot begins at a multiple
+LABEL = 96        # bytes that name an op
 
 # A record's words.
 STAGE, GROUP, WATCH, CALLS, NANOSECONDS, ENTERED, TEXT = range(7)
@@ -40,7 +40,7 @@ def room(nbytes: int) -> int:
     return -(-nbytes // LINE) * LINE
 
 
-def places(sizes: Iterable[int]) -> list[int] | None:
-    """Where tensors of so many bytes lie in a slot; None: they are too many for one round."""
+def places(sizes: Iterable[int], ranks: int) -> list[int] | None:
+    """Where tensors of so many bytes lie in each rank's slot; None: they are too many for one round."""
     ends = list(accumulate(map(room, sizes), initial=0))
-    return ends[:-1] if ends[-1] <= DIRECT else None
+    return ends[:-1] if ends[-1] <= READ // ranks else None

@@ -52,7 +52,9 @@ def _starts(node: Node, target: Target, nbytes: Callable[[Value], int]) -> list[
     """Where each operand's part of a slot begins, if a kernel is to make the exchange."""
     fitting = target.kind == "cpu" and 1 < node.attrs["size"] <= MOST_RANKS
     static = all(isinstance(n, int) for v in node.operands for n in v.shape)
-    return places(map(nbytes, node.operands)) if fitting and static and any(map(_nbytes, node.operands)) else None
+    if not (fitting and static and any(map(_nbytes, node.operands))):
+        return None
+    return places(map(nbytes, node.operands), node.attrs["size"])
 
 
 class _Round:

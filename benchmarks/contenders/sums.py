@@ -26,7 +26,7 @@ from treadle.frontend.parallel import aligned, register
 from treadle.ir.builder import GraphBuilder
 from treadle.ir.types import TensorType
 
-SIZES = {"small": [4, 64, *(1 << n for n in range(10, 30, 2))],
+SIZES = {"small": [4, 64, *(1 << n for n in (10, 12, 14, 15, 16, 17, 18, 20, 22, 24, 26, 28))],
          "tiny": [4, 1 << 10, 1 << 20]}
 TARGET = 0.05  # seconds of a round
 MOST = 500     # calls of a round

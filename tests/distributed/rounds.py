@@ -18,12 +18,13 @@ from treadle.frontend.compile import build_executable
 from treadle.frontend.parallel import register
 from treadle.ir.builder import GraphBuilder
 from treadle.ir.dtypes import as_dtype
+from treadle.ir.rounds import LINE, READ
 from treadle.ir.types import TensorType
 
 NARROW = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
 DTYPES = ["float32", "float64", "int64", "int32", "int8", "uint64", "uint16", "bool", *NARROW]
 SPECIAL = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-40, 6e-8, 65504.0]
-LONG = [((2049,), "int64")]
+LONG = [((READ // 16 + 1,), "int64")]  # of two ranks and of more
 CHAIN = 12
 
 
@@ -70,9 +71,9 @@ def cases(ranks):
     that is too long."""
     mixed = [((3, 7), dtype) for dtype in DTYPES]
     found = [("all_reduce", {"reduce": reduce}, mixed) for reduce in ("sum", "max", "min")]
-    found += [("all_reduce", {"reduce": "sum"}, [(shape, "float32")]) for shape in ((), (1,), (37,), (4096,))]
-    found += [("all_reduce", {"reduce": "sum"}, LONG)]
-    found += [("all_reduce", {"reduce": "sum"}, [((0, 3), "float32"), ((5,), "float32")])]
+    single = [[(shape, "float32")] for shape in ((), (1,), (37,), (READ // ranks // LINE * LINE // 4,))]
+    for given in (*single, LONG, [((0, 3), "float32"), ((5,), "float32")]):
+        found.append(("all_reduce", {"reduce": "sum"}, given))
     for dim in range(3):
         shape = tuple(2 * ranks if d == dim else 3 for d in range(3))
         split = [(shape, dtype) for dtype in DTYPES]

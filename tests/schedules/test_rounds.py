@@ -34,7 +34,7 @@ class Ranks:
     """Rank 0's record, and the memory of both."""
 
     def __init__(self, other):
-        slot = R.DIRECT
+        slot = R.READ // 2
         self.memory = np.zeros((2, R.HEADER + 2 * slot), np.uint8)
         self.counters = [m[:8].view(np.int64) for m in self.memory]
         self.counters[1][0] = other
@@ -107,9 +107,10 @@ def test_on_arm_memory_is_ordered_by_the_instructions_themselves():
 
 
 def test_long_exchanges_are_left_to_python():
-    places = [(R.DIRECT // 4, True), (R.DIRECT // 4 + 1, False)]
-    for count, short in places:
-        program = lower(parse(SUM.replace("f32[5]", f"f32[{count}]")))
-        assert bool(program.recorded) == short and R.places([4 * count]) == ([0] if short else None)
-    assert R.places([1] * (R.DIRECT // R.LINE + 1)) is None  # a line each
+    for ranks in (2, 5):
+        most = R.READ // ranks // R.LINE * R.LINE
+        for count, short in ((most // 4, True), (most // 4 + 1, False)):
+            program = lower(parse(SUM.replace("f32[5]", f"f32[{count}]").replace("size=2", f"size={ranks}")))
+            assert bool(program.recorded) == short and R.places([4 * count], ranks) == ([0] if short else None)
+    assert R.places([1] * (R.READ // 2 // R.LINE + 1), 2) is None  # a line each
     assert not lower(parse(SUM.replace("size=2", f"size={R.MOST_RANKS + 1}"))).recorded
