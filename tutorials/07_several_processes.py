@@ -32,8 +32,9 @@ step = td.train_step(net, lambda model, x, y: td.nn.functional.cross_entropy(mod
 
 # %% [markdown]
 # A *mesh* names the axes along which processes lie. With four of them: two replicas of the model, each on two
-# processes (-1: what the others leave). Every process makes the same model, so all are seeded alike. The *plan* says how parameters are split: the first weight by its outputs, the second by its inputs
-# (weights of `Linear` are (outputs, inputs)). Nobody writes where to communicate.
+# processes (-1: what the others leave). Every process makes the same model, so all are seeded alike. The *plan* says
+# how parameters are split: the first weight by its outputs, the second by its inputs (weights of `Linear` are (outputs,
+# inputs)). Nobody writes where to communicate.
 
 # %%
 axes = {"data": -1, "tensor": 2} if td.distributed.world_size() > 1 else {}
@@ -56,9 +57,9 @@ if td.distributed.is_main():
 assert losses[-1] < losses[0] / 2
 
 # %% [markdown]
-# Between steps a parameter that is split has no elements on any one process. `gather` brings the model everywhere whole,
-# until the next step: to look at it, evaluate it, or save it as one process would. Here each process evaluates its own
-# share of other examples, and what they counted is added up.
+# Between steps a parameter that is split has no elements on any one process. `gather` brings the model everywhere
+# whole, until the next step: to look at it, evaluate it, or save it as one process would. Here each process evaluates
+# its own share of other examples, and what they counted is added up.
 
 # %%
 parallel.gather()
