@@ -158,7 +158,8 @@ def wait_infer(token: TensorType, axis: str, size: int, tag: int, shapes: tuple[
 define("start", "*xs", start_infer, lambda *xs, **attrs: _nobody(),
        "Starts a collective (`kind`: a sum, a gather) on a copy of its operands; gives a token, 0. `wait` with the "
        "same tag gives its results.",
-       attrs={"kind": REQUIRED, "axis": REQUIRED, "size": REQUIRED, "dims": (), "tag": REQUIRED}, traits=["effect"], undifferentiable="its result is a token; differentiate before collectives are started early")
+       attrs={"kind": REQUIRED, "axis": REQUIRED, "size": REQUIRED, "dims": (), "tag": REQUIRED},
+       traits=["effect"], undifferentiable="its result is a token; differentiate before collectives are started early")
 define("wait", "token", wait_infer, lambda token, **attrs: _nobody(), "The results of what `start` started.",
        attrs={"axis": REQUIRED, "size": REQUIRED, "tag": REQUIRED, "shapes": REQUIRED, "dtype": REQUIRED},
        traits=["effect"], undifferentiable="its operand is a token; differentiate before collectives are started early")
