@@ -33,6 +33,7 @@ PULSE = 16      # bytes behind them: how often it looked while it waited; how lo
 SETTLE = 2.0    # seconds in which what a rank sent before it ended arrives
 ASKING = 0.5    # seconds of waiting before ranks of other hosts are asked where they are
 CROSSED = 20.0  # seconds in which nobody gets any further after which ranks in different ops wait for ever
+HELD = 1.0      # seconds without a look after which a rank is held up where it should wait
 ALIKE = ("Every rank has to take the same steps and to call save, load, gather and the like with the others, not "
          "rank 0 alone")
 
@@ -220,8 +221,9 @@ class Watch:
     def _hung(self, waited: float) -> None:
         """Raises if a rank comes no further in the middle of a step."""
         for place, (rank, pulse) in enumerate(zip(self.near_ranks, self._pulses)):
-            if pulse[1] and rank != self.rank and 1000 * self._stay(place) > pulse[1]:
-                self._hangs(rank, self._stays[place].seconds, "has come no further")
+            stay = self._stay(place) if rank != self.rank else 0.0
+            if pulse[1] and 1000 * stay > pulse[1]:
+                self._hangs(rank, stay, "has come no further")
         if waited < ASKING:
             return
         self.links.ask()
@@ -266,7 +268,8 @@ class Watch:
     def _crossed(self) -> bool:
         """Whether ranks, as far as is known where they are, wait in different ops."""
         found = [self.at(rank) for rank in range(self.control.size)]
-        return len({at.label for at in found if at is not None}) > 1
+        return len({at.label for at in found if at is not None}) > 1 and \
+            all(at is None or at.stay <= HELD for at in found)
 
     def _others(self) -> str:
         return "; ".join(f"rank {r} in {self.position(r)}" for r in self.near_ranks if r != self.rank)
@@ -295,13 +298,13 @@ class Watch:
         return self._stays[place].look((*self._heads[place].tolist(), *self._pulses[place].tolist()))
 
     def missing(self) -> str:
-        """The ranks that have made fewer calls than this one, as far as can be known."""
-        ranks = [r for r in range(self.control.size) if r != self.rank]
-        found = {r: self.at(r) for r in ranks}
-        late = [f"rank {r} has not come, it was last in {at}" if at else f"rank {r} has not come, nor does it answer"
-                for r, at in found.items() if at is None or at.calls < self.calls]
+        """The ranks that do not wait as this one does; or else those that have made fewer calls; as far as is known."""
+        found = {r: self.at(r) for r in range(self.control.size) if r != self.rank}
+        away = {r: at for r, at in found.items() if at is None or at.state == COMPUTING or at.stay > HELD}
+        late = away or {r: at for r, at in found.items() if at is None or at.calls < self.calls}
         if late:
-            return "; ".join(late)
+            return "; ".join(f"rank {r} has not come, it was last in {at}" if at else
+                             f"rank {r} has not come, nor does it answer" for r, at in late.items())
         others = "; ".join(f"rank {r} in {at}" for r, at in found.items())
         if self._crossed():
             return f"the ranks wait for each other in different places: {others}. {ALIKE}"

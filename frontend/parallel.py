@@ -260,7 +260,9 @@ class ParallelStep:
         for axis in data if self.plan.reduce_dtype is not None else ():
             made.graph = narrow_sums(made.graph, axis, as_dtype(self.plan.reduce_dtype))
         apart = () if not self.plan.overlap else self.mesh.names if self.job is None else self.job.apart
-        made.graph = ahead(bucket(in_groups(made.graph, most), most, overlap=apart), apart)
+        made.graph = bucket(in_groups(made.graph, most), most, overlap=apart)
+        if self.inner.memory_budget is None:  # what has been started cannot be computed again
+            made.graph = ahead(made.graph, apart)
         made.graph.meta.update(meta)
         return made
 

@@ -137,7 +137,7 @@ def planned(graph, budget=None):
 @pytest.mark.parametrize(("axes", "zero"), [(DATA, 3), (BOTH, 1)], ids=str)
 def test_recomputation_takes_less_memory_and_changes_nothing(axes, zero):
     batch = some_batch(32)
-    made = on_a_mesh(inner_of("float64"), axes, td.distributed.Plan(zero=zero), batch)
+    made = on_a_mesh(inner_of("float64", memory_budget=1 << 30), axes, td.distributed.Plan(zero=zero), batch)
     arrays = arrays_of(made, batch)
     plain, most = planned(made.graph)
     less, arena = planned(made.graph, most * 7 // 10)
