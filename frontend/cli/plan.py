@@ -1,7 +1,7 @@
 """`treadle plan MODEL TYPE... --devices 64 --memory 24GB`: lays a model out on a described cluster, offline.
 
-MODEL is FILE.py:NAME (a `train_step`, a module, or a function of the batch that gives the loss), or an ONNX file, of
-whose first output the mean is taken as the loss.
+MODEL is FILE.py:NAME (a `train_step`, a module, or a function of the batch that gives the loss), or an ONNX file: the
+mean of its first floating-point output is then taken as the loss.
 """
 
 from __future__ import annotations
@@ -206,14 +206,14 @@ def duration(seconds: float) -> str:
 
 def layouts_table(layouts: Sequence[Layout]) -> Table:
     """One row a layout."""
-    table = Table(title="layouts, the fastest first (data x tensor x pipe)", title_justify="left", box=SIMPLE_HEAD,
-                  padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(title="layouts, the fastest first (mesh: ranks along pipe, data, tensor; neighbours along the last)",
+                  title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name in ("mesh", "schedule", "micro", "zero", "again", "step", "bubble", "memory", "sent"):
         table.add_column(name, justify="left" if name == "schedule" else "right", no_wrap=True)
     for x in layouts:
         c = x.candidate
         kind = "" if c.size("pipe") == 1 else c.schedule if c.chunks == 1 else f"{c.schedule} {c.chunks}"
-        table.add_row(" x ".join(str(c.size(a)) for a in ("data", "tensor", "pipe")), kind, str(c.micro), str(c.zero),
+        table.add_row(" ".join(f"{axis[0]}{size}" for axis, size in c.axes), kind, str(c.micro), str(c.zero),
                       "yes" if c.recompute else "no", duration(x.seconds), f"{x.bubble:.1%}", f"{rounded(x.nbytes)}B",
                       f"{rounded(x.sent)}B")
     return table

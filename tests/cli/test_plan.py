@@ -58,7 +58,7 @@ def run(tmp_path, capsys):
 def test_tables(run):
     text, layouts = run("loss", pipe="2", micro="4", schedule="1f1b")
     assert "24.6kB of parameters" in text or "25.3kB of parameters" in text
-    assert " x 2" in text and "1f1b" in text and "layers.3" in text and "bubble" in text and "memory" in text
+    assert "p2 d" in text and "1f1b" in text and "layers.3" in text and "bubble" in text and "memory" in text
     assert "\n  0 |" in text and "\n  1 |" in text  # the pipeline, a line for each device
     assert all(x.candidate.size("pipe") == 2 and x.candidate.micro == 4 for x in layouts)
     assert [x.seconds for x in layouts] == sorted(x.seconds for x in layouts)
