@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from .launched import Place
@@ -24,7 +25,8 @@ exec ip netns exec @b unshare -u -i -m sh -c 'hostname @b; mount -t tmpfs none /
 
 
 def _ip(*arguments):
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True, timeout=20)
+    """What it prints."""
+    return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True, timeout=20).stdout
 
 
 class Hosts(Place):
@@ -61,6 +63,12 @@ class Hosts(Place):
         for name, wire in zip((self.a, self.b), self.wires):
             _ip("-n", name, "link", "set", "lo", "up")
             _ip("-n", name, "link", "set", wire, "up")
+        until = time.monotonic() + 20
+        for name, wire in zip((self.a, self.b), self.wires):  # until its IPv6 address is known to be nobody else's
+            while not _ip("-n", name, "addr", "show", "dev", wire, "up") or _ip("-n", name, "addr", "show", "tentative"):
+                if time.monotonic() > until:
+                    raise OSError(f"the wire of {name} does not come up")
+                time.sleep(0.05)
 
     def remove(self):
         for name in (self.a, self.b):
