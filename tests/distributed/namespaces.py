@@ -65,7 +65,8 @@ class Hosts(Place):
             _ip("-n", name, "link", "set", wire, "up")
         until = time.monotonic() + 20
         for name, wire in zip((self.a, self.b), self.wires):  # until its IPv6 address is known to be nobody else's
-            while not _ip("-n", name, "addr", "show", "dev", wire, "up") or _ip("-n", name, "addr", "show", "tentative"):
+            shown = "-n", name, "addr", "show", "dev", wire
+            while not _ip(*shown, "up") or _ip(*shown, "tentative"):
                 if time.monotonic() > until:
                     raise OSError(f"the wire of {name} does not come up")
                 time.sleep(0.05)
