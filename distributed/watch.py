@@ -298,16 +298,17 @@ class Watch:
         return self._stays[place].look((*self._heads[place].tolist(), *self._pulses[place].tolist()))
 
     def missing(self) -> str:
-        """The ranks that do not wait as this one does; or else those that have made fewer calls; as far as is known."""
+        """Who has not come, as far as is known: ranks that do not wait as this one does; or else those that have made
+        fewer calls, unless all wait, in different places."""
         found = {r: self.at(r) for r in range(self.control.size) if r != self.rank}
-        away = {r: at for r, at in found.items() if at is None or at.state == COMPUTING or at.stay > HELD}
-        late = away or {r: at for r, at in found.items() if at is None or at.calls < self.calls}
+        others = "; ".join(f"rank {r} in {at}" for r, at in found.items())
+        late = {r: at for r, at in found.items() if at is None or at.state == COMPUTING or at.stay > HELD}
+        if not late and self._crossed():
+            return f"the ranks wait for each other in different places: {others}. {ALIKE}"
+        late = late or {r: at for r, at in found.items() if at is None or at.calls < self.calls}
         if late:
             return "; ".join(f"rank {r} has not come, it was last in {at}" if at else
                              f"rank {r} has not come, nor does it answer" for r, at in late.items())
-        others = "; ".join(f"rank {r} in {at}" for r, at in found.items())
-        if self._crossed():
-            return f"the ranks wait for each other in different places: {others}. {ALIKE}"
         return f"every rank has come, and one of them hangs{': ' * bool(others)}{others}"
 
     def tell(self, error: BaseException) -> None:
