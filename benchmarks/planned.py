@@ -8,7 +8,7 @@ import statistics
 import time
 
 import numpy as np
-from contenders.ranks import GPT2, Size, loss_of
+from contenders.gpt2 import GPT2, Size, loss_of
 
 import treadle as td
 from treadle.distributed.comm import load_mpi

@@ -11,16 +11,16 @@ micro-batches. Interleaved 1F1B gives each device several chunks of the model, v
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..ir.errors import AttributeValueError
 
 FORWARD, BACKWARD, WEIGHTS = "F", "B", "W"
 
 
-@dataclass(frozen=True, order=True)
-class Task:
+class Task(NamedTuple):
     """One micro-batch through one stage. `stage` counts through the model; device `stage % devices` runs it."""
 
     phase: str
@@ -163,6 +163,26 @@ def needs(task: Task, stages: int) -> list[Task]:
     return [Task(FORWARD, task.stage, task.micro), *after]
 
 
+def in_order(plan: Schedule, stages: int) -> Iterator[tuple[int, Task]]:
+    """(device, task): all tasks, each behind those that it needs and those in front of it on its device.
+
+    Raises:
+        AttributeValueError: tasks wait for each other for ever; the message names them.
+    """
+    done: set[Task] = set()
+    at = [0] * len(plan)
+    while len(done) < sum(map(len, plan)):
+        before = len(done)
+        for d, tasks in enumerate(plan):
+            while at[d] < len(tasks) and done.issuperset(needs(tasks[at[d]], stages)):
+                yield d, tasks[at[d]]
+                done.add(tasks[at[d]])
+                at[d] += 1
+        if len(done) == before:
+            stuck = [str(tasks[at[d]]) for d, tasks in enumerate(plan) if at[d] < len(tasks)]
+            raise AttributeValueError(f"the schedule deadlocks: {', '.join(stuck)} wait for each other")
+
+
 def simulate(plan: Schedule, forward: Sequence[float], backward: Sequence[float],
              transfer: float | Sequence[float] = 0.0, weights: Sequence[float] | None = None) -> Played:
     """Plays a schedule: stage s takes `forward[s]` and `backward[s]` seconds, a hop between devices `transfer`.
@@ -171,32 +191,18 @@ def simulate(plan: Schedule, forward: Sequence[float], backward: Sequence[float]
     `transfer`: one number, or one for every stage but the last: from it to the next, or back.
 
     Raises:
-        AttributeValueError: tasks wait for each other for ever; the message names them.
+        AttributeValueError: as of `in_order`.
     """
     stages, times = len(forward), _times(plan, forward, backward, weights)
     hops = [transfer] * (stages - 1) if isinstance(transfer, (int, float)) else list(transfer)
     spans: dict[Task, tuple[float, float]] = {}
-    at, clock = [0] * len(plan), [0.0] * len(plan)
-    left = sum(map(len, plan))
-    while left:
-        moved = False
-        for d, tasks in enumerate(plan):
-            while at[d] < len(tasks):
-                task = tasks[at[d]]
-                before = needs(task, stages)
-                if any(b not in spans for b in before):
-                    break
-                ready = max((spans[b][1] + (hops[min(b.stage, task.stage)] if b.stage != task.stage else 0.0)
-                             for b in before), default=0.0)
-                start = max(clock[d], ready)
-                clock[d] = start + times[task.phase, task.stage]
-                spans[task] = (start, clock[d])
-                at[d] += 1
-                left -= 1
-                moved = True
-        if not moved:
-            stuck = [str(tasks[at[d]]) for d, tasks in enumerate(plan) if at[d] < len(tasks)]
-            raise AttributeValueError(f"the schedule deadlocks: {', '.join(stuck)} wait for each other")
+    clock = [0.0] * len(plan)
+    for d, task in in_order(plan, stages):
+        ready = max((spans[b][1] + (hops[min(b.stage, task.stage)] if b.stage != task.stage else 0.0)
+                     for b in needs(task, stages)), default=0.0)
+        start = max(clock[d], ready)
+        clock[d] = start + times[task.phase, task.stage]
+        spans[task] = (start, clock[d])
     makespan = max(clock)
     busy = sum(end - start for start, end in spans.values())
     return Played(spans, makespan, 1 - busy / (makespan * len(plan)) if makespan else 0.0, tuple(map(stash, plan)))

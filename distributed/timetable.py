@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .pipeline import BACKWARD, FORWARD, WEIGHTS, Schedule, Task, schedule, stash_bound
+from .pipeline import BACKWARD, FORWARD, WEIGHTS, Schedule, Task, in_order, needs, schedule, stash_bound
 
 BLOCK = 1 << 21  # times of tasks that are in memory together
 PHASES = {FORWARD: 0, BACKWARD: 1, WEIGHTS: 2}
@@ -67,49 +67,29 @@ def timetable(kind: str, devices: int, micro: int, chunks: int) -> Timetable:
     """The timetable of `pipeline.schedule`."""
     plan = schedule(kind, devices, micro, chunks)
     stages = devices * chunks
-    level: dict[tuple[str, int, int], int] = {}
+    level: dict[Task, int] = {}
     rows = []  # level, device, task
-    at, highest = [0] * devices, [0] * devices
-    moved = True
-    while moved:
-        moved = False
-        for d, tasks in enumerate(plan):
-            while at[d] < len(tasks):
-                task = tasks[at[d]]
-                before = _other(task, stages)
-                if before is not None and before not in level:
-                    break
-                highest[d] = max(highest[d], level[before] if before is not None else 0) + 1
-                level[task.phase, task.stage, task.micro] = highest[d]
-                rows.append((highest[d], d, task))
-                at[d] += 1
-                moved = True
+    highest = [0] * devices
+    for d, task in in_order(plan, stages):
+        highest[d] = level[task] = max((highest[d], *(level[b] for b in needs(task, stages)))) + 1
+        rows.append((level[task], d, task))
     rows.sort(key=lambda row: row[:2])
     return _arrays(plan, rows, devices, stages)
 
 
-def _other(task: Task, stages: int) -> tuple[str, int, int] | None:
-    """The task of another stage that a task waits for."""
-    if task.phase == FORWARD and task.stage:
-        return FORWARD, task.stage - 1, task.micro
-    if task.phase == BACKWARD and task.stage + 1 < stages:
-        return BACKWARD, task.stage + 1, task.micro
-    return None
-
-
 def _arrays(plan: Schedule, rows: list[tuple[int, int, Task]], devices: int, stages: int) -> Timetable:
-    number: dict[tuple[str, int, int], int] = {}
+    number: dict[Task, int] = {}
     last = [0] * devices
     own, other, hop, work, starts = [0], [0], [stages - 1], [0], []
     for k, (at, d, task) in enumerate(rows, start=1):
         if k == 1 or rows[k - 2][0] != at:
             starts.append(k - 1)
-        before = _other(task, stages)
+        before = next((b for b in needs(task, stages) if b.stage != task.stage), None)
         own.append(last[d])
         other.append(number[before] if before is not None else 0)
-        hop.append(min(task.stage, before[1]) if before is not None else stages - 1)
+        hop.append(min(task.stage, before.stage) if before is not None else stages - 1)
         work.append(PHASES[task.phase] * stages + task.stage)
-        number[task.phase, task.stage, task.micro] = last[d] = k
+        number[task] = last[d] = k
     return Timetable(plan, np.array(own), np.array(other), np.array(hop), np.array(work), (*starts, len(rows)),
                      np.array(last), any(task.phase == WEIGHTS for tasks in plan for task in tasks))
 

@@ -2,63 +2,40 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
-import treadle as td
 from treadle import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from contenders.gpt2 import GPT2, Size
 
 F = nn.functional
 
 
-class Block(nn.Module):
-    """A pre-norm block of a transformer; query, key and value apart."""
+class Gpt(GPT2):
+    """GPT-2 small."""
 
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.ln1, self.ln2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.q, self.k, self.v, self.proj = (nn.Linear(width, width) for _ in range(4))
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def split(self, x: Any) -> Any:
-        """(batch, length, width) -> (batch, heads, length, width of a head)"""
-        return x.reshape((*x.shape[:2], self.heads, x.shape[2] // self.heads)).transpose((0, 2, 1, 3))
-
-    def forward(self, x: Any) -> Any:
-        y = self.ln1(x)
-        y = F.scaled_dot_product_attention(*(self.split(f(y)) for f in (self.q, self.k, self.v)), causal=True)
-        x = x + self.proj(y.transpose((0, 2, 1, 3)).reshape(x.shape))
-        return x + self.down(F.gelu(self.up(self.ln2(x)), approximate="tanh"))
-
-
-class Gpt(nn.Module):
-    """Radford et al. (2019): learned positions, tied embedding."""
-
-    layers, width, heads, length, vocabulary = 12, 768, 12, 1024, 50257  # GPT-2 small
+    size = Size(12, 768, 12, 50257, 50304, 1024, 512)
 
     def __init__(self) -> None:
-        super().__init__()
-        self.wte, self.wpe = nn.Embedding(self.vocabulary, self.width), nn.Embedding(self.length, self.width)
-        self.blocks = nn.ModuleList(Block(self.width, self.heads) for _ in range(self.layers))
-        self.ln = nn.LayerNorm(self.width)
+        super().__init__(self.size, padded=False)
 
     def forward(self, tokens: Any, labels: Any) -> Any:
-        x = self.wte(tokens) + self.wpe(td.arange(tokens.shape[1]))
-        for block in self.blocks:
-            x = block(x)
-        return F.cross_entropy(F.linear(self.ln(x), self.wte.weight), labels)
+        return F.cross_entropy(super().forward(tokens), labels)
 
 
 class GptXl(Gpt):
     """GPT-2 XL."""
 
-    layers, width, heads = 48, 1600, 25
+    size = Size(48, 1600, 25, 50257, 50304, 1024, 512)
 
 
 class Gpt3(Gpt):
     """Brown et al. (2020), 175 billion parameters."""
 
-    layers, width, heads, length = 96, 12288, 96, 2048
+    size = Size(96, 12288, 96, 50257, 50304, 2048, 512)
 
 
 class Bottleneck(nn.Module):
