@@ -30,13 +30,13 @@ class BatchCheck:
         self.own = np.zeros(BYTES, np.uint8)
         self.request: Any = None
 
-    def begin(self, arrays: Sequence[Any], numbers: Sequence[Any], step: int, random: Any = None) -> None:
-        """Sends what this rank was given: the batch, numbers such as the learning rate, and, if the step draws random
-        numbers, the state that it does from."""
+    def begin(self, arrays: Sequence[Any], numbers: Sequence[Any], step: int, mode: int, random: Any = None) -> None:
+        """Sends what this rank was given: the batch, numbers such as the learning rate, the number of the program that
+        fits the model's mode, and, if the step draws random numbers, the state that it does from."""
         self.finish()
         checksum = zlib.crc32(np.array([float(n) for n in numbers]).tobytes())
         kind = numbers[0].dtype if numbers else ""
-        text = f"step {step}: {describe(arrays)}; {kind} numbers {checksum:08x}"
+        text = f"step {step}: {describe(arrays)}; {kind} numbers {checksum:08x}; mode {mode}"
         text += "" if random is None else f"; random state {'.'.join(str(n) for n in random.tolist())}"
         self.own[:] = np.frombuffer(text.encode()[:BYTES].ljust(BYTES, b"\0"), np.uint8)
         self.request = self.comm.Iallgather(self.own, self.told)
@@ -68,11 +68,14 @@ class BatchCheck:
 
 def _difference(first: str, other: str) -> tuple[str, str]:
     """What differs, and what to do."""
-    a, b = (re.split("[:;] ", text) for text in (first, other))  # step, batch, numbers, random state
-    if a[:3] == b[:3]:
+    a, b = (re.split("[:;] ", text) for text in (first, other))  # step, batch, numbers, mode, random state
+    if a[:4] == b[:4]:
         return ("the ranks' random states differ", "Every rank draws as many numbers of td.random between steps; what "
                 "one draws alone comes from a generator of its own, td.random.Generator(seed)")
-    if a[1:2] == b[1:2] and a[0] == b[0]:
+    if a[:3] == b[:3]:
+        return ("the ranks' models are in different modes", "Call model.train(), model.eval(), and whatever else "
+                "changes what the model computes, on every rank before its step")
+    if a[:2] == b[:2]:
         return ("the ranks' optimizers have different numbers", "Learning rate, other options, clip norm and which "
                 "parameters are frozen have to be the same on every rank: decide on rank 0 and "
                 "td.distributed.broadcast it")

@@ -194,23 +194,23 @@ class ParallelStep:
         numbers, structure = step._scalars(), step._structure()
         found = scan(batch, {})
         key = (found.key, structure, tuple(numbers))
-        job = self.job
+        programs, job = self._programs.setdefault(key, []), self.job
+        mode = next((i for i, (guards, _) in enumerate(programs) if guards.hold()), len(programs))
         if job is not None:
             job.step = step.opt.steps
-            job.batches.begin(found.arrays, list(numbers.values()), step.opt.steps, self._drawn_from())
-        run = next((run for guards, run in self._programs.get(key, ()) if guards.hold()), None)
-        if run is None:
+            job.batches.begin(found.arrays, list(numbers.values()), step.opt.steps, mode, self._drawn_from())
+        if mode == len(programs):
             if job is not None:
                 job.batches.finish()  # before ranks of different batches go different ways
-                if not self._programs:
+                if not any(self._programs.values()):
                     absent = set().union(*job.gather_all(elsewhere(self)))
                     job.agree("what they start from", starting_point(self, absent))
             run, guards = self._build(batch, numbers)
             if job is not None:
                 run = job.watch.paced(run)
-            self._programs.setdefault(key, []).append((guards, run))
+            programs.append((guards, run))
         try:
-            result = run(found.arrays, numbers)
+            result = programs[mode][1](found.arrays, numbers)
         except RuntimeError:
             if job is not None and job.error is not None:
                 raise job.error from None

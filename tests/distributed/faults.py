@@ -141,6 +141,8 @@ def main():
             break
         if kind == "draw" and unlucky and step.inner.opt.steps == 2:
             td.random.uniform((3,))
+        if kind == "eval" and unlucky and step.inner.opt.steps == 2:
+            step.inner.model.eval()
         if kind == "alone" and unlucky and step.inner.opt.steps == 2:
             step.save(folder)
         step(x, y)

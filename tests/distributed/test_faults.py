@@ -93,6 +93,7 @@ MISTAKES = {
              r"\w+ of float64\[4,8\]",
     "data": r"different batches: rank 0 has step 0: checksum (\w+) of .* rank 1 has step 0: checksum (?!\1)",
     "rate": r"optimizers have different numbers: rank 0 .*numbers (\w+), rank 1 .*numbers (?!\1)",
+    "eval": r"models are in different modes: rank 0 has .*mode 0.*, rank 1 has .*mode 1",
     "draw": r"random states differ: rank 0 has step 2: .*random state (\S+), rank 1 .*random state (?!\1)",
     "alone": r"wait for each other in different places: .*not rank 0 alone",
     "fewer": r"rank 1 has ended after step 2, but rank 0 waits in [\w: ]+ of step 3: every rank has to do as many",
@@ -115,7 +116,7 @@ def test_ranks_that_differ_are_told(kind, place, tmp_path):
     done = run(place, tmp_path / "run", DATA, kind)
     assert done.returncode == 1 and "done" not in done.stdout
     assert re.search(MISTAKES[kind], done.stderr), done.stderr[-3000:]
-    if kind not in ("shape", "fewer", "alone", "draw"):
+    if kind not in ("shape", "fewer", "alone", "draw", "eval"):
         assert not (tmp_path / "run").exists(), "nothing was computed"
 
 
