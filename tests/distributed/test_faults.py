@@ -92,14 +92,14 @@ MISTAKES = {
     "shape": r"different batches: rank 0 has step 2: checksum \w+ of float64\[8,8\].*, rank 1 has step 2: checksum "
              r"\w+ of float64\[4,8\]",
     "data": r"different batches: rank 0 has step 0: checksum (\w+) of .* rank 1 has step 0: checksum (?!\1)",
-    "rate": r"optimizers have different numbers: rank 0 .*numbers (\w+), rank 1 .*numbers (?!\1)",
+    "rate": r"optimizers have different numbers: rank 0 .*numbers (\w+); .*, rank 1 .*numbers (?!\1)",
     "eval": r"models are in different modes: rank 0 has .*mode 0.*, rank 1 has .*mode 1",
     "draw": r"random states differ: rank 0 has step 2: .*random state (\S+), rank 1 .*random state (?!\1)",
     "alone": r"wait for each other in different places: .*not rank 0 alone",
     "fewer": r"rank 1 has ended after step 2, but rank 0 waits in [\w: ]+ of step 3: every rank has to do as many",
     "model": r"not agree on what they start from: ranks \[1\] differ from rank 0, first in line 3: rank 0 has "
              "`optimizer",
-    "dtype": r"optimizers have different numbers: rank 0 .*; float64 numbers \w+, rank 1 .*; float32 numbers \w+",
+    "dtype": r"optimizers have different numbers: rank 0 .*; float64 numbers \w+; .*, rank 1 .*; float32 numbers \w+",
     "plan": r"not agree on what they start from: .*rank 0 has `plan: .*zero=1.*, rank 1 has `plan: .*zero=0",
     "seed": r"not agree on what they start from: .*rank 0 has `[\w.]+: f64.* checksum (\w+)`, "
             r"rank 1 .* checksum (?!\1)",
